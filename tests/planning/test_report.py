@@ -126,7 +126,10 @@ def test_a_host_that_is_slower_than_the_gpu_is_named():
     assert layer > 0
     assert not report(f"cluster.host_layer_seconds={layer * 0.99}").host_words
     slow = report(f"cluster.host_layer_seconds={layer * 1.5}")
-    assert "layers may take 1.5 times as long; a larger micro-batch helps" in slow.host_words
+    assert (
+        "layers may take 1.5 times as long as the step counts; a larger micro-batch helps"
+        in slow.host_words
+    )
     split = report("parallel.tp=2", "parallel.pp=2", "cluster.host_layer_seconds=10")
     assert split.host_words.endswith("a larger micro-batch or a smaller tp helps")
 

@@ -775,7 +775,12 @@ def test_the_fastest_optimizer_that_fits_is_taken(enter):
         (every, large, 2.0 * GIB, "offload"),
         (every, large, 2.0 * GIB + 1, "needs 2.00 GiB on rank 1, 1.00 GiB more than 1 GiB"),
         (every[::-1], large, 2.0 * GIB + 1, "needs 3.00 GiB on rank 1, 2.00 GiB more than 1 GiB"),
-        ((OFFLOAD,), {}, 2.0 * GIB + 1, "cluster.host_memory_gib=2, which too much is offloaded"),
+        (
+            (OFFLOAD,),
+            {},
+            2.0 * GIB + 1,
+            "cluster.host_memory_gib=2: what is offloaded needs more",
+        ),
         ((ADAMW,), {}, 9.0 * GIB, "adamw"),
     ]
     for optimizers, needs, host, expected in cases:
@@ -818,7 +823,7 @@ def test_hosts_are_asked_only_where_something_is_kept_there_and_their_memory_is_
         assert numbers(world, found.best) == [0 if fits else 1]
         if not fits:
             (refusal,) = found.refused
-            words = "cluster.host_memory_gib=3, which too much is offloaded for"
+            words = "cluster.host_memory_gib=3: what is offloaded needs more"
             assert (refusal.reason, refusal.bound, refusal.needs) == (words, 4.0, None)
             assert refusal.host_needs == 3.0 * GIB + 1
             assert found.excluded == {words: 1}

@@ -161,7 +161,7 @@ def run_job(news: News, job: Job) -> Ending:
             if news.place.node == 0:
                 say(ending.words)
                 words = f"start {attempt} of {job.num_restarts} after a failure"
-                say(f"{words}, from the newest checkpoint")
+                say(f"{words}, from the newest checkpoint if there is one")
 
 
 def say(words: str) -> None:

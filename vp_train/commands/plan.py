@@ -253,7 +253,7 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
     ]
     lines[-2:-2] = _host_lines(report)
     if report.host_words:
-        lines.insert(-1, f"host      {report.host_words}")
+        lines.insert(-1, f"launch    {report.host_words}")
     if report.work.on_cuda and report.degrees.num_ranks > 1:
         lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:
@@ -360,7 +360,7 @@ def _model_words(config: RunConfig) -> str:
 
 def _amount(count: float) -> str:
     """Return a count in words, to be followed by a unit: 23_100_000 -> `23.1 M`."""
-    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+    for power, letter in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if count >= 10**power:
             return f"{count / 10**power:.3g} {letter}"
     return f"{count:,.0f} "
@@ -369,7 +369,7 @@ def _amount(count: float) -> str:
 def _cluster_words(config: RunConfig) -> str:
     """Return the cluster and the assumed speed of passes in words."""
     cluster = config.cluster
-    name = {"cuda": "GPUs", "cpu": "CPU ranks"}[config.run.device]
+    name = {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device] + "s" * (cluster.num_gpus != 1)
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
     reached = f", {cluster.efficiency:.0%} of it reached"

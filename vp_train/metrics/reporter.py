@@ -48,7 +48,7 @@ def _mesh(degrees: Degrees) -> str:
     ranks = degrees.pp * degrees.tp
     first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
     replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
-    return f"{degrees.num_ranks} ranks = {degrees}{replicas}"
+    return f"{degrees.num_ranks} rank{'s' * (degrees.num_ranks != 1)} = {degrees}{replicas}"
 
 
 def _stages(plan: RunPlan) -> str:

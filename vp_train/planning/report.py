@@ -246,9 +246,9 @@ class PlanReport:
         if not 0 < layer < host:
             return ""
         return (
-            f"takes about {1e3 * host:.1f} ms to issue a layer, the GPU {1e3 * layer:.1f} to "
-            f"compute it, so layers may take {host / layer:.1f} times as long; a larger "
-            f"micro-batch{' or a smaller tp' * (self.degrees.tp > 1)} helps"
+            f"the host takes about {1e3 * host:.1f} ms to issue a layer, the GPU {1e3 * layer:.1f} "
+            f"to compute it: layers may take {host / layer:.1f} times as long as the step counts; "
+            f"a larger micro-batch{' or a smaller tp' * (self.degrees.tp > 1)} helps"
         )
 
     @property

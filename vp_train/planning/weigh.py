@@ -81,7 +81,7 @@ class HostMemoryError(ConfigError):
     """
 
     def __init__(self, needs: float, known_gib: float) -> None:
-        super().__init__(f"cluster.host_memory_gib={known_gib:g}, which too much is offloaded for")
+        super().__init__(f"cluster.host_memory_gib={known_gib:g}: what is offloaded needs more")
         self.needs = needs
 
 
