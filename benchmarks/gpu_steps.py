@@ -174,18 +174,21 @@ def lone_group() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def one_layer(
+def first_layers(
     name: str,
     where: Where,
+    num_layers: int = 1,
     *,
     dtype: torch.dtype | None = None,
     products: Any = None,
     compiles: str = "auto",
+    offloads: bool = False,
 ) -> tuple[Any, Any]:
-    """Return a stage with the first layer of a model, with fp32 gradients, and its ModelConfig.
+    """Return a stage with the first layers of a model, with fp32 gradients, and its ModelConfig.
 
     products: those of its linear layers, None for plain ones.
     compiles: a value of run.compile.
+    offloads: whether all of the layers are offloaded.
     """
     from vp_train.model.elementwise import choose_fuse
     from vp_train.model.linear import PLAIN
@@ -195,7 +198,7 @@ def one_layer(
     model = load_config(model_words(name, where)).model
     stage = Stage(
         model,
-        range(1),
+        range(num_layers),
         final_norm=False,
         dtype=dtype or where.dtype,
         device=where.device,
@@ -205,6 +208,7 @@ def one_layer(
         fuse=choose_fuse(
             compiles, where.device, where.dtype, model.seq_length * model.ffn_hidden_size
         ),
+        num_offloaded=num_layers * offloads,
     )
     for parameter in stage.parameters():
         main_gradient(parameter)
@@ -813,7 +817,7 @@ def layers(where: Where, report: Report) -> None:
     Also without compiled elementwise work, which takes other times of both.
     """
     for name, expected in _LAYER_MILLISECONDS.items():
-        stage, model = one_layer(name, where)
+        stage, model = first_layers(name, where)
         shape = (model.seq_length, 1, model.hidden_size)
         x, dy = where.randn(*shape).requires_grad_(), where.randn(*shape)
         times = _host_and_device(where, stage, x, dy)
@@ -834,7 +838,7 @@ def layers(where: Where, report: Report) -> None:
             host < device,
             judged=where.on_gpu,
         )
-        plain, _ = one_layer(name, where, compiles="off")
+        plain, _ = first_layers(name, where, compiles="off")
         report.note(
             **{
                 f"{name} milliseconds": times,
@@ -1116,7 +1120,7 @@ def _spinner(where: Where) -> Callable[[int], object]:
 def packed(where: Where, report: Report) -> None:
     """Pack sixteen documents of sixteen lengths: what new lengths cost the host, and known ones."""
     _attentions(where, report)
-    stage, model = one_layer("llama3_8b", where)
+    stage, model = first_layers("llama3_8b", where)
     length, count = model.seq_length, 16
 
     def segments(seed: int) -> Tensor:
@@ -1451,7 +1455,7 @@ def _float8_layer(where: Where, report: Report) -> None:
         times: dict[str, dict[str, float]] = {}
         gradients = {}
         for kind, products in (("bfloat16", PLAIN), ("float8", Float8Products(by_row=True))):
-            stage, model = one_layer(name, where, dtype=torch.bfloat16, products=products)
+            stage, model = first_layers(name, where, dtype=torch.bfloat16, products=products)
             torch.manual_seed(1)
             shape = (model.seq_length, 1, model.hidden_size)
             x, dy = (where.randn(*shape, dtype=torch.bfloat16) for _ in range(2))
@@ -1647,7 +1651,7 @@ def offloading(where: Where, report: Report) -> None:
     one pass before its backward.
     """
     rates = _time_link(where, report)
-    stage, model = _stage_of_layers("llama3_8b", where, 4)
+    stage, model = first_layers("llama3_8b", where, 4, offloads=True)
     x, dy = (where.randn(model.seq_length, 1, model.hidden_size) for _ in range(2))
     found = {}
     for name, offloads in (("on the device", False), ("in host memory", True)):
@@ -1730,29 +1734,6 @@ def _time_link(where: Where, report: Report) -> dict[str, float]:
         judged=where.on_gpu,
     )
     return {"to host": rates["both"], "from host": rates["both"]}
-
-
-def _stage_of_layers(name: str, where: Where, num_layers: int) -> tuple[Any, Any]:
-    """Return a stage with the first layers of a model, all of them offloaded, and its config."""
-    from vp_train.model.elementwise import choose_fuse
-    from vp_train.model.stage import Stage
-    from vp_train.settings import load_config
-
-    model = load_config(model_words(name, where)).model
-    stage = Stage(
-        model,
-        range(num_layers),
-        final_norm=False,
-        dtype=where.dtype,
-        device=where.device,
-        group=lone_group(),
-        seed=1,
-        fuse=choose_fuse(
-            "auto", where.device, where.dtype, model.seq_length * model.ffn_hidden_size
-        ),
-        num_offloaded=num_layers,
-    )
-    return stage, model
 
 
 @dataclass(frozen=True, slots=True)
