@@ -675,7 +675,7 @@ def test_a_schedule_that_was_searched_replaces_a_link(monkeypatch, tmp_path):
     config = load_config(
         ["schedule=auto", "data=synthetic", f"run.root={tmp_path}", "run.name=one"]
     )
-    found = launch._prepare(OneNode(Place()), config, 4)
+    found = launch._prepare(OneNode(Place()), config, 4, trains=True)
     assert found[0].startswith("schedule.file=")
     assert not solved.is_symlink()
     assert (solved.read_text(), (tmp_path / "foreign").read_text()) == ("F0", "of somebody else")

@@ -59,6 +59,7 @@ from vp_train.failures import (
 )
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.figures import RankFigures, figures_of
+from vp_train.metrics.header import introduce
 from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter, write_report
@@ -100,12 +101,19 @@ class DivergenceError(SharedFailure):
 
 
 def run_rank(
-    config: RunConfig, rank: int, num_ranks: int, config_yaml: str, *, only_preflight: bool = False
+    config: RunConfig,
+    rank: int,
+    num_ranks: int,
+    config_yaml: str,
+    *,
+    only_preflight: bool = False,
+    is_introduced: bool = False,
 ) -> NoReturn:
     """Train as rank `rank` of `num_ranks`, then end the process with an exit code.
 
     `config_yaml` is the resolved configuration that the run directory keeps.  With `only_preflight`
-    the nodes are checked, and nothing is trained.  Raises ConfigError for settings, data or
+    the nodes are checked, and nothing is trained.  `is_introduced` says whether somebody else has
+    printed the first lines of the run.  Raises ConfigError for settings, data or
     checkpoints that the user must change; settings and data are checked before any process group
     exists.  Every other failure ends the process with a message.
     """
@@ -144,8 +152,11 @@ def run_rank(
             watcher.stop()
             dist.destroy_process_group()
             leave(Ending(EXIT_OK, ""))
+        if rank == 0 and not is_introduced:
+            introduce(config, plan, source)
         place("building the model")
-        model = build_rank(config, plan, mesh)
+        parts = compiled_parts(config) if rank == 0 else ()
+        model = build_rank(config, plan, mesh, compiling=compiling.announced(parts))
         watcher.timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, model, requests=requests)
         watcher.run = run
@@ -188,7 +199,7 @@ def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Report
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, source, run.take_notices())
+    reporter.start(config_yaml, run.take_notices())
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,

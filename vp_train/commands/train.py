@@ -179,6 +179,7 @@ def _train_rank(config: RunConfig) -> NoReturn:
             int(os.environ["WORLD_SIZE"]),
             config_text(config),
             only_preflight=_ONLY_PREFLIGHT in os.environ,
+            is_introduced=has_launcher(),
         )
     except (Exception, KeyboardInterrupt) as error:
         ending = ending_of_command(error, "vp-train")
