@@ -22,6 +22,7 @@ _CHECKPOINT = re.compile(r"step-([0-9]{8,12})")
 _POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a git-LFS pointer
 _LARGEST_POINTER = 1 << 10  # bytes
 _MOST_UNSYNCED = 1 << 28  # bytes of a file that a disk need not have taken yet
+_SIMILAR = 0.5  # difflib's ratio; one letter of two is enough
 LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
 
 
@@ -72,7 +73,7 @@ def is_fresh(path: Path, since: float) -> bool:
 def similar_run(path: Path) -> Path | None:
     """Return the run beside `path` whose name is most like that of `path`, None if none is."""
     names = sorted(place.parent.name for place in path.parent.glob("*/config.yaml"))
-    close = difflib.get_close_matches(path.name, names, n=1)
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=_SIMILAR)
     return path.parent / close[0] if close else None
 
 
