@@ -248,7 +248,7 @@ def path_argument(word: str) -> Path:
 def output_of(option: str, word: str) -> Path:
     """Return the file that an option names, with ~ expanded.
 
-    Raises ConfigError if no file can be written there, before work is done for it.  Nothing is left
+    Raises OSError if no file can be written there, before work is done for it.  Nothing is left
     there: whoever writes it makes the directories above it.
     """
     path = path_of(word)
@@ -260,7 +260,7 @@ def output_of(option: str, word: str) -> Path:
 def output_directory_of(option: str, word: str) -> Path:
     """Return the directory that an option names, with ~ expanded.
 
-    Raises ConfigError if no file can be written there, before work is done for it.  Nothing is left
+    Raises OSError if no file can be written there, before work is done for it.  Nothing is left
     there: whoever writes to it makes it.
     """
     path = path_of(word)
@@ -271,13 +271,11 @@ def output_directory_of(option: str, word: str) -> Path:
 
 @contextmanager
 def _writable(option: str, path: Path, way_out: str) -> Iterator[None]:
-    """Raise ConfigError, which names the way out, for an OSError inside."""
+    """Let an OSError raised inside name the option, the path and the way out."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"{option} {path} cannot be written ({error.strerror}); {way_out}"
-        ) from None
+        raise OSError(f"{option} {path} cannot be written ({error.strerror}); {way_out}") from None
 
 
 def _try_to_write(path: Path) -> None:
