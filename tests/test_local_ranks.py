@@ -447,7 +447,10 @@ def without_ranks():
     main()
 
 
-def test_what_will_run_is_said_before_anything_is_compiled(tmp_path):
-    done = finished(without_ranks, "model=nano", "data=synthetic", f"run.root={tmp_path}")
+def test_what_will_run_is_said_before_anything_is_compiled_and_without_ranks_no_directory_stays(
+    tmp_path,
+):
+    done = finished(without_ranks, "model=nano", "data=synthetic", f"run.root={tmp_path}/a/b")
     words = [line.split()[0] for line in done.stdout.splitlines()]
     assert words == ["data", "model", "mesh", "pipeline", "schedule", "planned", "compile"]
+    assert not any(tmp_path.iterdir())

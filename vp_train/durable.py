@@ -83,6 +83,11 @@ def meant_run(path: Path) -> str:
     return "" if close is None else f" (did you mean {plain(str(close))}?)"
 
 
+def missing_directories(path: Path) -> list[Path]:
+    """Return which of directory `path` and those above it are not there, the deepest first."""
+    return [place for place in (path, *path.parents) if not os.path.lexists(place)]
+
+
 def sync(path: Path) -> None:
     """Flush a file's contents, or a directory's entries, to disk so that they survive a power cut.
 

@@ -130,6 +130,7 @@ def run_rank(
         if heartbeat is not None:
             heartbeat.follow(lambda: Place(doing, waits))
 
+    directory: RunDirectory | None = None
     try:
         place("planning")
         plan = make_plan(config, num_ranks)
@@ -139,7 +140,7 @@ def run_rank(
         place("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
-        directory = RunDirectory(config.run) if rank == 0 else None
+            directory = RunDirectory(config.run)
         if only_preflight or spans_nodes(os.environ):
             preflight = Preflight(
                 config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
@@ -151,6 +152,8 @@ def run_rank(
         if only_preflight:
             watcher.stop()
             dist.destroy_process_group()
+            if directory is not None:
+                directory.forsake()
             leave(Ending(EXIT_OK, ""))
         if rank == 0 and not is_introduced:
             introduce(config, plan, source)
@@ -174,6 +177,8 @@ def run_rank(
             run.give_up(str(error), reporter)
             raise
     except ConfigError:
+        if directory is not None:
+            directory.forsake()
         raise
     except (Exception, SystemExit) as error:
         watcher.leave(error)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig, printable
+from vp_train.durable import missing_directories
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import (
     close_names,
@@ -284,7 +285,7 @@ def _try_to_write(path: Path) -> None:
     If it is new it is removed, and so are new directories above it.
     """
     is_new = not os.path.lexists(path)
-    new_directories = [above for above in path.parents if not os.path.lexists(above)]
+    new_directories = missing_directories(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):
@@ -292,7 +293,7 @@ def _try_to_write(path: Path) -> None:
         if is_new:
             path.unlink()
     finally:
-        for directory in new_directories:  # the deepest comes first
+        for directory in new_directories:
             with suppress(OSError):
                 directory.rmdir()
 

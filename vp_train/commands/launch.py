@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -47,7 +48,12 @@ from vp_train.failures import (
     end_of_process,
     ending_of_command,
 )
-from vp_train.metrics.run_directory import make_directory, refuse_running, refuse_used
+from vp_train.metrics.run_directory import (
+    make_directory,
+    refuse_running,
+    refuse_used,
+    removed_if_unused,
+)
 from vp_train.metrics.trackers import end_failed, require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.memory import check_host, check_machine
@@ -89,8 +95,9 @@ def launch(
         import_module("torch.distributed")  # for the processes that speak with the store
     place = replace(place, run_id=_run_id(place, config))
     options = {"--max-restarts": num_restarts, "--preflight": only_preflight}
+    unused = removed_if_unused(config.run) if place.node == 0 else nullcontext()
     try:
-        with joined(place, num_local, config.run.world_timeout_seconds, options) as news:
+        with unused, joined(place, num_local, config.run.world_timeout_seconds, options) as news:
             job = (num_local, num_restarts)
             return _launch(news, config, overrides, body, *job, trains=not only_preflight)
     except JobEnded as error:
