@@ -108,12 +108,14 @@ def run_rank(
     *,
     only_preflight: bool = False,
     is_introduced: bool = False,
+    has_lost_store: Callable[[], bool] = lambda: False,
 ) -> NoReturn:
     """Train as rank `rank` of `num_ranks`, then end the process with an exit code.
 
     `config_yaml` is the resolved configuration that the run directory keeps.  With `only_preflight`
     the nodes are checked, and nothing is trained.  `is_introduced` says whether somebody else has
-    printed the first lines of the run.  Raises ConfigError for settings, data or
+    printed the first lines of the run.  `has_lost_store` returns whether the store has ended that
+    this rank serves; the run then saves and ends.  Raises ConfigError for settings, data or
     checkpoints that the user must change; settings and data are checked before any process group
     exists.  Every other failure ends the process with a message.
     """
@@ -121,7 +123,7 @@ def run_rank(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would allocate memory on a GPU
     if config.run.compile == "off":
         compiling.turn_off(os.environ)
-    requests = Requests.of_rank(rank, config.run)
+    requests = Requests.of_rank(rank, config.run, has_lost_store)
     requests.listen()
     heartbeat = Heartbeat.of_job(os.environ, rank)
     watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
@@ -335,6 +337,7 @@ class Run:
         self.step = 0
         self._requests = requests or Requests()
         self._left: str | None = None  # why the run leaves before its last step
+        self._left_code = EXIT_TIME  # where it does
         self._doing = "loading"
         degrees = mesh.degrees
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
@@ -472,6 +475,7 @@ class Run:
             self._left = asked.words(
                 health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
             )
+            self._left_code = asked.exit_code(health.request)
         rate = learning_rate(self.config.optim, step, self.config.run.steps)
         if not self._update(step, health, rate, reporter):
             return
@@ -826,7 +830,7 @@ class Run:
             else "no checkpoint is saved, for run.checkpoint_every=0"
         )
         words = f"vp-train: stopped after step {self.step}, because {self._left}; {saved}{warning}"
-        return Ending(EXIT_TIME, words if self.mesh.rank == 0 else "")
+        return Ending(self._left_code, words if self.mesh.rank == 0 else "")
 
     def finish(self, reporter: Reporter | None) -> None:
         """Finish the last step's communication, and report the peak memory of every stage.
