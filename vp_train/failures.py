@@ -256,7 +256,7 @@ def root_cause(
         if (record := record_of(end.rank)) is not None:
             waited = silent_peer(settings.timeout_seconds, settings)
             words = f"{end.name} was aborted by NCCL's watchdog: {waited.words}"
-            return Ending(waited.code, f"{words}; its last communications: {record}")
+            return Ending(waited.code, f"{words}; last communications of rank {end.rank}: {record}")
     if aborted:
         return _killed(aborted[0], advice)
     if failed:

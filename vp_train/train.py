@@ -255,7 +255,7 @@ class _Watcher:
         failure = silent if error == "TIMEOUT" else LOST_PEER
         record = flight_recorder.file_of(os.environ, self._settings.directory, self._rank)
         last = (
-            f"; its last communications: {record}"
+            f"; last communications of rank {self._rank}: {record}"
             if flight_recorder.wait_for(record, self._started)
             else ""
         )
@@ -271,7 +271,7 @@ class _Watcher:
                 ending = replace(ending, words=words, log=log)
         path = log_of(self._settings, self._rank)
         if ending.words and ending.log and str(path) not in ending.words:
-            ending = replace(ending, words=f"{ending.words}; its log: {path}")
+            ending = replace(ending, words=f"{ending.words}; log of rank {self._rank}: {path}")
         leave(ending, path)
 
 
