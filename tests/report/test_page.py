@@ -16,6 +16,7 @@ import pytest
 
 from schedules.render import facts
 from tests.report.conftest import EVIL, STEPS
+from vp_train.commands import report
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
 from vp_train.durable import UnreadableError
@@ -762,6 +763,14 @@ def test_a_page_goes_where_it_is_asked_to_be_and_no_device_or_link_is_replaced(
     locked.mkdir()
     words = f"{locked}: Is a directory; vp-report --out FILE writes the report elsewhere"
     assert vp_report(locked.parent) == (74, "", f"vp-report: {words}\n")
+
+
+def test_several_runs_are_compared_beside_the_first_and_the_place_is_said(
+    vp_report, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(report, "write_comparison", lambda runs, target: target)
+    first, second = tmp_path / "here" / "a", tmp_path / "there" / "b"
+    assert vp_report(first, second) == (0, f"{first.parent}/comparison.html\n", "")
 
 
 def test_arguments_that_are_no_paths_are_said_in_one_line(vp_report, tmp_path):

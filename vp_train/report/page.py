@@ -24,6 +24,7 @@ from vp_train.settings import typed
 from vp_train.units import clock, human_bytes
 
 NAME = "report.html"  # in the directory of a run
+COMPARISON = "comparison.html"  # of several runs
 _GIB = 2.0**30
 _NONE = "-"  # in the place of a value that is not known
 _SEEN = 5e-4  # of the step: causes that add less are not shown
