@@ -42,6 +42,7 @@ from vp_train.config import (
     unknown,
 )
 from vp_train.durable import UnreadableError, checkpoints_in, homes, read_text, similar_run
+from vp_train.units import plural
 
 # What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
 # parses in Python, and the time of lists and quotes grows with the square of their length.
@@ -727,7 +728,7 @@ def _refuse(refused: Sequence[Change], directory: Path) -> None:
     if not refused:
         return
     before = ", ".join(f"{change.name}={change.before}" for change in refused)
-    words = f"the same value{'s' if len(refused) > 1 else ''}"
+    words = f"the same {plural(len(refused), 'value')}"
     permissions = list(dict.fromkeys(change.permission for change in refused))
     if None not in permissions:
         words += f", or give run.allow=[{','.join(filter(None, permissions))}]"

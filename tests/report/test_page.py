@@ -16,7 +16,6 @@ import pytest
 
 from schedules.render import facts
 from tests.report.conftest import EVIL, STEPS
-from vp_train.commands import report
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
 from vp_train.durable import UnreadableError
@@ -145,14 +144,13 @@ def test_nothing_of_a_run_becomes_markup(evil_run):
     assert list(found.all("h1")) == [{}]
 
 
-def test_two_runs_show_what_differs_and_their_curves_together(
-    one, write_run, evil_run, tmp_path, vp_report, monkeypatch, capsys
+def test_two_runs_show_what_differs_and_their_curves_together_beside_the_first(
+    one, write_run, evil_run, tmp_path, vp_report, capsys
 ):
     other, _ = write_run("other", "optim.lr=0.5", "schedule=gpipe")
-    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert vp_report(one, other) == (0, "report.html\n", "")
-    found = Page(tmp_path / "report.html")
+    assert vp_report(one, other) == (0, f"{one.parent}/comparison.html\n", "")
+    found = Page(one.parent / "comparison.html")
     check(found)
     assert [item["id"] for item in found.all("h2")] == [
         *("settings", "curves", "figures", "warnings", "versions")
@@ -763,14 +761,6 @@ def test_a_page_goes_where_it_is_asked_to_be_and_no_device_or_link_is_replaced(
     locked.mkdir()
     words = f"{locked}: Is a directory; vp-report --out FILE writes the report elsewhere"
     assert vp_report(locked.parent) == (74, "", f"vp-report: {words}\n")
-
-
-def test_several_runs_are_compared_beside_the_first_and_the_place_is_said(
-    vp_report, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(report, "write_comparison", lambda runs, target: target)
-    first, second = tmp_path / "here" / "a", tmp_path / "there" / "b"
-    assert vp_report(first, second) == (0, f"{first.parent}/comparison.html\n", "")
 
 
 def test_arguments_that_are_no_paths_are_said_in_one_line(vp_report, tmp_path):

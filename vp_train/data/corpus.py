@@ -58,7 +58,7 @@ from vp_train.data.tokenizer import (
     train_tokenizer,
 )
 from vp_train.durable import UnreadableError, advising, read_text, sync
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, plural
 
 _FORMAT = 2
 _LONGEST_WORD = 100_000  # characters, for which a tokenizer takes 0.1 s
@@ -555,7 +555,7 @@ class _Work:
             words = "; ".join(words_of(self.left_out.as_dict()))
             after, others = "", len(self.files) - 1
             if others:
-                after = f" and the {others} file{'s' * (others > 1)} after it"
+                after = f" and the {others} {plural(others, 'file')} after it"
             raise ConfigError(
                 f"{self.files[0]}{after} {'hold' if others else 'holds'} no text "
                 f"({words}); set data.path to some that do, or data.jsonl_field to the field "
