@@ -192,8 +192,9 @@ def _instead_of(word: str, known_options: Sequence[str]) -> str:
         return f"did you mean {option}? "
     if re.match(r"(config|cfg|conf)\b|config_|config-", name):
         return f"{_NO_FILE}; "
-    if name in ("dry-run", "dry_run"):
-        return "vp-plan with the same settings tells what a run would do; "
+    if difflib.get_close_matches(re.sub("[-_]", "", name.lower()), ["dryrun"], cutoff=0.8):
+        way = "vp-plan with the same settings says what a run would do and starts nothing; "
+        return f"{way}--preflight stops before step 1; " if "--preflight" in known_options else way
     names = close_names(name)
     if names and len(name) > 1:
         return f"write {names[0]}={value if equals else '...'}; "
