@@ -66,7 +66,7 @@ def prose(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of a page."""
+    """Return what GitHub calls the headings of a page."""
     headings = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -131,7 +131,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("page", WRITTEN, ids=name_of)
 def test_lines_of_pages_are_short(page):
-    """Outside code blocks, tables and html, which cannot be broken."""
+    """Code blocks, tables and html cannot be broken."""
     assert [
         line
         for line in prose(page).splitlines()
@@ -181,7 +181,7 @@ def quoted(page: Path) -> Iterator[str]:
 
 
 def is_open(words: list[str]) -> bool:
-    """Whether a word stands for something else, as NAME does."""
+    """Return whether a word stands for something else, as NAME does."""
     return any("..." in word or word.isupper() for word in words)
 
 

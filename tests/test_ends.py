@@ -1,4 +1,4 @@
-"""When a rank fails, the run ends with a one-line message and an exit code, and no rank is left."""
+"""A run whose rank fails ends with a one-line message and an exit code, and no rank is left."""
 
 from __future__ import annotations
 
