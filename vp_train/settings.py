@@ -1261,7 +1261,10 @@ def settings_page() -> str:
             rows.append(
                 f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |"
             )
-        text = "" if section is RunConfig else f"{_paragraphs(section)}\n\n"
+        paragraphs = [] if section is RunConfig else _paragraphs(section).split("\n\n")
+        text = "".join(
+            f"{textwrap.fill(words, 100, break_on_hyphens=False)}\n\n" for words in paragraphs
+        )
         parts.append(f"## {title}\n\n{text}" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
