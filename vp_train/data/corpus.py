@@ -362,13 +362,14 @@ def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpu
 
 
 def _given_tokenizer(name: str) -> Path:
-    """Return the path of data.tokenizer.  Raises ConfigError for a directory or nothing."""
+    """Return the path of data.tokenizer.  Raises ConfigError for what is no file, by its name."""
     path = Path(os.path.realpath(os.path.expanduser(name)))
     if path.is_dir():
         inside = Path(name) / "tokenizer.json"
         raise ConfigError(f"data.tokenizer={name} is a directory; give {inside}")
-    if not path.exists():
-        raise ConfigError(f"data.tokenizer={name} is not there; give the path of a tokenizer.json")
+    if not path.is_file():
+        what = "a device, a pipe or a socket" if path.exists() else "not there"
+        raise ConfigError(f"data.tokenizer={name} is {what}; give the path of a tokenizer.json")
     return path
 
 
