@@ -10,7 +10,7 @@ from tests.meshes import mesh_for
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank
-from vp_train.config import OptimConfig, VocabConfig
+from vp_train.config import LossConfig, OptimConfig, VocabConfig
 from vp_train.optim.adamw import gather_health
 from vp_train.optim.replicas import Replicas
 from vp_train.planning.plan import make_plan
@@ -115,6 +115,7 @@ def test_no_pass_reads_a_parameter_before_it_was_gathered(ranks, schedule, algor
         vocab=VocabConfig(algorithm),
         tied=tied,
         num_stages=4,
+        loss=LossConfig(label_smoothing=0.1, z_loss=0.1),
         optimizer="zero1",
     )
     config = replace(config, run=replace(config.run, eval_microbatches=6))

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -167,8 +168,13 @@ class OutputStep:
         self._left = len(targets.owned)  # number of T still to come
         layer.backend.prepare(targets.ignored.shape[1])
         if self._smoothing:
-            self._row_sum = column_sums(layer.weight, precise)
-            self._smoothed = torch.zeros_like(self._row_sum)  # sum over tokens of g x
+            # The sum over tokens of g x.
+            self._smoothed = layer.weight.new_zeros(layer.weight.shape[1], dtype=precise)
+
+    @cached_property
+    def _row_sum(self) -> Tensor:
+        """The sum of the rows [H].  The first S forms it: the rows may be in transfer before."""
+        return column_sums(self._layer.weight, statistics_dtype(self._layer.weight.dtype))
 
     @torch.no_grad()
     def s(self, microbatch: int, x: Tensor, *, keep: bool = True) -> None:
