@@ -29,7 +29,7 @@ from vp_train.model.attention import (
     block_attention,
     whole_sequences,
 )
-from vp_train.model.elementwise import Fuse, Heads, activated, plain, queries_keys_values
+from vp_train.model.elementwise import Fuse, Gate, Gelu, Heads, SplitHeads, plain
 from vp_train.model.linear import (
     PLAIN,
     ColumnLinear,
@@ -80,18 +80,18 @@ class CoreAttention(nn.Module):
         *_: object,
         **__: object,
     ) -> Tensor:
-        """Attend: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+        """Attend: query [b, heads, s, d], key and value [b, groups, s, d] -> [s, b, heads * d].
 
         With `documents`, attention stays within each of them.
         """
-        s, b = query.shape[:2]
+        b, s = len(query), query.shape[2]
         windowed = self._window is not None and self._window < s
         if documents is None and query.is_cuda and (windowed or self._softcap is not None):
             # The kernels for these cases on CUDA take documents, here one of every sequence.
             documents = whole_sequences(query.device, b, s)
         if documents is None:
             return self._attend(query, key, value)
-        q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         context = None
         if self._softcap is None:
             context = attend_documents(q, k, v, documents, self._scale, self._window)
@@ -100,20 +100,24 @@ class CoreAttention(nn.Module):
             context = attend_flexibly(q, k, v, documents, rule)
         if context is None:
             pieces = zip(
-                *(torch.split(tensor[:, None], list(documents.lengths)) for tensor in (q, k, v)),
+                *(torch.split(tensor, list(documents.lengths)) for tensor in (q, k, v)),
                 strict=True,
             )
-            context = torch.cat([self._attend(*piece) for piece in pieces])
+            context = torch.cat(
+                [self._attend(*(part.transpose(0, 1)[None] for part in piece)) for piece in pieces]
+            )
         return context.view(b, s, -1).transpose(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        window = None if self._window is None or self._window >= len(query) else self._window
+        window = self._window
+        if window is not None and window >= query.shape[2]:
+            window = None
         if self._softcap is not None or window is not None:
-            return block_attention(query, key, value, Rule(self._scale, self._softcap, window))
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        grouped = query.shape[2] != key.shape[2]
+            q, k, v = (tensor.permute(2, 0, 1, 3) for tensor in (query, key, value))
+            return block_attention(q, k, v, Rule(self._scale, self._softcap, window))
+        grouped = query.shape[1] != key.shape[1]
         context = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped
+            query, key, value, is_causal=True, scale=self._scale, enable_gqa=grouped
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -274,15 +278,11 @@ class DecoderLayer(nn.Module):
             head_size(model),
             norm_rule(model) if model.qk_norm else None,
         )
-        self._call_on_middle: Callable[[Tensor], None] | None = None
+        self._call_on_middle: Callable[[], None] | None = None
         self._recompute = recompute
 
-    def on_middle(self, call: Callable[[Tensor], None]) -> None:
-        """Call `call` in every forward between attention and MLP, before it reads the MLP's norm.
-
-        Its argument is what attention adds to the residual stream, [s, b, h].  The gradient of that
-        is there when those of the MLP half are complete.
-        """
+    def on_middle(self, call: Callable[[], None]) -> None:
+        """Call `call` in every forward between attention and MLP, before the MLP's norm is read."""
         self._call_on_middle = call
 
     def halves(self) -> tuple[list[str], list[str]]:
@@ -316,7 +316,7 @@ class DecoderLayer(nn.Module):
         attend = partial(self._attend, rotary=rotary, documents=documents)
         added = parts.attention_addend(*self._again("selective", attend, normed))
         if self._call_on_middle is not None:
-            self._call_on_middle(added)
+            self._call_on_middle()
         x, normed = _normed(parts.mlp_norm, added, x)
         added = parts.mlp_addend(*self._feed_forward(normed))
         y: Tensor = x + added
@@ -327,23 +327,22 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output of attention [s, b, h], and a bias that it still lacks."""
         parts = self._parts
-        qkv, _ = parts.qkv(x)
         of_q, of_k = (
             None if norm is None else norm.weight for norm in (parts.q_norm, parts.k_norm)
         )
-        q, k, v = queries_keys_values(qkv, rotary, of_q, of_k, self._heads, self._fuse)
+        (q, k, v), _ = parts.qkv(x, SplitHeads(self._heads, rotary, (of_q, of_k), self._fuse))
         y: tuple[Tensor, Tensor | None] = parts.projection(parts.core_attention(q, k, v, documents))
         return y
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the output of the MLP [s, b, h], and a bias that it still lacks."""
-        h, _ = self._parts.fc1(x)
-        y: tuple[Tensor, Tensor | None]
-        if self._activation == "gelu":  # its output is kept: forming it again takes long on a CPU
-            y = self._parts.fc2(nn.functional.gelu(h, approximate="tanh"))
-            return y
-        late = LateInput(self._store)
-        y = self._parts.fc2(activated(h, self._activation, late, self._fuse), late)
+        parts, late = self._parts, None
+        if self._activation == "gelu":
+            h, _ = parts.fc1(x, Gelu())
+        else:
+            late = LateInput(self._store)
+            h, _ = parts.fc1(x, Gate(self._activation, late, self._fuse))
+        y: tuple[Tensor, Tensor | None] = parts.fc2(h, late)
         return y
 
 
