@@ -272,30 +272,32 @@ class SplitHeads:
     is larger, need not be kept.  With norms qkv is kept, and the values are a view of it.  Without
     norms and rotation all three are views.
 
-    rotary: cosines and sines, [2, s, d / 2]; None without rotary embeddings.
+    rotary: cosines and sines, [s, 1, 1, 1, d / 2]; None without rotary embeddings.
     weights: those of the norms of queries and keys, of one head [d] or of all; None without norms.
     """
 
     heads: Heads
-    rotary: Tensor | None
+    rotary: tuple[Tensor, Tensor] | None
     weights: tuple[nn.Parameter | None, nn.Parameter | None]
     fuse: Fuse
 
     def forward(self, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         heads, kept = self.heads, ()
         if self._only_views():
-            q, k, v = (part.flatten(2, 3) for part in _grouped(y, heads))
+            q, k, v = _separate(y, heads)
         else:
             q, k, *rest = self.fuse(split_heads)(y, *self._tables(), *self.weights, heads)
             if heads.norm is None:
                 (v,) = rest
             else:
-                v, kept = _grouped(y, heads)[2].flatten(2, 3), (y, *rest)
+                v, kept = _separate(y, heads)[2], (y, *rest)
         return (q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)), kept
 
     def backward(self, grads: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:
-        qkv, *rates = kept or (None,)
         dq, dk, dv = (gradient.permute(2, 0, 1, 3) for gradient in grads)
+        if self._only_views() and dq.shape == dk.shape:
+            return torch.stack([dq, dk, dv], 3).flatten(2)
+        qkv, *rates = kept or (None,)
         run = split_heads_backward if self._only_views() else self.fuse(split_heads_backward)
         dqkv: Tensor
         dqkv, *of_weights = run(dq, dk, dv, *self._tables(), self.heads, qkv, *self.weights, *rates)
@@ -308,11 +310,14 @@ class SplitHeads:
         return self.rotary is None and self.heads.norm is None
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return cosines and sines as [s, 1, 1, 1, d / 2]."""
-        if self.rotary is None:
-            return None, None
-        cosines, sines = self.rotary[:, :, None, None, None].unbind()
-        return cosines, sines
+        return self.rotary or (None, None)
+
+
+def _separate(qkv: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+    """Return queries [s, b, n, d], keys and values [s, b, g, d]; keys and values are views."""
+    if heads.num_heads == heads.num_groups:
+        return qkv.view(*qkv.shape[:2], heads.num_groups, 3, heads.size).unbind(3)
+    return tuple(part.flatten(2, 3) for part in _grouped(qkv, heads))
 
 
 def activate(h: Tensor, activation: str) -> Tensor:

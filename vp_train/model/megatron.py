@@ -125,7 +125,9 @@ class CoreAttention(nn.Module):
 def rotary_table(
     model: ModelConfig, *, local: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return cosines and sines of rotary embeddings (arXiv 2104.09864): [2, s, head_size / 2].
+    """Return cosines and sines of rotary embeddings (arXiv 2104.09864).
+
+    They are [2, s, 1, 1, 1, head_size / 2], for queries and keys [s, b, groups, heads, head_size].
 
     They are computed in fp64 and rounded to `dtype`.  With `local` the base is that of local
     layers, if the model has one; then there is no scaling.
@@ -139,7 +141,7 @@ def rotary_table(
     angles = torch.outer(
         torch.arange(model.seq_length, dtype=torch.float64, device=device), frequencies
     )
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)[:, :, None, None, None]
 
 
 def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
@@ -292,12 +294,13 @@ class DecoderLayer(nn.Module):
         return [name for name in names if name not in of_mlp], of_mlp
 
     def forward(
-        self, x: Tensor, rotary: Tensor | None, documents: Documents | None = None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, documents: Documents | None = None
     ) -> Tensor:
         """Map [s, b, h] to [s, b, h].
 
-        `rotary` comes from `rotary_table`; None without rotary embeddings.  Positions are not reset
-        at a document's start, because scores depend only on their differences.
+        `rotary` is the cosines and sines of `rotary_table`; None without rotary embeddings.
+        Positions are not reset at a document's start, because scores depend only on their
+        differences.
         """
         y: Tensor = self._again("full", partial(self._run, rotary=rotary, documents=documents), x)
         return y
@@ -310,7 +313,9 @@ class DecoderLayer(nn.Module):
         result: Any = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
         return result
 
-    def _run(self, x: Tensor, rotary: Tensor | None, documents: Documents | None) -> Tensor:
+    def _run(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, documents: Documents | None
+    ) -> Tensor:
         parts = self._parts
         x, normed = _normed(parts.input_norm, x, None)
         attend = partial(self._attend, rotary=rotary, documents=documents)
@@ -323,7 +328,7 @@ class DecoderLayer(nn.Module):
         return y
 
     def _attend(
-        self, x: Tensor, rotary: Tensor | None, documents: Documents | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, documents: Documents | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output of attention [s, b, h], and a bias that it still lacks."""
         parts = self._parts

@@ -134,14 +134,15 @@ class Stage(nn.Module):
         of_kinds = {name in self._local: layer for name, layer in self.layers.items()}
         s, h = self._sequence_shape
         shape = (s, micro_batch_size, h)
-        whole = (s * self._sequence_parts,) * micro_batch_size
+        num_tokens = s * self._sequence_parts
+        whole, (table, _) = (num_tokens,) * micro_batch_size, self._tables(num_tokens)
         # On CUDA packed documents have kernels of their own.
         packed = [Documents.on(weight.device, whole)] if weight.is_cuda else []
         for documents in (None, *packed):
             x = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
             y = x
             for layer in of_kinds.values():
-                y = layer(y, self.rotary, documents)
+                y = layer(y, table, documents)
             y = y if self.final_norm is None else self.final_norm(y)
             with self.weight_grads.deferring(_NO_MICROBATCH):
                 torch.autograd.grad(y, x, torch.zeros_like(y))
@@ -149,7 +150,7 @@ class Stage(nn.Module):
                 self.weight_grads.drain(_NO_MICROBATCH)
             with torch.no_grad():  # a validation would compile attention again
                 for layer in of_kinds.values() if weight.is_cuda else ():
-                    layer(x, self.rotary, documents)
+                    layer(x, table, documents)
 
     def _decoder_layers(self) -> Iterator[tuple[str, DecoderLayer]]:
         for index, layer in self.layers.items():
@@ -192,6 +193,17 @@ class Stage(nn.Module):
         self.register_buffer("rotary", rotary, persistent=False)
         self.register_buffer("local_rotary", local_rotary, persistent=False)
 
+    def _tables(self, num_tokens: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Return the cosines and sines of the first tokens, for all layers and for local ones."""
+        tables: list[tuple[Tensor, Tensor] | None] = []
+        for rotary in (self.rotary, self.local_rotary):
+            if rotary is None:
+                tables.append(None)
+            else:
+                cosines, sines = rotary[:, :num_tokens].unbind()
+                tables.append((cosines, sines))
+        return tables
+
     def _partial_parameters(self, num_ranks: int, split_sequences: bool) -> frozenset[str]:
         """Return the value of `partial` for `num_ranks` tensor-parallel ranks."""
         if num_ranks == 1:
@@ -221,10 +233,7 @@ class Stage(nn.Module):
         if self._splits_input is not None:
             x = split_sequence(x, self._splits_input)
         num_tokens = len(x) * self._sequence_parts
-        tables = [
-            None if rotary is None else rotary[:, :num_tokens]
-            for rotary in (self.rotary, self.local_rotary)
-        ]
+        tables = self._tables(num_tokens)
         for number, (name, layer) in enumerate(self.layers.items()):
             self._read(2 * number)
             with self._hooks() if number < self._num_offloaded else nullcontext():

@@ -96,7 +96,8 @@ class _ByMetadata:
         return self._made_ahead[-1].fn  # type: ignore[no-any-return]
 
     def _compile_ahead(self, arguments: tuple[Any, ...]) -> Any:
-        with torch._dynamo.config.patch(enable_aot_compile=True):
+        # Marks for profilers would be made in every call.
+        with torch._dynamo.config.patch(enable_aot_compile=True, record_runtime_overhead=False):
             whole: Any = torch.compile(self._function, fullgraph=True, dynamic=self._dynamic)
             return whole.aot_compile((arguments, {}))
 
