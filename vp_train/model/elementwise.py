@@ -264,7 +264,7 @@ def _rotated_back(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class SplitHeads:
-    """The split of qkv [s, b, (n + 2 g) d] into rotated q [b, n, s, d], k and v [b, g, s, d].
+    """The split of qkv [s * b, (n + 2 g) d] into rotated q [b, n, s, d], k and v [b, g, s, d].
 
     The heads of a group lie together: its queries, its key, its value.
 
@@ -272,17 +272,20 @@ class SplitHeads:
     is larger, need not be kept.  With norms qkv is kept, and the values are a view of it.  Without
     norms and rotation all three are views.
 
+    num_sequences: b.
     rotary: cosines and sines, [s, 1, 1, 1, d / 2]; None without rotary embeddings.
     weights: those of the norms of queries and keys, of one head [d] or of all; None without norms.
     """
 
     heads: Heads
+    num_sequences: int
     rotary: tuple[Tensor, Tensor] | None
     weights: tuple[nn.Parameter | None, nn.Parameter | None]
     fuse: Fuse
 
     def forward(self, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         heads, kept = self.heads, ()
+        y = y.view(-1, self.num_sequences, y.shape[-1])
         if self._only_views():
             q, k, v = _separate(y, heads)
         else:
@@ -296,7 +299,7 @@ class SplitHeads:
     def backward(self, grads: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:
         dq, dk, dv = (gradient.permute(2, 0, 1, 3) for gradient in grads)
         if self._only_views() and dq.shape == dk.shape:
-            return torch.stack([dq, dk, dv], 3).flatten(2)
+            return torch.stack([dq, dk, dv], 3).view(-1, 3 * dq.shape[2] * dq.shape[3])
         qkv, *rates = kept or (None,)
         run = split_heads_backward if self._only_views() else self.fuse(split_heads_backward)
         dqkv: Tensor
@@ -304,7 +307,7 @@ class SplitHeads:
         for weight, gradient in zip(self.weights, of_weights, strict=True):
             if weight is not None:
                 add_gradient(weight, gradient)
-        return dqkv
+        return dqkv.flatten(0, 1)
 
     def _only_views(self) -> bool:
         return self.rotary is None and self.heads.norm is None

@@ -208,7 +208,7 @@ class SequenceSplit:
     group: dist.ProcessGroup
 
     def gather(self, part: Tensor) -> Started:
-        """Start the all-gather [s / n, b, h] -> [s, b, h]."""
+        """Start the all-gather [s / n, ..] -> [s, ..]; a dimension [s * b] is one too."""
         size = self.group.size()
         whole = part.new_empty((part.shape[0] * size, *part.shape[1:]))
         return Started(
@@ -216,7 +216,7 @@ class SequenceSplit:
         )
 
     def scatter(self, whole: Tensor) -> Started:
-        """Start the reduce-scatter [s, b, h] -> [s / n, b, h]."""
+        """Start the reduce-scatter [s, ..] -> [s / n, ..]."""
         size = self.group.size()
         part = whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
         return Started(
@@ -365,7 +365,7 @@ class ColumnLinear(_StoredLinear):
         )
 
     def forward(self, x: Tensor, epilogue: Epilogue | None = None) -> tuple[Any, None]:
-        """Map [s, b, in], or [s / n, b, in] with sequence parallelism, to [s, b, out / n].
+        """Map [T, in], or [T / n, in] with sequence parallelism, to [T, out / n].
 
         With an `epilogue` return what it makes of that.
         """
@@ -409,7 +409,7 @@ class RowLinear(_StoredLinear):
         return {} if self.split is None else {"weight": self.split}
 
     def forward(self, x: Tensor, late: LateInput | None = None) -> tuple[Tensor, Tensor | None]:
-        """Map [s, b, in / n] to [s, b, out], or to [s / n, b, out] with sequence parallelism.
+        """Map [T, in / n] to [T, out], or to [T / n, out] with sequence parallelism.
 
         With `late` x is not kept for the weight gradient; whoever formed it forms it again.
         """

@@ -80,7 +80,7 @@ class CoreAttention(nn.Module):
         *_: object,
         **__: object,
     ) -> Tensor:
-        """Attend: query [b, heads, s, d], key and value [b, groups, s, d] -> [s, b, heads * d].
+        """Attend: query [b, heads, s, d], key and value [b, groups, s, d] -> [s * b, heads * d].
 
         With `documents`, attention stays within each of them.
         """
@@ -106,20 +106,23 @@ class CoreAttention(nn.Module):
             context = torch.cat(
                 [self._attend(*(part.transpose(0, 1)[None] for part in piece)) for piece in pieces]
             )
-        return context.view(b, s, -1).transpose(0, 1)
+        return context.view(b, s, -1).transpose(0, 1).flatten(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend as `forward` does, within whole sequences."""
         window = self._window
         if window is not None and window >= query.shape[2]:
             window = None
         if self._softcap is not None or window is not None:
             q, k, v = (tensor.permute(2, 0, 1, 3) for tensor in (query, key, value))
-            return block_attention(q, k, v, Rule(self._scale, self._softcap, window))
+            context = block_attention(q, k, v, Rule(self._scale, self._softcap, window))
+            return context.flatten(0, 1)
         grouped = query.shape[1] != key.shape[1]
         context = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self._scale, enable_gqa=grouped
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        b, heads, s, d = context.shape
+        return context.permute(2, 0, 1, 3).reshape(s * b, heads * d)
 
 
 def rotary_table(
@@ -294,15 +297,20 @@ class DecoderLayer(nn.Module):
         return [name for name in names if name not in of_mlp], of_mlp
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        num_sequences: int,
+        rotary: tuple[Tensor, Tensor] | None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Map [s, b, h] to [s, b, h].
+        """Map [T, h] to [T, h], for T tokens in the order of [s, b].
 
-        `rotary` is the cosines and sines of `rotary_table`; None without rotary embeddings.
-        Positions are not reset at a document's start, because scores depend only on their
-        differences.
+        num_sequences: b.
+        rotary: the cosines and sines of `rotary_table`, None without rotary embeddings.  Positions
+            are not reset at a document's start, because scores depend only on their differences.
         """
-        y: Tensor = self._again("full", partial(self._run, rotary=rotary, documents=documents), x)
+        run = partial(self._run, b=num_sequences, rotary=rotary, documents=documents)
+        y: Tensor = self._again("full", run, x)
         return y
 
     def _again(self, part: str, function: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -314,11 +322,15 @@ class DecoderLayer(nn.Module):
         return result
 
     def _run(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, documents: Documents | None
+        self,
+        x: Tensor,
+        b: int,
+        rotary: tuple[Tensor, Tensor] | None,
+        documents: Documents | None,
     ) -> Tensor:
         parts = self._parts
         x, normed = _normed(parts.input_norm, x, None)
-        attend = partial(self._attend, rotary=rotary, documents=documents)
+        attend = partial(self._attend, b=b, rotary=rotary, documents=documents)
         added = parts.attention_addend(*self._again("selective", attend, normed))
         if self._call_on_middle is not None:
             self._call_on_middle()
@@ -328,19 +340,23 @@ class DecoderLayer(nn.Module):
         return y
 
     def _attend(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, documents: Documents | None
+        self,
+        x: Tensor,
+        b: int,
+        rotary: tuple[Tensor, Tensor] | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output of attention [s, b, h], and a bias that it still lacks."""
+        """Return the output of attention [T, h], and a bias that it still lacks."""
         parts = self._parts
         of_q, of_k = (
             None if norm is None else norm.weight for norm in (parts.q_norm, parts.k_norm)
         )
-        (q, k, v), _ = parts.qkv(x, SplitHeads(self._heads, rotary, (of_q, of_k), self._fuse))
+        (q, k, v), _ = parts.qkv(x, SplitHeads(self._heads, b, rotary, (of_q, of_k), self._fuse))
         y: tuple[Tensor, Tensor | None] = parts.projection(parts.core_attention(q, k, v, documents))
         return y
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the output of the MLP [s, b, h], and a bias that it still lacks."""
+        """Return the output of the MLP [T, h], and a bias that it still lacks."""
         parts, late = self._parts, None
         if self._activation == "gelu":
             h, _ = parts.fc1(x, Gelu())

@@ -82,7 +82,7 @@ class Addend(nn.Module):
         self.norm, self._multiplier = norm, multiplier
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Map [s, b, h] to [s, b, h]."""
+        """Map [T, h] to [T, h]."""
         added = x if bias is None else x + bias
         if self.norm is not None:
             added = self.norm(added)

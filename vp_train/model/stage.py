@@ -133,16 +133,15 @@ class Stage(nn.Module):
     def _warm_up(self, weight: Tensor, micro_batch_size: int) -> None:
         of_kinds = {name in self._local: layer for name, layer in self.layers.items()}
         s, h = self._sequence_shape
-        shape = (s, micro_batch_size, h)
         num_tokens = s * self._sequence_parts
         whole, (table, _) = (num_tokens,) * micro_batch_size, self._tables(num_tokens)
         # On CUDA packed documents have kernels of their own.
         packed = [Documents.on(weight.device, whole)] if weight.is_cuda else []
         for documents in (None, *packed):
-            x = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+            x = weight.new_zeros(s * micro_batch_size, h, requires_grad=True)
             y = x
             for layer in of_kinds.values():
-                y = layer(y, table, documents)
+                y = layer(y, micro_batch_size, table, documents)
             y = y if self.final_norm is None else self.final_norm(y)
             with self.weight_grads.deferring(_NO_MICROBATCH):
                 torch.autograd.grad(y, x, torch.zeros_like(y))
@@ -150,7 +149,7 @@ class Stage(nn.Module):
                 self.weight_grads.drain(_NO_MICROBATCH)
             with torch.no_grad():  # a validation would compile attention again
                 for layer in of_kinds.values() if weight.is_cuda else ():
-                    layer(x, table, documents)
+                    layer(x, micro_batch_size, table, documents)
 
     def _decoder_layers(self) -> Iterator[tuple[str, DecoderLayer]]:
         for index, layer in self.layers.items():
@@ -232,16 +231,18 @@ class Stage(nn.Module):
             x = x + _by_token(self.positions, x.shape[:2], lengths)
         if self._splits_input is not None:
             x = split_sequence(x, self._splits_input)
-        num_tokens = len(x) * self._sequence_parts
-        tables = self._tables(num_tokens)
+        s, b, h = x.shape
+        tables = self._tables(s * self._sequence_parts)
+        x = x.flatten(0, 1)  # once, and not in every operation of a layer
         for number, (name, layer) in enumerate(self.layers.items()):
             self._read(2 * number)
             with self._hooks() if number < self._num_offloaded else nullcontext():
-                x = layer(x, tables[name in self._local], documents)
+                x = layer(x, b, tables[name in self._local], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
             if self._divisor != 1:
                 x = x / self._divisor  # the output layer is linear, so this divides the logits
+        x = x.view(s, b, h)
         return x if self._joins_output is None else join_sequence(x, self._joins_output)
 
     def _in_order_of_completion(self) -> tuple[tuple[str, ...], ...]:

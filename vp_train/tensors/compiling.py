@@ -46,9 +46,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def compiled_for_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what `compiled` does, for all sizes of the first two dimensions, [s, b].
+    """Return what `compiled` does, for all numbers of tokens.
 
-    All other sizes are constants, and so are those of weights, which have one or two dimensions.
+    These are the first dimension of a matrix [T, ..], and the first two of more dimensions [s, b,
+    ..].  All other sizes are constants, and so is that of a vector, which is a weight.
     """
     return _ByMetadata(function, dynamic=False)
 
@@ -118,8 +119,8 @@ def _marked(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
         return argument
     tensor = argument.detach()
-    if tensor.dim() > 2:  # not a weight
-        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
+    if tensor.dim() > 1:  # not a weight
+        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1] if tensor.dim() > 2 else [0])
     return tensor
 
 
