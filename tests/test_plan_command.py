@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from vp_train.commands.plan import main
-from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
+from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.report import make_report
 from vp_train.settings import load_config
 
@@ -46,7 +46,7 @@ def test_as_in_the_readme_without_torch():
     )
     assert f"MFU {found.mfu:.1%}" in done.stdout
     assert lines[-2] == f"binds     {found.binds}"
-    assert lines[-1].startswith("without   vocabulary parallelism the best is ")
+    assert lines[-1].startswith("without   vocabulary parallelism, best of this split: ")
 
 
 def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
@@ -127,9 +127,27 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert "none of the others seems faster" in out
     assert "does not split over parallel.tp=4" in out
     assert "ruled out most: " in out
-    assert out.count("without vocabulary parallelism: ") == 1
+    assert out.count("the best without vocabulary parallelism, on any split: ") == 1
     assert record["without_vocabulary_parallelism"]["step_seconds"] > steps[0]
     assert (record["choices"], record["ended"]) > (0, "")
+    shown = out[out.index("in all rows: ") : out.index("the first: ")].splitlines()
+    assert max(map(len, shown)) <= 110
+    plans = record["best"]
+    for name in ("dp", "pp", "tp"):
+        values = {plan[name] for plan in plans}
+        assert (f"{name} {plans[0][name]}, " in shown[0]) is (len(values) == 1)
+        assert (f" {name} " in shown[2]) is (len(values) > 1)
+    assert [row.split()[0] for row in shown[4:7]] == ["1", "2", "3"]
+
+
+def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
+    """The effort suffices for short steps, and for the one plan that is always made."""
+    _, out, _ = vp_plan("--search", "--top", 3, "--effort", 8, *NANO)
+    first, *others = re.findall(r"^[123] .*$", out, re.MULTILINE)
+    assert "~" not in first
+    assert len(others) == 2
+    assert all("~" in row for row in others)
+    assert "\n~ estimated from short steps: " in out
 
 
 @pytest.mark.parametrize(
@@ -237,7 +255,9 @@ def test_what_ended_a_search_stands_above_its_plans_and_what_was_not_searched_is
     assert re.match(
         r"OUT OF TIME with [\d,]+ choices left that might be faster(, and .*)?; raise", ended
     )
-    assert re.search(r"vocabulary parallelism: not searched to the end, [\d,]+ choices left", out)
+    assert re.search(
+        r"vocabulary parallelism, on any split: not searched to the end, [\d,]+ choices left", out
+    )
     assert "fits" not in out
 
 
@@ -258,7 +278,7 @@ def test_the_clock_on_the_wall_does_not_end_a_search(vp_plan, monkeypatch):
 @pytest.mark.parametrize("place", ["/proc/x", "."])
 def test_a_file_that_cannot_be_written_is_known_before_the_work(vp_plan, words, place):
     code, out, err = vp_plan(*words, "--json", place, *NANO)
-    assert (code, out) == (EXIT_CONFIG, "")
+    assert (code, out) == (EXIT_IO, "")
     assert f"--json {place} cannot be written (" in err
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 
 import pytest
 
@@ -35,6 +37,20 @@ def test_a_log_gets_a_line_every_ten_seconds_and_none_of_a_short_search(clock, c
         clock[0] += 1.9
         searching.watch(BEST)
     assert capsys.readouterr().err == ""
+
+
+def test_what_says_nothing_for_long_is_named_and_leaves_no_thread(clock, capsys):
+    before = threading.active_count()
+    with Searching() as searching:
+        searching.work_on("planning")
+        clock[0] += 3
+        for _ in range(100):
+            err = capsys.readouterr().err
+            if err:
+                break
+            time.sleep(0.05)
+    assert err == "3 s: planning\n"
+    assert threading.active_count() == before
 
 
 def test_a_best_above_the_cap_says_so(clock, capsys):

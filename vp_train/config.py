@@ -1052,7 +1052,7 @@ class ClusterConfig:
         0, "Multiprocessors of a GPU; 0: all FLOPs run at efficiency.", least=0, most=100_000
     )
     kernel_seconds: float = setting(0.0, "Fixed time of a kernel.", unit="s", least=0)
-    host_layer_seconds: float = setting(
+    layer_launch_seconds: float = setting(
         0.0,
         "What the host takes to issue a layer's forward and backward; a plan warns where the GPU "
         "takes less.",

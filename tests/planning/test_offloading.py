@@ -112,7 +112,7 @@ def test_an_optimizer_in_host_memory_counts_there_by_replicas_and_nodes():
             assert most_host_bytes(step, config.optim, 2).total == needed / dp
     found = make_report(config)
     lines = plan_lines(config, found)
-    assert any(line.startswith("hosts     hold up to 134") for line in lines)
+    assert any(line.startswith("host RAM  holds up to 134") for line in lines)
     known = replace(found, cluster=replace(config.cluster, host_memory_gib=100.0))
     assert not known.fits
     assert "of optimizer state in host memory" in known.binds
@@ -177,7 +177,7 @@ def test_a_search_does_not_offload_more_than_hosts_have():
         lines = "\n".join(search_lines(config, Limits(), result))
         if fits:
             need = f"up to {result.best[0].report.host.total / GIB:.0f} GiB per node"
-            assert f"host memory: {need} of cluster.host_memory_gib=600; set it to" in lines
+            assert f"host RAM: {need}, of the 600 GiB that cluster.host_memory_gib says" in lines
             assert "SPENT" not in lines
         else:
             assert result.num_estimated == result.num_open == 0, "arithmetic says so"

@@ -124,14 +124,14 @@ def test_layers_without_their_sums_are_half_of_those_of_one_rank(split, recomput
 def test_a_host_that_is_slower_than_the_gpu_is_named():
     layer = report().kernel_seconds_of_layer
     assert layer > 0
-    assert not report(f"cluster.host_layer_seconds={layer * 0.99}").host_words
-    slow = report(f"cluster.host_layer_seconds={layer * 1.5}")
+    assert not report(f"cluster.layer_launch_seconds={layer * 0.99}").launch_words
+    slow = report(f"cluster.layer_launch_seconds={layer * 1.5}")
     assert (
         "layers may take 1.5 times as long as the step counts; a larger micro-batch helps"
-        in slow.host_words
+        in slow.launch_words
     )
-    split = report("parallel.tp=2", "parallel.pp=2", "cluster.host_layer_seconds=10")
-    assert split.host_words.endswith("a larger micro-batch or a smaller tp helps")
+    split = report("parallel.tp=2", "parallel.pp=2", "cluster.layer_launch_seconds=10")
+    assert split.launch_words.endswith("a larger micro-batch or a smaller tp helps")
 
 
 def test_on_h100s_a_microbatch_of_gpt_4b_waits_for_the_host_and_one_of_llama3_8b_does_not():
@@ -141,10 +141,10 @@ def test_on_h100s_a_microbatch_of_gpt_4b_waits_for_the_host_and_one_of_llama3_8b
         make_report(load_config(["model=gpt_4b", *words, *more]))
         for more in ([], ["cluster.sustained=1", "cluster.contention=0"])
     )
-    assert found.host_words
+    assert found.launch_words
     assert found.kernel_seconds_of_layer == pytest.approx(alone.kernel_seconds_of_layer, rel=0.07)
     assert alone.kernel_seconds_of_layer == pytest.approx(2.77e-3, rel=0.05)
-    assert not make_report(load_config(["model=llama3_8b", *words])).host_words
+    assert not make_report(load_config(["model=llama3_8b", *words])).launch_words
 
 
 @pytest.mark.parametrize(

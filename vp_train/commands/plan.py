@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ _SHOWN_REFUSALS = 3
 _GIB = 2**30
 _LARGE_GAP = 0.1  # above the lower bound
 _MOST_TOKENS = 10**9
+# Of the table of a search: the columns with words, and that of GiB per node.
+_WORDS = ("schedule x chunks", "vocab", "recompute", "optim")
+_HOST_MEMORY = "host RAM"
 
 
 _EXAMPLES = """\
@@ -149,9 +152,13 @@ def show_plan(config: RunConfig, path: Path | None) -> int:
     """
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
-    with Searching() as searching:
+    with Searching(keeps_best=config.schedule.is_solved) as searching:
+        searching.work_on("planning the step")
         report = make_report(config, searching.watch)
-    lines = [*plan_lines(config, report), *without_lines(config, report), *searching.words]
+    with Searching(keeps_best=False) as comparing:
+        lines = plan_lines(config, report, comparing.work_on)
+        comparing.work_on("searching the same split without vocabulary parallelism")
+        lines += [*without_lines(config, report), *searching.words]
     print("\n".join(lines), flush=True)
     _write(path, report.record())
     return searching.exit_code if report.fits else EXIT_CONFIG
@@ -223,8 +230,13 @@ def _estimate_record(config: RunConfig, estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
-    """Return the report of one plan in lines; it fits on a screen for up to 16 ranks."""
+def plan_lines(
+    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+) -> list[str]:
+    """Return the report of one plan in lines; it fits on a screen for up to 16 ranks.
+
+    `progress` gets lines to show while it looks for what would help.
+    """
     parts, step, worst = report.parts, report.step_seconds, report.ranks[report.worst].memory
     shares = ", ".join(
         f"{name} {seconds / step:.1%}"
@@ -252,8 +264,8 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
         f"binds     {report.binds}",
     ]
     lines[-2:-2] = _host_lines(report)
-    if report.host_words:
-        lines.insert(-1, f"launch    {report.host_words}")
+    if report.launch_words:
+        lines.insert(-1, f"launch    {report.launch_words}")
     if report.work.on_cuda and report.degrees.num_ranks > 1:
         lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:
@@ -262,8 +274,9 @@ def plan_lines(config: RunConfig, report: PlanReport) -> list[str]:
             "schedules, or vp-plan --search"
         )
     if not report.fits:
+        progress("planning what would help")
         helps = remedies(config, report) if report.excess > 0 else []
-        helps += host_remedies(config, report) if report.host_excess > 0 else []
+        helps += host_remedies(config, report, progress) if report.host_excess > 0 else []
         lines += ["", *(f"would help: {words}" for words in helps)]
     return lines
 
@@ -273,18 +286,13 @@ def without_lines(config: RunConfig, report: PlanReport) -> list[str]:
     if report.degrees.pp == 1:
         return []
     result = without_vocabulary(config, report.degrees)
-    best = result.without_vocabulary
+    best, head = result.without_vocabulary, "without   vocabulary parallelism, best of this split:"
     if best is None:
-        reason = (
-            "nothing fits" if result.leanest is None else f"nothing fits: {result.leanest.reason}"
-        )
-        return [f"without   vocabulary parallelism {reason}"]
+        reason = "" if result.leanest is None else f": {result.leanest.reason}"
+        return [f"{head} nothing fits{reason}"]
     if report.vocab == "none" and best.seconds >= 0.995 * report.step_seconds:
-        return ["without   vocabulary parallelism nothing is faster than this plan, which has none"]
-    return [
-        f"without   vocabulary parallelism the best is {short_words(best.choice)}: "
-        f"{_compared(best, report.step_seconds)}"
-    ]
+        return [f"{head} this plan, which has none"]
+    return [f"{head} {short_words(best.choice)}: {_compared(best, report.step_seconds)}"]
 
 
 def short_words(choice: Choice) -> str:
@@ -316,7 +324,7 @@ def _host_lines(report: PlanReport) -> list[str]:
     optimizer = f", {human_bytes(host.optimizer)} for the optimizer" if host.optimizer else ""
     return [
         *lines,
-        f"hosts     hold up to {human_bytes(host.total)} per node{limit}{optimizer}",
+        f"host RAM  holds up to {human_bytes(host.total)} per node{limit}{optimizer}",
     ]
 
 
@@ -330,9 +338,9 @@ def _offload_lines(found: Offloading | None, step_seconds: float) -> list[str]:
     return [
         f"offload   {human_bytes(found.moved)} of a step go to the host and back on the busiest "
         f"rank; its link is busy {down:.0%} down, {up:.0%} up",
-        f"          {found.num_moved} of {found.num_moved + found.num_kept} microbatches of stages "
-        f"go there, which delays the passes by {found.exposed / step_seconds:.1%} and saves "
-        f"{human_bytes(found.saved)} on the worst rank",
+        f"          {found.num_moved:,} of {found.num_moved + found.num_kept:,} forward passes "
+        f"send activations there, which delays the passes by {found.exposed / step_seconds:.1%} "
+        f"and saves {human_bytes(found.saved)} on the worst rank",
     ]
 
 
@@ -458,12 +466,7 @@ def search_lines(
     lines = _unfinished_lines(result, is_stopped=is_stopped)
     if result.best:
         first = result.best[0]
-        lines += [*_best_table(result.best), ""]
-        lines += [
-            f"not planned whole: {estimate.choice.overrides(config)}: "
-            f"{_compared(estimate, first.report.step_seconds)}"
-            for estimate in result.estimated
-        ]
+        lines += [*_best_lines(result), ""]
         lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
         lines += _host_memory_lines(result.best)
         lines += [*_vocabulary_lines(config, result), ""]
@@ -512,7 +515,7 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
         return []
     splits = first.choice.splits_vocabulary
     other = result.without_vocabulary if splits else result.with_vocabulary
-    kind = f"{'without' if splits else 'with'} vocabulary parallelism"
+    kind = f"the best {'without' if splits else 'with'} vocabulary parallelism, on any split"
     if other is None:
         left = result.num_unseen[not splits]
         found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
@@ -533,43 +536,73 @@ def _host_memory_lines(best: Sequence[Found]) -> list[str]:
         return []
     need = f"up to {most / _GIB:,.0f} GiB per node"
     if known is None:
-        return [f"host memory is not checked: {need}; set cluster.host_memory_gib to what there is"]
-    return [f"host memory: {need} of cluster.host_memory_gib={known:g}; set it to what there is"]
+        return [f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"]
+    return [f"host RAM: {need}, of the {known:g} GiB that cluster.host_memory_gib says there are"]
 
 
-def _best_table(best: Sequence[Found]) -> list[str]:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    on_hosts = any(found.report.host.total for found in best)
-    for head in (
-        *("", "dp", "pp", "tp", "microbatches", "schedule", "vocab", "recompute", "sp", "optim"),
-        *("step", "tokens/s", "MFU", "bubble", "gap", "GiB"),
-        *(("host GiB",) if on_hosts else ()),  # per node
-    ):
-        table.add_column(
-            head,
-            justify="left" if head in ("schedule", "vocab", "recompute", "optim") else "right",
-            no_wrap=True,
+def _best_lines(result: Result) -> list[str]:
+    """Return a table of the best in lines, those at its end that are only estimated with `~`.
+
+    What all have in common stands above it.
+    """
+    first = result.best[0].report
+    rows = [_choice_words(found.choice) | _report_words(found.report) for found in result.best]
+    for estimate in result.estimated:
+        mfu = first.mfu * first.step_seconds / estimate.seconds
+        rows.append(
+            _choice_words(estimate.choice)
+            | {
+                "step": f"~{duration(estimate.seconds)}",
+                "MFU": f"~{mfu:.1%}",
+                "GiB": f"~{estimate.memory / _GIB:.1f}",
+            }
         )
-    for place, (choice, report) in enumerate(((found.choice, found.report) for found in best), 1):
-        degrees = choice.degrees
-        table.add_row(
-            str(place),
-            *(str(degree) for degree in (degrees.dp, degrees.pp, degrees.tp)),
-            f"{choice.num_microbatches} x {choice.micro_batch_size}",
-            short_words(choice),
-            choice.vocab,
-            _recompute_words(choice),
-            "yes" if choice.sequence_parallel else "no",
-            _optimizer_words(choice),
-            duration(report.step_seconds),
-            f"{report.num_tokens / report.step_seconds:,.0f}",
-            f"{report.mfu:.1%}",
-            f"{report.bubble:.1%}",
-            f"{report.gap:.1%}",
-            f"{report.ranks[report.worst].memory.total / _GIB:.1f}",
-            *((f"{report.host.total / _GIB:,.0f}",) if on_hosts else ()),
-        )
-    return _rendered(table)
+    common = {
+        head: word
+        for head, word in _choice_words(result.best[0].choice).items()
+        if len(rows) > 1 and all(row[head] == word for row in rows)
+    }
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    heads = [head for head in rows[0] if head not in common]
+    if not any(found.report.host.total for found in result.best):
+        heads.remove(_HOST_MEMORY)
+    table.add_column("", justify="right")
+    for head in heads:
+        table.add_column(head, justify="left" if head in _WORDS else "right", no_wrap=True)
+    for place, row in enumerate(rows, 1):
+        table.add_row(str(place), *(row.get(head, "") for head in heads))
+    lines = [f"in all rows: {', '.join(map(' '.join, common.items()))}", ""] if common else []
+    lines += _rendered(table)
+    if result.estimated:
+        lines += ["~ estimated from short steps: planning it whole takes more effort than is left"]
+    return lines
+
+
+def _choice_words(choice: Choice) -> dict[str, str]:
+    """Return what a row of the table says of a choice, by column."""
+    degrees, chunks = choice.degrees, choice.num_chunks
+    return {
+        "dp": str(degrees.dp),
+        "pp": str(degrees.pp),
+        "tp": str(degrees.tp),
+        "microbatches": f"{choice.num_microbatches} x {choice.micro_batch_size}",
+        "schedule x chunks": choice.schedule + ("" if chunks is None else f" x {chunks}"),
+        "vocab": "redistribute" if choice.placement == "redistribute" else choice.vocab,
+        "recompute": _recompute_words(choice),
+        "sp": "yes" if choice.sequence_parallel else "no",
+        "optim": _optimizer_words(choice),
+    }
+
+
+def _report_words(report: PlanReport) -> dict[str, str]:
+    """Return what a row of the table says of a plan, by column."""
+    return {
+        "step": duration(report.step_seconds),
+        "MFU": f"{report.mfu:.1%}",
+        "bubble": f"{report.bubble:.1%}",
+        "GiB": f"{report.ranks[report.worst].memory.total / _GIB:.1f}",
+        _HOST_MEMORY: f"{report.host.total / _GIB:,.0f}",
+    }
 
 
 def _recompute_words(choice: Choice) -> str:
@@ -579,7 +612,7 @@ def _recompute_words(choice: Choice) -> str:
     if choice.recompute_per_stage is None:
         return choice.recompute
     kinds = choice.recompute_per_stage
-    return f"{choice.recompute} in {len(kinds) - kinds.count('none')} of {len(kinds)}"
+    return f"{choice.recompute} in {len(kinds) - kinds.count('none')}/{len(kinds)}"
 
 
 def _optimizer_words(choice: Choice) -> str:
@@ -709,7 +742,9 @@ def _more_gpus_words(config: RunConfig, replicas: int) -> str:
     return f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}"
 
 
-def host_remedies(config: RunConfig, report: PlanReport) -> list[str]:
+def host_remedies(
+    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+) -> list[str]:
     """Return the changes that save memory of the hosts, the largest saving first, in words.
 
     Every change is planned on its own.  Bytes are those of a node.  What does not fit on the GPUs
@@ -717,6 +752,7 @@ def host_remedies(config: RunConfig, report: PlanReport) -> list[str]:
     """
     found: list[tuple[bool, float, str]] = []
     for words, changed in _lighter_on_hosts(config, report).items():
+        progress(f"planning with {words}")
         try:
             then = make_report(changed)
         except ConfigError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import Self
@@ -21,6 +22,7 @@ from vp_train.units import human_bytes
 _SILENT_SECONDS = 2.0  # a search that ends within them shows nothing
 # Seconds between two lines of progress, by whether stderr is a terminal.
 _EVERY_SECONDS = {True: 0.2, False: 10.0}
+_LOOK_SECONDS = 0.2  # between two looks at the clock while something goes on
 _STOPPING = b"\nstopping with the best so far; Ctrl-C again leaves at once\n"
 
 
@@ -28,8 +30,8 @@ class Searching:
     """The progress of a search: a line that replaces itself on a terminal, else one now and then.
 
     The first Ctrl-C inside only asks the search to end with its best so far, which `is_stopped`
-    says; another one raises KeyboardInterrupt.  With `keeps_best=False` the first one does.  No
-    thread is started, so that a launcher may fork afterwards.
+    says; another one raises KeyboardInterrupt.  With `keeps_best=False` the first one does.  Only
+    `work_on` starts a thread, and none is left afterwards, so that a launcher may fork.
     """
 
     def __init__(self, *, keeps_best: bool = True) -> None:
@@ -40,6 +42,9 @@ class Searching:
         self._is_terminal = sys.stderr.isatty()
         self._next = self._started + _SILENT_SECONDS
         self._handles = False
+        self._words, self._lock = "", threading.Lock()
+        self._ended = threading.Event()
+        self._clock: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         # Not under nohup or a launcher, which have their own way with signals.
@@ -51,6 +56,9 @@ class Searching:
     def __exit__(self, *_: object) -> None:
         if self._handles:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._ended.set()
+        if self._clock is not None:
+            self._clock.join()
         if self._live is not None:
             self._live.stop()
 
@@ -74,15 +82,32 @@ class Searching:
 
     def show(self, words: str) -> bool:
         """Show what the search has found if it is time to; return whether it goes on."""
-        now = time.monotonic()
-        if now >= self._next:
+        self._words = words
+        self._show()
+        return not self.is_stopped
+
+    def work_on(self, words: str) -> None:
+        """Show what goes on until something else does, also if that says nothing for long."""
+        self.show(words)
+        if self._clock is None:
+            self._clock = threading.Thread(target=self._remind, daemon=True)
+            self._clock.start()
+
+    def _remind(self) -> None:
+        while not self._ended.wait(_LOOK_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now < self._next:
+                return
             self._next = now + _EVERY_SECONDS[self._is_terminal]
-            line = f"{now - self._started:.0f} s: {words}"
+            line = f"{now - self._started:.0f} s: {self._words}"
             if self._is_terminal:
                 self._redraw(line)
             else:
                 print(line, file=sys.stderr, flush=True)
-        return not self.is_stopped
 
     def watch(self, state: SoFar) -> bool:
         """Show the state of the search of schedule=auto; return whether it goes on."""

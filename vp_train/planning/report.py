@@ -240,14 +240,15 @@ class PlanReport:
         return seconds * self.cluster.sustained
 
     @property
-    def host_words(self) -> str:
-        """What the host does to the step if it takes longer than the GPU, in words; "" if not."""
-        layer, host = self.kernel_seconds_of_layer, self.cluster.host_layer_seconds
+    def launch_words(self) -> str:
+        """What the CPU does to the step if it takes longer than the GPU, in words; "" if not."""
+        layer, host = self.kernel_seconds_of_layer, self.cluster.layer_launch_seconds
         if not 0 < layer < host:
             return ""
         return (
-            f"the host takes about {1e3 * host:.1f} ms to issue a layer, the GPU {1e3 * layer:.1f} "
-            f"to compute it: layers may take {host / layer:.1f} times as long as the step counts; "
+            f"the CPU takes about {1e3 * host:.1f} ms to issue the kernels of a layer, the GPU "
+            f"{1e3 * layer:.1f} to compute them: layers may take {host / layer:.1f} times as long "
+            "as the step counts; "
             f"a larger micro-batch{' or a smaller tp' * (self.degrees.tp > 1)} helps"
         )
 
