@@ -1,9 +1,10 @@
 """Count and time one decoder layer: operations, elementwise bytes, kept bytes, CPU time.
 
-    OMP_NUM_THREADS=1 python benchmarks/layers.py [--before DIR] [--turns 60] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/layers.py [--host] [--before DIR] [--turns 60] [--json FILE]
 
 There are three systems.  `plain` and `fused` are this checkout with elementwise work as torch
-operations and compiled.  `before`, with `--before DIR`, is a checkout of an earlier commit.
+operations and compiled.  `before`, with `--before DIR`, is a checkout of an earlier commit, with
+torch operations.
 
 Counts are of a layer in bf16 with the heads of a preset and an eighth of its widths.  An operation
 is one that torch dispatches and that is not a view.  These count as one: a compiled region, which
@@ -15,6 +16,12 @@ autograd keeps.
 Times are CPU seconds of one thread for a smaller layer, forward and backward.  Every system has a
 process, and they take turns, so that other work on the machine meets all of them.  A ratio is the
 median over the turns.
+
+With `--host` there are no counts, and layers so small that nearly all of their time is what the
+host takes to issue them: a stage with four layers of a preset in fp32, with two heads of 8 values
+and four tokens.  Times are of one layer; a turn is the median of 20 passes.  `replayed` calls the
+operations of `plain` once more, also those that are views, without this project's code and without
+autograd.  `before fused` is the earlier commit compiled; the ratio of `fused` is to it.
 """
 
 from __future__ import annotations
@@ -32,6 +39,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +60,34 @@ SMALL = {  # what is timed: the proportions of llama3_8b
     "ffn_hidden_size": 1792,
     "seq_length": 512,
 }
+
+
+TINY = {"num_layers": 4, "hidden_size": 16, "ffn_hidden_size": 16, "seq_length": 4}  # with --host
+PASSES = 20  # of a turn with --host
+
+
+class Record(TorchDispatchMode):
+    """Keeps the operations that torch dispatches, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        call = partial(func, *args, **(kwargs or {}))
+        self._calls.append(call)
+        return call()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @torch.no_grad()
+    def replay(self, *_: object) -> None:
+        """Call the operations again."""
+        for call in self._calls:
+            call()
 
 
 class Count(TorchDispatchMode):
@@ -141,7 +177,17 @@ def _bytes_of(value: Any) -> int:
     )
 
 
-def build(model: Any, system: str, dtype: torch.dtype, fuse: Any = None) -> Any:
+def fuse_of(system: str) -> Any:
+    """Return how elementwise work runs, None in a checkout that does not know `fuse`."""
+    try:
+        from vp_train.model.elementwise import plain
+        from vp_train.tensors.compiling import compiled_for_tokens
+    except ImportError:
+        return None
+    return compiled_for_tokens if "fused" in system else plain
+
+
+def build(model: Any, dtype: torch.dtype, fuse: Any) -> Any:
     """Return a stage of one layer with fp32 gradients, as in a run."""
     import torch.distributed as dist
 
@@ -149,11 +195,10 @@ def build(model: Any, system: str, dtype: torch.dtype, fuse: Any = None) -> Any:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    options = {} if system == "before" else {"fuse": fuse}
-    assert ("fuse" in inspect.signature(Stage).parameters) == bool(options)
+    options = {"fuse": fuse} if "fuse" in inspect.signature(Stage).parameters else {}
     stage = Stage(
         model,
-        range(1),
+        range(model.num_layers),
         final_norm=False,
         dtype=dtype,
         device=torch.device("cpu"),
@@ -168,11 +213,15 @@ def build(model: Any, system: str, dtype: torch.dtype, fuse: Any = None) -> Any:
     return stage
 
 
-def reduced(name: str) -> Any:
-    """Return one layer of a preset with its numbers of heads and an eighth of its widths."""
+def preset(name: str) -> Any:
     from vp_train.settings import load_config
 
-    model = load_config([f"model={name}"]).model
+    return load_config([f"model={name}"]).model
+
+
+def reduced(name: str) -> Any:
+    """Return one layer of a preset with its numbers of heads and an eighth of its widths."""
+    model = preset(name)
     return replace(
         model,
         num_layers=1,
@@ -189,15 +238,13 @@ def count(name: str, system: str) -> dict[str, Any]:
     model, counter = reduced(name), Count()
     # On CUDA a product that is added to an fp32 gradient is one operation.
     linear._accumulate = counter.region(linear._accumulate, elementwise=False)
-    fuse: Any = counter.region
-    if system == "before":
+    fuse = counter.region if system == "fused" else fuse_of(system)
+    if fuse is None:
         _KernelNorm.counter = counter
         torch.nn.functional.rms_norm = lambda x, shape, weight, epsilon: _KernelNorm.apply(
             x, weight, epsilon
         )
-    elif system == "plain":
-        from vp_train.model.elementwise import plain as fuse
-    stage = build(model, system, torch.bfloat16, fuse)
+    stage = build(model, torch.bfloat16, fuse)
     x = torch.randn(model.seq_length, 1, model.hidden_size, dtype=torch.bfloat16)
     x.requires_grad_()
     unit = 2 * x.numel()
@@ -245,36 +292,57 @@ def _read(counter: Count, unit: int) -> dict[str, Any]:
     return found
 
 
-def serve_times(dtype: str, system: str) -> None:
-    """Time a small layer once for every line of the standard input; print the CPU seconds.
+def tiny(name: str) -> Any:
+    """Return a few layers of a preset with next to nothing to compute."""
+    model = preset(name)
+    groups = 2 if model.num_query_groups == model.num_heads else 1
+    return replace(model, num_heads=2, num_query_groups=groups, **TINY)
+
+
+def serve_times(model: Any, dtype: torch.dtype, system: str, passes: int) -> None:
+    """Time a stage once for every line of the standard input; print the CPU seconds of a layer.
+
+    They are the median of some passes.
 
     The first line printed has those of the first pass, which compiles.
     """
-    from vp_train.config import ModelConfig
-
     torch.set_num_threads(1)
-    fuse = None
-    if system != "before":
-        from vp_train.model.elementwise import plain
-        from vp_train.tensors.compiling import compiled_for_tokens
-
-        fuse = compiled_for_tokens if system == "fused" else plain
-    model = ModelConfig(**SMALL)
-    stage = build(model, system, DTYPES[dtype], fuse)
+    stage = build(model, dtype, fuse_of(system))
     generator = torch.Generator().manual_seed(0)
     shape = (model.seq_length, 1, model.hidden_size)
-    x, dy = (torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(2))
+    x, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     x.requires_grad_()
-    first = _cpu_seconds()
-    stage(x).backward(dy)
-    print(json.dumps({"first": _cpu_seconds() - first, "dx": float(x.grad.float().norm())}))
+    forward, backward = partial(stage, x), partial(torch.autograd.backward, grad_tensors=dy)
+    begin = _cpu_seconds()
+    backward(forward())
+    first = {"first": _cpu_seconds() - begin, "dx": float(x.grad.float().norm())}
+    if system == "replayed":
+        with Record() as of_forward:
+            y = forward()
+        with Record() as of_backward:
+            backward(y)
+        forward, backward = of_forward.replay, of_backward.replay
+        first["calls"] = (len(of_forward) + len(of_backward)) / model.num_layers
+    print(json.dumps(first), flush=True)
     for _ in sys.stdin:
-        begin = time.process_time()
-        y = stage(x)
-        middle = time.process_time()
-        y.backward(dy)
-        end = time.process_time()
-        print(json.dumps({"forward": middle - begin, "backward": end - middle}), flush=True)
+        turns = [_timed(forward, backward) for _ in range(passes)]
+        print(
+            json.dumps(
+                {
+                    part: statistics.median(turn[part] for turn in turns) / model.num_layers
+                    for part in turns[0]
+                }
+            ),
+            flush=True,
+        )
+
+
+def _timed(forward: Callable[[], Any], backward: Callable[[Any], None]) -> dict[str, float]:
+    begin = time.process_time()
+    y = forward()
+    middle = time.process_time()
+    backward(y)
+    return {"forward": middle - begin, "backward": time.process_time() - middle}
 
 
 def _cpu_seconds() -> float:
@@ -288,7 +356,7 @@ def command(kind: str, first: str, system: str) -> list[str]:
 
 
 def environment(system: str, before: Path | None) -> dict[str, str]:
-    checkout = before if system == "before" else HERE
+    checkout = before if "before" in system else HERE
     threads = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
     return os.environ | threads | {"PYTHONPATH": str(checkout)}
 
@@ -304,11 +372,16 @@ def counted(name: str, system: str, before: Path | None) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def compared(dtype: str, systems: list[str], turns: int, before: Path | None) -> dict[str, Any]:
-    """Let the systems take turns in timing a layer; return medians and ratios to the first one."""
+def compared(
+    kind: str, first: str, systems: list[str], turns: int, before: Path | None
+) -> dict[str, Any]:
+    """Let the systems take turns in timing a layer; return medians and ratios to another one.
+
+    That is the first one, or the one of the same name before.
+    """
     workers = {
         system: subprocess.Popen(
-            command("time", dtype, system),
+            command(kind, first, system),
             env=environment(system, before),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -333,10 +406,11 @@ def compared(dtype: str, systems: list[str], turns: int, before: Path | None) ->
     for worker in workers.values():
         worker.communicate()
     for system in systems:
+        earlier = f"before {system}"
         for part in ("forward", "backward", "both"):
             mine, base = (
                 [turn[part] if part in turn else sum(turn.values()) for turn in times[name]]
-                for name in (system, systems[0])
+                for name in (system, earlier if earlier in times else systems[0])
             )
             result[system][f"{part}_seconds"] = statistics.median(mine)
             result[system][f"{part}_ratio"] = statistics.median(
@@ -350,23 +424,59 @@ def main() -> None:
         kind, first, system = sys.argv[2:]
         if kind == "count":
             print(json.dumps(count(first, system)))
+        elif kind == "host":
+            serve_times(tiny(first), torch.float32, system, PASSES)
         else:
-            serve_times(first, system)
+            from vp_train.config import ModelConfig
+
+            serve_times(ModelConfig(**SMALL), DTYPES[first], system, 1)
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--host", action="store_true", help="time what the host takes")
     parser.add_argument("--before", type=Path, metavar="DIR", help="an earlier commit's checkout")
     parser.add_argument("--turns", type=int, default=60, help="of every system; 0: no times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     arguments = parser.parse_args()
     before = arguments.before and arguments.before.resolve()
-    systems = [*(["before"] if before else []), "plain", "fused"]
-    counts: dict[str, Any] = {}
+    result = (
+        {"host": hosts(arguments.turns, before)}
+        if arguments.host
+        else {"counts": counts(before), "times": timed(arguments.turns, before)}
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(provenance() | result, indent=1) + "\n")
+
+
+def hosts(turns: int, before: Path | None) -> dict[str, Any]:
+    """Print and return what the host takes for a layer."""
+    systems = [*(["before", "before fused"] if before else []), "plain", "fused", "replayed"]
+    found: dict[str, Any] = {}
     for name in COUNTED:
-        counts[name] = {system: counted(name, system, before) for system in systems}
+        found[name] = compared("host", name, systems, turns, before)
         print(name)
-        for system, figures in counts[name].items():
+        for system, figures in found[name].items():
+            calls = figures["first_pass"].get("calls")
+            print(
+                f"  {system:12} {1e6 * figures['forward_seconds']:4.0f} + "
+                f"{1e6 * figures['backward_seconds']:4.0f} us, ratio {figures['both_ratio']:.3f} "
+                f"(forward {figures['forward_ratio']:.3f}, backward "
+                f"{figures['backward_ratio']:.3f})"
+                + (f", {calls:.0f} operations" if calls else ""),
+                flush=True,
+            )
+    return found
+
+
+def counts(before: Path | None) -> dict[str, Any]:
+    """Print and return the counts of layers."""
+    systems = [*(["before"] if before else []), "plain", "fused"]
+    found: dict[str, Any] = {}
+    for name in COUNTED:
+        found[name] = {system: counted(name, system, before) for system in systems}
+        print(name)
+        for system, figures in found[name].items():
             forward, backward = figures["forward"], figures["backward"]
             print(
                 f"  {system:6} {forward['operations']:3} + {backward['operations']:3} operations, "
@@ -375,11 +485,17 @@ def main() -> None:
                 f"{figures['kept_units_planned']:.2f} planned",
                 flush=True,
             )
-    times: dict[str, Any] = {}
-    for dtype in DTYPES if arguments.turns else ():
-        times[dtype] = compared(dtype, systems, arguments.turns, before)
+    return found
+
+
+def timed(turns: int, before: Path | None) -> dict[str, Any]:
+    """Print and return the times of a small layer."""
+    systems = [*(["before"] if before else []), "plain", "fused"]
+    found: dict[str, Any] = {}
+    for dtype in DTYPES if turns else ():
+        found[dtype] = compared("time", dtype, systems, turns, before)
         print(dtype)
-        for system, figures in times[dtype].items():
+        for system, figures in found[dtype].items():
             print(
                 f"  {system:6} {1e3 * figures['both_seconds']:6.1f} ms CPU, "
                 f"{figures['both_ratio']:.3f} of the first (forward "
@@ -387,9 +503,7 @@ def main() -> None:
                 f"first pass {figures['first_pass']['first']:.1f} s CPU",
                 flush=True,
             )
-    if arguments.json:
-        result = provenance() | {"counts": counts, "times": times}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":

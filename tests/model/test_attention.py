@@ -282,7 +282,7 @@ def test_a_layer_attends_flexibly_as_it_does_by_blocks(monkeypatch, window):
     layer = CoreAttention(SimpleNamespace(kv_channels=16), 1, None, "", softcap=3.0, window=window)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(s, b, count, 16, generator=generator, dtype=torch.float64)
+        torch.randn(b, count, s, 16, generator=generator, dtype=torch.float64)
         for count in (4, 2, 2)
     )
     flexible, by_blocks = (

@@ -118,7 +118,7 @@ def test_every_thread_compiles_as_many_shapes_where_torch_makes_no_code_ahead_of
 
     def work():
         for size in range(2, 14):
-            x = torch.ones(size, 1)
+            x = torch.ones(size)
             assert torch.equal(double(x), 2 * x)
 
     with compiled_by(backend, monkeypatch):
@@ -189,7 +189,7 @@ def test_more_shapes_than_the_limit_run_as_torch_operations(traced, monkeypatch)
     monkeypatch.setattr(compiling, "_SHAPES", 3)
     double = compiling.compiled_for_tokens(lambda x: x * 2)
     for size in range(2, 9):
-        x = torch.ones(size, 1)
+        x = torch.ones(size)
         assert torch.equal(double(x), 2 * x)
     assert len(traced) == 3
 

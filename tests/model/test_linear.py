@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from vp_train.model.linear import PLAIN, SequenceSplit, WeightGradStore, _LinearFunction
+from vp_train.model.linear import PLAIN, LinearRule, SequenceSplit, WeightGradStore, _LinearFunction
 
 
 def halves(rank, world_size):
@@ -24,9 +24,8 @@ def halves(rank, world_size):
     parameter = torch.nn.Parameter(weight[own].clone())
     part = x[place].clone().requires_grad_()
     split = SequenceSplit(dist.group.WORLD)
-    y = _LinearFunction.apply(
-        part, parameter, None, WeightGradStore(), PLAIN, dist.group.WORLD, split
-    )
+    rule = LinearRule(WeightGradStore(), PLAIN, dist.group.WORLD, split)
+    y = _LinearFunction.apply(part, parameter, None, rule, None, None)
     y.backward(dy[..., own])
     return [
         torch.allclose(y, (x @ weight.T)[..., own]),

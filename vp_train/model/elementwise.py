@@ -3,7 +3,7 @@
 Every operation is a pair of pure functions, forward and backward, and an autograd function that
 says what is kept in between.  That is as little as possible: a norm keeps its input and its
 statistics, a rotation nothing, the activation of a gated MLP its input.  Its output, which the next
-matrix product needs for its weight gradient, is formed again.
+matrix product needs for its weight gradient, is formed again.  LayerNorm and GELU are torch's.
 
 The pure functions run as torch operations, or compiled: then each is one kernel, or a few, that
 reads its inputs once.  Which of the two is an argument of type `Fuse`.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vp_train.config import ConfigError
-from vp_train.model.linear import LateInput
+from vp_train.model.linear import LateInput, add_gradient
 from vp_train.tensors.compiling import compiled_for_tokens, remedy_for
 from vp_train.tensors.precision import statistics_dtype
 
@@ -76,13 +76,11 @@ class NormRule:
     subtracts_mean: bool = False
 
 
-def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, rule: NormRule) -> tuple[Tensor, ...]:
-    """Return the norm of x over the dimensions of `weight`, and the statistics of the backward.
+def normalise(x: Tensor, weight: Tensor, rule: NormRule) -> tuple[Tensor, Tensor]:
+    """Return the RMSNorm of x over the dimensions of `weight`, and 1 / rms(x) for the backward.
 
-    The statistics are 1 / rms(x), or mean and 1 / deviation, in the statistics dtype.
+    The latter is in the statistics dtype.
     """
-    if rule.subtracts_mean:
-        return torch.native_layer_norm(x, weight.shape, weight, bias, rule.epsilon)
     scale = weight + rule.centre if rule.centre else weight
     if x.is_cuda and not torch.compiler.is_compiling():  # torch has a kernel
         return torch.ops.aten._fused_rms_norm(x, weight.shape, scale, rule.epsilon)  # type: ignore[no-any-return]
@@ -93,39 +91,26 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, rule: NormRule) ->
 
 
 def add_and_normalise(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, rule: NormRule
-) -> tuple[Tensor, ...]:
+    x: Tensor, residual: Tensor, weight: Tensor, rule: NormRule
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return residual + x, and what `normalise` returns for it."""
     total = residual + x
-    return total, *normalise(total, weight, bias, rule)
+    return total, *normalise(total, weight, rule)
 
 
 def normalise_backward(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: NormRule,
-    *statistics: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of a norm with respect to its input `total`, its weight and its bias.
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rule: NormRule, rate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of an RMSNorm with respect to its input `total` and its weight.
 
     `dtotal` is a gradient of `total` from elsewhere, which is added.
     """
-    if rule.subtracts_mean:
-        wanted = [True, True, bias is not None]
-        dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-            dy, total, weight.shape, *statistics, weight, bias, wanted
-        )
-        return dx if dtotal is None else dx + dtotal, dweight, dbias
-    (rate,) = statistics
     scale = weight + rule.centre if rule.centre else weight
     if total.is_cuda and not torch.compiler.is_compiling():
         dx, dweight = torch.ops.aten._fused_rms_norm_backward(
             dy, total, weight.shape, rate, scale, [True, True]
         )
-        return dx if dtotal is None else dx + dtotal, dweight, None
+        return dx if dtotal is None else dx + dtotal, dweight
     precise, dims = rate.dtype, tuple(range(-weight.dim(), 0))
     normal, wide = total.to(precise) * rate, dy.to(precise)
     product = wide * normal
@@ -134,56 +119,43 @@ def normalise_backward(
     dx = (wide * scale - normal * along) * rate
     if dtotal is not None:
         dx = dx + dtotal
-    return dx.to(total.dtype), dweight.to(weight.dtype), None
+    return dx.to(total.dtype), dweight.to(weight.dtype)
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """The residual addition and the norm of the sum; one function, so that one kernel does both.
+    """The residual addition and the RMSNorm of the sum; one function, so one kernel does both.
 
-    It keeps the sum and the statistics.
+    It keeps the sum and 1 / rms.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        rule: NormRule,
-        fuse: Fuse,
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, rule: NormRule, fuse: Fuse
     ) -> tuple[Tensor, Tensor]:
         if residual is None:
-            total, (y, *statistics) = x, fuse(normalise)(x, weight, bias, rule)
+            total, (y, rate) = x, fuse(normalise)(x, weight, rule)
         else:
-            total, y, *statistics = fuse(add_and_normalise)(x, residual, weight, bias, rule)
-        ctx.save_for_backward(total, weight, bias, *statistics)
-        ctx.adds, ctx.rule, ctx.fuse = residual is not None, rule, fuse
+            total, y, rate = fuse(add_and_normalise)(x, residual, weight, rule)
+        ctx.save_for_backward(total, rate)
+        ctx.adds, ctx.weight, ctx.rule, ctx.fuse = residual is not None, weight, rule, fuse
         ctx.set_materialize_grads(False)
         return total, y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dtotal, dy = grads
-        if dy is None:  # nobody has used the norm
-            return dtotal, dtotal if ctx.adds else None, None, None, None, None
-        total, weight, bias, *statistics = ctx.saved_tensors
-        dx, dweight, dbias = ctx.fuse(normalise_backward)(
-            dy, dtotal, total, weight, bias, ctx.rule, *statistics
-        )
-        return dx, dx if ctx.adds else None, dweight, dbias, None, None
+        dx, dy = grads  # the first is that of the sum, from elsewhere
+        if dy is not None:  # else nobody has used the norm
+            total, rate = ctx.saved_tensors
+            dx, dweight = ctx.fuse(normalise_backward)(dy, dx, total, ctx.weight, ctx.rule, rate)
+            add_gradient(ctx.weight, dweight)
+        return dx, dx if ctx.adds else None, None, None, None
 
 
 def residual_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: nn.Parameter,
-    bias: nn.Parameter | None,
-    rule: NormRule,
-    fuse: Fuse,
+    x: Tensor, residual: Tensor | None, weight: nn.Parameter, rule: NormRule, fuse: Fuse
 ) -> tuple[Tensor, Tensor]:
-    """Return residual + x, or x without a residual, and its norm; all have the shape of x."""
-    total, y = _ResidualNorm.apply(x, residual, weight, bias, rule, fuse)  # type: ignore[no-untyped-call]
+    """Return residual + x, or x without a residual, and its RMSNorm; all have the shape of x."""
+    total, y = _ResidualNorm.apply(x, residual, weight, rule, fuse)  # type: ignore[no-untyped-call]
     return total, y
 
 
@@ -218,8 +190,8 @@ def split_heads(
     if heads.norm is None or q_weight is None or k_weight is None:
         rest = (v.clone(memory_format=torch.contiguous_format).flatten(2, 3),)
     else:
-        q, q_rate = normalise(q, _of_groups(q_weight, heads), None, heads.norm)
-        k, k_rate = normalise(k, _of_groups(k_weight, heads), None, heads.norm)
+        q, q_rate = normalise(q, _of_groups(q_weight, heads), heads.norm)
+        k, k_rate = normalise(k, _of_groups(k_weight, heads), heads.norm)
         rest = (q_rate, k_rate)
     if cosines is not None and sines is not None:
         q, k = _rotated(q, cosines, sines), _rotated(k, cosines, sines)
@@ -247,8 +219,8 @@ def split_heads_backward(
     if heads.norm is not None and qkv is not None and q_weight is not None and k_weight is not None:
         q, k, _ = _grouped(qkv, heads)
         weights = (_of_groups(q_weight, heads), _of_groups(k_weight, heads))
-        dq, of_q, _ = normalise_backward(dq, None, q, weights[0], None, heads.norm, rates[0])
-        dk, of_k, _ = normalise_backward(dk, None, k, weights[1], None, heads.norm, rates[1])
+        dq, of_q = normalise_backward(dq, None, q, weights[0], heads.norm, rates[0])
+        dk, of_k = normalise_backward(dk, None, k, weights[1], heads.norm, rates[1])
         of_weights = (of_q.view(q_weight.shape), of_k.view(k_weight.shape))
     return torch.cat([dq, dk, dv], 3).flatten(2), *of_weights
 
@@ -290,58 +262,65 @@ def _rotated_back(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     )
 
 
-class _SplitHeads(torch.autograd.Function):
-    """The split of qkv into rotated heads.
-
-    Without norms it keeps nothing: a rotation is linear.  The values are a copy, so that qkv, which
-    is larger, need not be kept.  With norms qkv is kept, and the values are a view of it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        rotary: Tensor | None,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        heads: Heads,
-        fuse: Fuse,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # The tables belong to the stage, so they are not saved tensors.
-        ctx.tables = (None, None) if rotary is None else tuple(rotary[:, :, None, None, None])
-        ctx.heads, ctx.fuse = heads, fuse
-        q, k, *rest = fuse(split_heads)(qkv, *ctx.tables, q_weight, k_weight, heads)
-        if heads.norm is None:
-            return q, k, rest[0]
-        ctx.save_for_backward(qkv, q_weight, k_weight, *rest)
-        return q, k, _grouped(qkv, heads)[2].flatten(2, 3)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors or (None, None, None)
-        dqkv, of_q, of_k = ctx.fuse(split_heads_backward)(*grads, *ctx.tables, ctx.heads, *saved)
-        return dqkv, None, of_q, of_k, None, None
-
-
-def queries_keys_values(
-    qkv: Tensor,
-    rotary: Tensor | None,
-    q_weight: nn.Parameter | None,
-    k_weight: nn.Parameter | None,
-    heads: Heads,
-    fuse: Fuse,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split qkv [s, b, (n + 2 g) d]; return q [s, b, n, d], k and v [s, b, g, d].
+@dataclass(slots=True)
+class SplitHeads:
+    """The split of qkv [s * b, (n + 2 g) d] into rotated q [b, n, s, d], k and v [b, g, s, d].
 
     The heads of a group lie together: its queries, its key, its value.
-    rotary: cosines and sines, [2, s, d / 2]; None without rotary embeddings.
-    q_weight, k_weight: the weights of the norms, of one head [d] or of all; None without norms.
+
+    Without norms it keeps nothing: a rotation is linear.  The values are a copy, so that qkv, which
+    is larger, need not be kept.  With norms qkv is kept, and the values are a view of it.  Without
+    norms and rotation all three are views.
+
+    num_sequences: b.
+    rotary: cosines and sines, [s, 1, 1, 1, d / 2]; None without rotary embeddings.
+    weights: those of the norms of queries and keys, of one head [d] or of all; None without norms.
     """
-    if rotary is None and heads.norm is None:
-        q, k, v = (part.flatten(2, 3) for part in _grouped(qkv, heads))
-    else:
-        q, k, v = _SplitHeads.apply(qkv, rotary, q_weight, k_weight, heads, fuse)  # type: ignore[no-untyped-call]
-    return q, k, v
+
+    heads: Heads
+    num_sequences: int
+    rotary: tuple[Tensor, Tensor] | None
+    weights: tuple[nn.Parameter | None, nn.Parameter | None]
+    fuse: Fuse
+
+    def forward(self, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        heads, kept = self.heads, ()
+        y = y.view(-1, self.num_sequences, y.shape[-1])
+        if self._only_views():
+            q, k, v = _separate(y, heads)
+        else:
+            q, k, *rest = self.fuse(split_heads)(y, *self._tables(), *self.weights, heads)
+            if heads.norm is None:
+                (v,) = rest
+            else:
+                v, kept = _separate(y, heads)[2], (y, *rest)
+        return (q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)), kept
+
+    def backward(self, grads: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:
+        dq, dk, dv = (gradient.permute(2, 0, 1, 3) for gradient in grads)
+        if self._only_views() and dq.shape == dk.shape:
+            return torch.stack([dq, dk, dv], 3).view(-1, 3 * dq.shape[2] * dq.shape[3])
+        qkv, *rates = kept or (None,)
+        run = split_heads_backward if self._only_views() else self.fuse(split_heads_backward)
+        dqkv: Tensor
+        dqkv, *of_weights = run(dq, dk, dv, *self._tables(), self.heads, qkv, *self.weights, *rates)
+        for weight, gradient in zip(self.weights, of_weights, strict=True):
+            if weight is not None:
+                add_gradient(weight, gradient)
+        return dqkv.flatten(0, 1)
+
+    def _only_views(self) -> bool:
+        return self.rotary is None and self.heads.norm is None
+
+    def _tables(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.rotary or (None, None)
+
+
+def _separate(qkv: Tensor, heads: Heads) -> tuple[Tensor, ...]:
+    """Return queries [s, b, n, d], keys and values [s, b, g, d]; keys and values are views."""
+    if heads.num_heads == heads.num_groups:
+        return qkv.view(*qkv.shape[:2], heads.num_groups, 3, heads.size).unbind(3)
+    return tuple(part.flatten(2, 3) for part in _grouped(qkv, heads))
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
@@ -385,25 +364,29 @@ def _gate_backward(dy: Tensor, gate: Tensor, activation: str, out: Tensor | None
     return dgate
 
 
-class _Activation(torch.autograd.Function):
+@dataclass(slots=True)
+class Gate:
     """The activation of a gated MLP.  It keeps its input and forms its output again for `late`."""
 
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, activation: str, late: LateInput, fuse: Fuse) -> Tensor:
-        ctx.save_for_backward(h)
-        ctx.activation, ctx.late, ctx.fuse = activation, late, fuse
-        x: Tensor = fuse(activate)(h, activation)
-        return x
+    activation: str
+    late: LateInput
+    fuse: Fuse
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (dx,), (h,) = grads, ctx.saved_tensors
-        dh, x = ctx.fuse(activate_backward)(dx, h, ctx.activation)
-        ctx.late.form(x)
-        return dh, None, None, None
+    def forward(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.fuse(activate)(y, self.activation), (y,)
+
+    def backward(self, grads: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:
+        dh, x = self.fuse(activate_backward)(*grads, *kept, self.activation)
+        self.late.form(x)
+        return dh  # type: ignore[no-any-return]
 
 
-def activated(h: Tensor, activation: str, late: LateInput, fuse: Fuse) -> Tensor:
-    """Return `activate(h, activation)` for the linear layer that is called with `late`."""
-    x: Tensor = _Activation.apply(h, activation, late, fuse)  # type: ignore[no-untyped-call]
-    return x
+class Gelu:
+    """The activation of a plain MLP.  Its output is kept: to form it again takes long on a CPU."""
+
+    def forward(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return nn.functional.gelu(y, approximate="tanh"), (y,)
+
+    def backward(self, grads: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:
+        dh: Tensor = torch.ops.aten.gelu_backward.default(*grads, *kept, approximate="tanh")
+        return dh

@@ -67,16 +67,31 @@ class WeightGradStore:
     def __init__(self) -> None:
         self._waiting: dict[int, list[_Product]] = {}
         self._current: list[_Product] | None = None
+        self._reached: Callable[[nn.Parameter], None] | None = None
         self._computed: Callable[[nn.Parameter], None] | None = None
 
     @contextmanager
-    def watching(self, computed: Callable[[nn.Parameter], None]) -> Iterator[None]:
-        """Within this context `drain` calls `computed(weight)` after each product it has added."""
-        self._computed = computed
+    def watching(
+        self,
+        *,
+        reached: Callable[[nn.Parameter], None],
+        computed: Callable[[nn.Parameter], None],
+    ) -> Iterator[None]:
+        """Within this context announce what a backward or `drain` does.
+
+        A backward calls `reached(weight)` when it enters the layer of a weight, and `drain` calls
+        `computed(weight)` after each product it has added.
+        """
+        self._reached, self._computed = reached, computed
         try:
             yield
         finally:
-            self._computed = None
+            self._reached = self._computed = None
+
+    def reach(self, weight: nn.Parameter) -> None:
+        """Note that a backward enters the layer of `weight`."""
+        if self._reached is not None:
+            self._reached(weight)
 
     @contextmanager
     def deferring(self, microbatch: int) -> Iterator[None]:
@@ -94,6 +109,7 @@ class WeightGradStore:
         else:
             self._current.append((weight, x, dy))
 
+    @torch.no_grad()  # autograd would record a graph that keeps x and dy
     def drain(self, microbatch: int) -> None:
         """Compute the products that wait for `microbatch`, in the order of its backward."""
         for weight, x, dy in self._waiting.pop(microbatch):
@@ -124,7 +140,7 @@ class WeightGradStore:
 
 
 class LateInput:
-    """Stands for the store in one call of a linear layer whose input is formed again.
+    """Takes the place of the store in a call of a linear layer whose input is formed again.
 
     The layer keeps no input.  In the backward it gives its product to `put` first, and `form` then
     passes it on to the store with the input.
@@ -146,8 +162,17 @@ class LateInput:
         self._store.put(weight, x.flatten(0, -2), dy)
 
 
-# W runs outside a backward, where autograd would record a graph that keeps x and dy.
-@torch.no_grad()
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Add `gradient` to parameter.grad, maybe of another dtype, within a backward.
+
+    Autograd would first cast it, and would take a node of the graph for it.
+    """
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad.add_(gradient)
+
+
 def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
     gradient = weight.grad
     if gradient is None:
@@ -183,7 +208,7 @@ class SequenceSplit:
     group: dist.ProcessGroup
 
     def gather(self, part: Tensor) -> Started:
-        """Start the all-gather [s / n, b, h] -> [s, b, h]."""
+        """Start the all-gather [s / n, ..] -> [s, ..]; a dimension [s * b] is one too."""
         size = self.group.size()
         whole = part.new_empty((part.shape[0] * size, *part.shape[1:]))
         return Started(
@@ -191,7 +216,7 @@ class SequenceSplit:
         )
 
     def scatter(self, whole: Tensor) -> Started:
-        """Start the reduce-scatter [s, b, h] -> [s / n, b, h]."""
+        """Start the reduce-scatter [s, ..] -> [s / n, ..]."""
         size = self.group.size()
         part = whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
         return Started(
@@ -199,12 +224,40 @@ class SequenceSplit:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class LinearRule:
+    """How a linear layer is computed.
+
+    store: takes its weight gradient.
+    products: form y and dx.
+    group: the ranks over which dx is summed, None if it is not.
+    sequence: splits x and dx, but not y and dy; None for whole sequences.
+    """
+
+    store: WeightGradStore
+    products: Products = PLAIN
+    group: dist.ProcessGroup | None = None
+    sequence: SequenceSplit | None = None
+
+
+class Epilogue(Protocol):
+    """Elementwise work on the output y of a linear layer, which is not kept as such."""
+
+    def forward(self, y: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """Return a tensor or a tuple of tensors, and what to keep for the backward."""
+        ...
+
+    def backward(self, grads: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:
+        """Return dL/dy for the gradients of what `forward` has returned first."""
+        ...
+
+
 class _LinearFunction(torch.autograd.Function):
     """The product y = x W^T + b, whose backward hands dW to the store instead of autograd.
 
-    `products` form y and dx.  dx is summed over `group` while dW is computed.  With `sequence`, x
-    and dx are parts of sequences, and y and dy are whole.  The backward gathers x again for dW,
-    while dx is computed, and scatters dx while dW is.
+    dx is summed over the group while dW is computed.  With a split sequence the backward gathers x
+    again for dW, while dx is computed, and scatters dx while dW is.  With `late` x is not kept.
+    An `epilogue` belongs to the same function because every function takes the host some 20 us.
     """
 
     @staticmethod
@@ -212,34 +265,40 @@ class _LinearFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: nn.Parameter,
-        bias: Tensor | None,
-        store: WeightGradStore | LateInput,
-        products: Products,
-        group: dist.ProcessGroup | None,
-        sequence: SequenceSplit | None,
-    ) -> Tensor:
-        ctx.save_for_backward(None if isinstance(store, LateInput) else x)
-        ctx.weight, ctx.store, ctx.products = weight, store, products
-        ctx.group, ctx.sequence = group, sequence
-        return products.output(x if sequence is None else sequence.gather(x).wait(), weight, bias)
+        bias: nn.Parameter | None,
+        rule: LinearRule,
+        epilogue: Epilogue | None,
+        late: LateInput | None,
+    ) -> Any:
+        ctx.weight, ctx.bias, ctx.rule, ctx.epilogue, ctx.late = weight, bias, rule, epilogue, late
+        whole = x if rule.sequence is None else rule.sequence.gather(x).wait()
+        y: Any = rule.products.output(whole, weight, bias)
+        kept: tuple[Tensor, ...] = ()
+        if epilogue is not None:
+            y, kept = epilogue.forward(y)
+        ctx.save_for_backward(x if late is None else None, *kept)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        (x,) = ctx.saved_tensors
-        gathered = None if ctx.sequence is None else ctx.sequence.gather(x)
-        dx, summed = ctx.products.input_gradient(dy, ctx.weight), None
+        weight, rule, late = ctx.weight, ctx.rule, ctx.late
+        rule.store.reach(weight)
+        x, *kept = ctx.saved_tensors
+        dy = grads[0] if ctx.epilogue is None else ctx.epilogue.backward(grads, kept)
+        rows = dy.flatten(0, -2)
+        gathered = None if rule.sequence is None else rule.sequence.gather(x)
+        dx, summed = rule.products.input_gradient(dy, weight), None
         if gathered is not None:
-            summed, x = ctx.sequence.scatter(dx), gathered.wait()
-        elif ctx.group is not None:
-            summed = Started(dist.all_reduce(dx, group=ctx.group, async_op=True), dx)
-        if isinstance(ctx.store, LateInput):
-            ctx.store.put(ctx.weight, dy.flatten(0, -2))
+            summed, x = rule.sequence.scatter(dx), gathered.wait()
+        elif rule.group is not None:
+            summed = Started(dist.all_reduce(dx, group=rule.group, async_op=True), dx)
+        if late is None:
+            rule.store.put(weight, x.flatten(0, -2), rows)
         else:
-            ctx.store.put(ctx.weight, x.flatten(0, -2), dy.flatten(0, -2))
-        # The gradient of the bias is a cheap sum, so it does not wait for W.
-        dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return dx if summed is None else summed.wait(), None, dbias, None, None, None, None
+            late.put(weight, rows)
+        if ctx.bias is not None:  # a cheap sum, so it does not wait for W
+            add_gradient(ctx.bias, rows.sum(0))
+        return dx if summed is None else summed.wait(), None, None, None, None, None
 
 
 class _StoredLinear(nn.Module):
@@ -256,13 +315,12 @@ class _StoredLinear(nn.Module):
         input_size: int,
         output_size: int,
         config: Any,
-        store: WeightGradStore,
+        rule: LinearRule,
         *,
-        products: Products,
         bias: bool,
     ) -> None:
         super().__init__()
-        self._store, self._products = store, products
+        self._rule = rule
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         self.bias = (
             nn.Parameter(torch.empty(output_size, dtype=config.params_dtype)) if bias else None
@@ -290,19 +348,12 @@ class ColumnLinear(_StoredLinear):
         bias: bool = False,
         **_: object,
     ) -> None:
-        super().__init__(
-            input_size,
-            output_size // tp_group.size(),
-            config,
-            store,
-            products=products,
-            bias=bias,
-        )
-        self._sequence = sequence
-        self._group = tp_group if tp_group.size() > 1 else None
+        group = tp_group if tp_group.size() > 1 else None
+        rule = LinearRule(store, products, group, sequence)
+        super().__init__(input_size, output_size // tp_group.size(), config, rule, bias=bias)
         self.split = (
             None
-            if self._group is None
+            if group is None
             else TensorSlice.even(0, output_size, tp_group.rank(), tp_group.size(), parts)
         )
 
@@ -313,10 +364,12 @@ class ColumnLinear(_StoredLinear):
             {} if self.split is None else {name: self.split for name, _ in self.named_parameters()}
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """Map [s, b, in], or [s / n, b, in] with sequence parallelism, to [s, b, out / n]."""
-        others = self._store, self._products, self._group, self._sequence
-        y: Tensor = _LinearFunction.apply(x, self.weight, self.bias, *others)  # type: ignore[no-untyped-call]
+    def forward(self, x: Tensor, epilogue: Epilogue | None = None) -> tuple[Any, None]:
+        """Map [T, in], or [T / n, in] with sequence parallelism, to [T, out / n].
+
+        With an `epilogue` return what it makes of that.
+        """
+        y = _LinearFunction.apply(x, self.weight, self.bias, self._rule, epilogue, None)  # type: ignore[no-untyped-call]
         return y, None
 
 
@@ -340,14 +393,8 @@ class RowLinear(_StoredLinear):
         skip_bias_add: bool = False,
         **_: object,
     ) -> None:
-        super().__init__(
-            input_size // tp_group.size(),
-            output_size,
-            config,
-            store,
-            products=products,
-            bias=bias,
-        )
+        rule = LinearRule(store, products)
+        super().__init__(input_size // tp_group.size(), output_size, config, rule, bias=bias)
         self._reduce, self._skip_bias_add = reduce, skip_bias_add
         self._group = tp_group if tp_group.size() > 1 else None
         self.split = (
@@ -362,15 +409,13 @@ class RowLinear(_StoredLinear):
         return {} if self.split is None else {"weight": self.split}
 
     def forward(self, x: Tensor, late: LateInput | None = None) -> tuple[Tensor, Tensor | None]:
-        """Map [s, b, in / n] to [s, b, out], or to [s / n, b, out] with sequence parallelism.
+        """Map [T, in / n] to [T, out], or to [T / n, out] with sequence parallelism.
 
         With `late` x is not kept for the weight gradient; whoever formed it forms it again.
         """
         # A bias must be added once, to the sum.
         own, to_sum = (self.bias, None) if self._group is None else (None, self.bias)
-        y: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, own, late or self._store, self._products, None, None
-        )
+        y: Tensor = _LinearFunction.apply(x, self.weight, own, self._rule, None, late)  # type: ignore[no-untyped-call]
         if self._group is not None:
             y = self._reduce(y, self._group)
         if to_sum is None or self._skip_bias_add:

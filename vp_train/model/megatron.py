@@ -29,7 +29,7 @@ from vp_train.model.attention import (
     block_attention,
     whole_sequences,
 )
-from vp_train.model.elementwise import Fuse, Heads, activated, plain, queries_keys_values
+from vp_train.model.elementwise import Fuse, Gate, Gelu, Heads, SplitHeads, plain
 from vp_train.model.linear import (
     PLAIN,
     ColumnLinear,
@@ -80,18 +80,18 @@ class CoreAttention(nn.Module):
         *_: object,
         **__: object,
     ) -> Tensor:
-        """Attend: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+        """Attend: query [b, heads, s, d], key and value [b, groups, s, d] -> [s * b, heads * d].
 
         With `documents`, attention stays within each of them.
         """
-        s, b = query.shape[:2]
+        b, s = len(query), query.shape[2]
         windowed = self._window is not None and self._window < s
         if documents is None and query.is_cuda and (windowed or self._softcap is not None):
             # The kernels for these cases on CUDA take documents, here one of every sequence.
             documents = whole_sequences(query.device, b, s)
         if documents is None:
             return self._attend(query, key, value)
-        q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         context = None
         if self._softcap is None:
             context = attend_documents(q, k, v, documents, self._scale, self._window)
@@ -100,28 +100,37 @@ class CoreAttention(nn.Module):
             context = attend_flexibly(q, k, v, documents, rule)
         if context is None:
             pieces = zip(
-                *(torch.split(tensor[:, None], list(documents.lengths)) for tensor in (q, k, v)),
+                *(torch.split(tensor, list(documents.lengths)) for tensor in (q, k, v)),
                 strict=True,
             )
-            context = torch.cat([self._attend(*piece) for piece in pieces])
-        return context.view(b, s, -1).transpose(0, 1)
+            context = torch.cat(
+                [self._attend(*(part.transpose(0, 1)[None] for part in piece)) for piece in pieces]
+            )
+        return context.view(b, s, -1).transpose(0, 1).flatten(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        window = None if self._window is None or self._window >= len(query) else self._window
+        """Attend as `forward` does, within whole sequences."""
+        window = self._window
+        if window is not None and window >= query.shape[2]:
+            window = None
         if self._softcap is not None or window is not None:
-            return block_attention(query, key, value, Rule(self._scale, self._softcap, window))
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        grouped = query.shape[2] != key.shape[2]
+            q, k, v = (tensor.permute(2, 0, 1, 3) for tensor in (query, key, value))
+            context = block_attention(q, k, v, Rule(self._scale, self._softcap, window))
+            return context.flatten(0, 1)
+        grouped = query.shape[1] != key.shape[1]
         context = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped
+            query, key, value, is_causal=True, scale=self._scale, enable_gqa=grouped
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        b, heads, s, d = context.shape
+        return context.permute(2, 0, 1, 3).reshape(s * b, heads * d)
 
 
 def rotary_table(
     model: ModelConfig, *, local: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return cosines and sines of rotary embeddings (arXiv 2104.09864): [2, s, head_size / 2].
+    """Return cosines and sines of rotary embeddings (arXiv 2104.09864).
+
+    They are [2, s, 1, 1, 1, head_size / 2], for queries and keys [s, b, groups, heads, head_size].
 
     They are computed in fp64 and rounded to `dtype`.  With `local` the base is that of local
     layers, if the model has one; then there is no scaling.
@@ -135,7 +144,7 @@ def rotary_table(
     angles = torch.outer(
         torch.arange(model.seq_length, dtype=torch.float64, device=device), frequencies
     )
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)[:, :, None, None, None]
 
 
 def _scaled(frequencies: Tensor, model: ModelConfig) -> Tensor:
@@ -274,15 +283,11 @@ class DecoderLayer(nn.Module):
             head_size(model),
             norm_rule(model) if model.qk_norm else None,
         )
-        self._call_on_middle: Callable[[Tensor], None] | None = None
+        self._call_on_middle: Callable[[], None] | None = None
         self._recompute = recompute
 
-    def on_middle(self, call: Callable[[Tensor], None]) -> None:
-        """Call `call` in every forward between attention and MLP, before it reads the MLP's norm.
-
-        Its argument is what attention adds to the residual stream, [s, b, h].  The gradient of that
-        is there when those of the MLP half are complete.
-        """
+    def on_middle(self, call: Callable[[], None]) -> None:
+        """Call `call` in every forward between attention and MLP, before the MLP's norm is read."""
         self._call_on_middle = call
 
     def halves(self) -> tuple[list[str], list[str]]:
@@ -292,14 +297,20 @@ class DecoderLayer(nn.Module):
         return [name for name in names if name not in of_mlp], of_mlp
 
     def forward(
-        self, x: Tensor, rotary: Tensor | None, documents: Documents | None = None
+        self,
+        x: Tensor,
+        num_sequences: int,
+        rotary: tuple[Tensor, Tensor] | None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Map [s, b, h] to [s, b, h].
+        """Map [T, h] to [T, h], for T tokens in the order of [s, b].
 
-        `rotary` comes from `rotary_table`; None without rotary embeddings.  Positions are not reset
-        at a document's start, because scores depend only on their differences.
+        num_sequences: b.
+        rotary: the cosines and sines of `rotary_table`, None without rotary embeddings.  Positions
+            are not reset at a document's start, because scores depend only on their differences.
         """
-        y: Tensor = self._again("full", partial(self._run, rotary=rotary, documents=documents), x)
+        run = partial(self._run, b=num_sequences, rotary=rotary, documents=documents)
+        y: Tensor = self._again("full", run, x)
         return y
 
     def _again(self, part: str, function: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -310,40 +321,49 @@ class DecoderLayer(nn.Module):
         result: Any = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
         return result
 
-    def _run(self, x: Tensor, rotary: Tensor | None, documents: Documents | None) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        b: int,
+        rotary: tuple[Tensor, Tensor] | None,
+        documents: Documents | None,
+    ) -> Tensor:
         parts = self._parts
         x, normed = _normed(parts.input_norm, x, None)
-        attend = partial(self._attend, rotary=rotary, documents=documents)
+        attend = partial(self._attend, b=b, rotary=rotary, documents=documents)
         added = parts.attention_addend(*self._again("selective", attend, normed))
         if self._call_on_middle is not None:
-            self._call_on_middle(added)
+            self._call_on_middle()
         x, normed = _normed(parts.mlp_norm, added, x)
         added = parts.mlp_addend(*self._feed_forward(normed))
         y: Tensor = x + added
         return y
 
     def _attend(
-        self, x: Tensor, rotary: Tensor | None, documents: Documents | None
+        self,
+        x: Tensor,
+        b: int,
+        rotary: tuple[Tensor, Tensor] | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output of attention [s, b, h], and a bias that it still lacks."""
+        """Return the output of attention [T, h], and a bias that it still lacks."""
         parts = self._parts
-        qkv, _ = parts.qkv(x)
         of_q, of_k = (
             None if norm is None else norm.weight for norm in (parts.q_norm, parts.k_norm)
         )
-        q, k, v = queries_keys_values(qkv, rotary, of_q, of_k, self._heads, self._fuse)
+        (q, k, v), _ = parts.qkv(x, SplitHeads(self._heads, b, rotary, (of_q, of_k), self._fuse))
         y: tuple[Tensor, Tensor | None] = parts.projection(parts.core_attention(q, k, v, documents))
         return y
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the output of the MLP [s, b, h], and a bias that it still lacks."""
-        h, _ = self._parts.fc1(x)
-        y: tuple[Tensor, Tensor | None]
-        if self._activation == "gelu":  # its output is kept: forming it again takes long on a CPU
-            y = self._parts.fc2(nn.functional.gelu(h, approximate="tanh"))
-            return y
-        late = LateInput(self._store)
-        y = self._parts.fc2(activated(h, self._activation, late, self._fuse), late)
+        """Return the output of the MLP [T, h], and a bias that it still lacks."""
+        parts, late = self._parts, None
+        if self._activation == "gelu":
+            h, _ = parts.fc1(x, Gelu())
+        else:
+            late = LateInput(self._store)
+            h, _ = parts.fc1(x, Gate(self._activation, late, self._fuse))
+        y: tuple[Tensor, Tensor | None] = parts.fc2(h, late)
         return y
 
 

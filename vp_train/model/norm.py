@@ -54,7 +54,13 @@ class Norm(nn.Module):
 
     def after(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return residual + x, or x without a residual, and its norm; all are [.., h]."""
-        return residual_norm(x, residual, self.weight, self.bias, self.rule, self._fuse)
+        weight, rule = self.weight, self.rule
+        if not rule.subtracts_mean:
+            return residual_norm(x, residual, weight, rule, self._fuse)
+        # torch has a kernel, and autograd in C++ takes the host less time than a function of ours.
+        total = x if residual is None else residual + x
+        y = nn.functional.layer_norm(total, weight.shape, weight, self.bias, rule.epsilon)
+        return total, y
 
 
 def build_norm(model: ModelConfig, dtype: torch.dtype, device: torch.device, fuse: Fuse) -> Norm:
@@ -76,7 +82,7 @@ class Addend(nn.Module):
         self.norm, self._multiplier = norm, multiplier
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Map [s, b, h] to [s, b, h]."""
+        """Map [T, h] to [T, h]."""
         added = x if bias is None else x + bias
         if self.norm is not None:
             added = self.norm(added)

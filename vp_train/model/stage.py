@@ -109,37 +109,39 @@ class Stage(nn.Module):
         self._products = [0] * len(self.units)
         for _, module in self._linear_layers():
             self._products[self._unit_of[module.weight]] += 1
-        self._completion: Completion | None = None
         self._need: Callable[[Sequence[str]], None] | None = None
         self._hooks: Callable[[], AbstractContextManager[None]] = nullcontext
         for number, (_, layer) in enumerate(self._decoder_layers()):
-            layer.on_middle(partial(self._pass_middle, number))
+            layer.on_middle(partial(self._read, 2 * number + 1))
 
     def warm_up(self, micro_batch_size: int) -> None:
         """Run what layers compute forward and backward, so that no step compiles code.
 
         Compiled code is shared by all layers of a kind.  Zeros are added to the gradients of
-        matrices that have one.  If it fails, nothing of it is left.  Collective over `group`.
+        parameters that have one.  If it fails, nothing of it is left.  Collective over `group`.
         """
         weight = next(self.parameters(), None)
+        lacking = [parameter for parameter in self.parameters() if parameter.grad is None]
         if weight is not None:
             try:
                 self._warm_up(weight, micro_batch_size)
             finally:
                 self.weight_grads.discard(_NO_MICROBATCH)
+                for parameter in lacking:
+                    parameter.grad = None
 
     def _warm_up(self, weight: Tensor, micro_batch_size: int) -> None:
         of_kinds = {name in self._local: layer for name, layer in self.layers.items()}
         s, h = self._sequence_shape
-        shape = (s, micro_batch_size, h)
-        whole = (s * self._sequence_parts,) * micro_batch_size
+        num_tokens = s * self._sequence_parts
+        whole, (table, _) = (num_tokens,) * micro_batch_size, self._tables(num_tokens)
         # On CUDA packed documents have kernels of their own.
         packed = [Documents.on(weight.device, whole)] if weight.is_cuda else []
         for documents in (None, *packed):
-            x = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+            x = weight.new_zeros(s * micro_batch_size, h, requires_grad=True)
             y = x
             for layer in of_kinds.values():
-                y = layer(y, self.rotary, documents)
+                y = layer(y, micro_batch_size, table, documents)
             y = y if self.final_norm is None else self.final_norm(y)
             with self.weight_grads.deferring(_NO_MICROBATCH):
                 torch.autograd.grad(y, x, torch.zeros_like(y))
@@ -147,7 +149,7 @@ class Stage(nn.Module):
                 self.weight_grads.drain(_NO_MICROBATCH)
             with torch.no_grad():  # a validation would compile attention again
                 for layer in of_kinds.values() if weight.is_cuda else ():
-                    layer(x, self.rotary, documents)
+                    layer(x, micro_batch_size, table, documents)
 
     def _decoder_layers(self) -> Iterator[tuple[str, DecoderLayer]]:
         for index, layer in self.layers.items():
@@ -190,6 +192,17 @@ class Stage(nn.Module):
         self.register_buffer("rotary", rotary, persistent=False)
         self.register_buffer("local_rotary", local_rotary, persistent=False)
 
+    def _tables(self, num_tokens: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Return the cosines and sines of the first tokens, for all layers and for local ones."""
+        tables: list[tuple[Tensor, Tensor] | None] = []
+        for rotary in (self.rotary, self.local_rotary):
+            if rotary is None:
+                tables.append(None)
+            else:
+                cosines, sines = rotary[:, :num_tokens].unbind()
+                tables.append((cosines, sines))
+        return tables
+
     def _partial_parameters(self, num_ranks: int, split_sequences: bool) -> frozenset[str]:
         """Return the value of `partial` for `num_ranks` tensor-parallel ranks."""
         if num_ranks == 1:
@@ -218,24 +231,19 @@ class Stage(nn.Module):
             x = x + _by_token(self.positions, x.shape[:2], lengths)
         if self._splits_input is not None:
             x = split_sequence(x, self._splits_input)
-        num_tokens = len(x) * self._sequence_parts
+        s, b, h = x.shape
+        tables = self._tables(s * self._sequence_parts)
+        x = x.flatten(0, 1)  # once, and not in every operation of a layer
         for number, (name, layer) in enumerate(self.layers.items()):
-            if number:
-                self._complete_with(x, 2 * number)
-            rotary = self.local_rotary if name in self._local else self.rotary
             self._read(2 * number)
             with self._hooks() if number < self._num_offloaded else nullcontext():
-                x = layer(x, None if rotary is None else rotary[:, :num_tokens], documents)
+                x = layer(x, b, tables[name in self._local], documents)
         if self.final_norm is not None:
             x = self.final_norm(x)
             if self._divisor != 1:
                 x = x / self._divisor  # the output layer is linear, so this divides the logits
+        x = x.view(s, b, h)
         return x if self._joins_output is None else join_sequence(x, self._joins_output)
-
-    def _pass_middle(self, number: int, x: Tensor) -> None:
-        """Note that layer `number` comes to its MLP; x is what its attention adds."""
-        self._complete_with(x, 2 * number + 1)
-        self._read(2 * number + 1)
 
     def _in_order_of_completion(self) -> tuple[tuple[str, ...], ...]:
         """Return the parameter names of both halves of each layer, the last ones first.
@@ -296,8 +304,13 @@ class Stage(nn.Module):
         The pass inside must be the last of the step that adds to them: a backward, or a drain of
         `weight_grads`.  Units that it has not announced by its end are announced then.
         """
-        completion = self._completion = Completion(self.units, done)
+        completion = Completion(self.units, done)
         left = list(self._products)
+
+        def reached(weight: nn.Parameter) -> None:
+            # What a backward has come through is complete: autograd accumulates into parameters
+            # before it does anything else.
+            completion.up_to(self._unit_of[weight] - 1)
 
         def computed(weight: nn.Parameter) -> None:
             unit = self._unit_of[weight]
@@ -305,28 +318,9 @@ class Stage(nn.Module):
             if not left[unit]:
                 completion.up_to(unit)
 
-        try:
-            with self.weight_grads.watching(computed):
-                yield
-        finally:
-            self._completion = None
+        with self.weight_grads.watching(reached=reached, computed=computed):
+            yield
         completion.finish()
-
-    def _complete_with(self, x: Tensor, half: int) -> None:
-        """Announce the units from `half` a layer on when the gradient of x, before it, is there."""
-        if x.requires_grad:
-            x.register_hook(partial(self._complete_up_to, len(self.units) - 1 - half))  # type: ignore[no-untyped-call]
-
-    def _complete_up_to(self, unit: int, _: Tensor) -> None:
-        """Announce units from a gradient hook on the activation between two halves of layers.
-
-        Autograd calls the hook before it enters the half below.  The gradients of the half above
-        are complete by then: its backward has run, and autograd accumulates into parameters before
-        it does anything else.  At the input of a stage this order is not certain, because autograd
-        accumulates there too; so there is no hook.
-        """
-        if self._completion is not None:
-            self._completion.up_to(unit)
 
     @torch.no_grad()
     def _initialise(

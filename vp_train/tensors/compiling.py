@@ -47,9 +47,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def compiled_for_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what `compiled` does, for all sizes of the first two dimensions, [s, b].
+    """Return what `compiled` does, for all numbers of tokens.
 
-    All other sizes are constants, and so are those of weights, which have one or two dimensions.
+    These are the first dimension of a matrix [T, ..], and the first two of more dimensions [s, b,
+    ..].  All other sizes are constants, and so is that of a vector, which is a weight.
     """
     return _ByMetadata(function, dynamic=False)
 
@@ -97,7 +98,8 @@ class _ByMetadata:
         return self._made_ahead[-1].fn  # type: ignore[no-any-return]
 
     def _compile_ahead(self, arguments: tuple[Any, ...]) -> Any:
-        with torch._dynamo.config.patch(enable_aot_compile=True):
+        # Marks for profilers would be made in every call.
+        with torch._dynamo.config.patch(enable_aot_compile=True, record_runtime_overhead=False):
             whole: Any = torch.compile(self._function, fullgraph=True, dynamic=self._dynamic)
             return whole.aot_compile((arguments, {}))
 
@@ -118,8 +120,8 @@ def _marked(argument: Any) -> Any:
     if not isinstance(argument, Tensor):
         return argument
     tensor = argument.detach()
-    if tensor.dim() > 2:  # not a weight
-        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
+    if tensor.dim() > 1:  # not a weight
+        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1] if tensor.dim() > 2 else [0])
     return tensor
 
 
