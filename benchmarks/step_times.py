@@ -90,7 +90,7 @@ def rank_main(directory: str, model: str, threes: int) -> None:
         reporter = Reporter(config, plan, RunDirectory(config.run), 1)
         with open(os.devnull, "w") as nowhere:
             reporter._console.file = nowhere
-            reporter.start("", source)
+            reporter.start("")
         reporter._console.quiet = True
     stopwatch, own, of_ranks = run._stopwatch, run._figures, run._figures_of_ranks
     orders = random.Random(1)

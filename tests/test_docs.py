@@ -19,6 +19,7 @@ import pytest
 from schedules.generators import GENERATORS
 from schedules.render import svg
 from tests.programs import finished
+from vp_train import failures
 from vp_train.commands.simulate import simulate_step
 from vp_train.commands.sweep import runs_of
 from vp_train.planning.choice import batch_of
@@ -99,6 +100,12 @@ def test_every_schedule_has_a_row_in_the_table_of_its_page():
     rows = re.findall(r"^\| (`.*?) \|", table.partition("---")[2], re.MULTILINE)
     described = {name for row in rows for name in re.findall("`(.*?)`", row)}
     assert described == {*GENERATORS, "auto"}
+
+
+def test_the_table_of_exit_codes_has_those_of_the_code():
+    table = (ROOT / "docs" / "reliability.md").read_text().partition("## Exit codes")[2]
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", table.partition("\n## ")[0], re.M)}
+    assert codes == {value for name, value in vars(failures).items() if name.startswith("EXIT_")}
 
 
 def test_the_picture_of_a_schedule_is_the_one_that_is_drawn():

@@ -98,7 +98,7 @@ def test_a_rank_that_hangs_ends_the_others_when_its_time_is_up(tmp_path):
     assert codes == [EXIT_HANG, None]
     line = "rank 0: stopped at step 2, another rank has not answered for 8 s (run.timeout_seconds)"
     assert f"vp-train: {line}; rank 1 on {platform.node()} is busy: step " in said
-    assert re.search(rf"; its log: {tmp_path}/runs/default/logs/rank-0\.log\n", said)
+    assert re.search(rf"; log of rank 0: {tmp_path}/runs/default/logs/rank-0\.log\n", said)
     assert "Traceback" not in said.partition("rank 0: stopped")[0]
 
 
@@ -118,7 +118,7 @@ def test_an_error_of_nccl_ends_a_rank_with_a_line_that_names_the_record(
 ):
     record = flight_recorder.file_of({}, tmp_path / "runs" / "default", 1)
     codes, (_, said) = misbehave(tmp_path, partial(lose_nccl, error, record), 60)
-    assert f"rank 1: stopped at step 2, {words}; its last communications: {record}" in said
+    assert f"rank 1: stopped at step 2, {words}; last communications of rank 1: {record}" in said
     assert codes[1] == code
     assert "Traceback" not in said.partition("rank 1: stopped")[0]
 
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
     codes, (_, said) = misbehave(tmp_path, fill_the_disk, 60)
     line = "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is"
     assert line in said
-    assert f"; its log: {tmp_path}/runs/default/logs/rank-1.log\n" in said
+    assert f"; log of rank 1: {tmp_path}/runs/default/logs/rank-1.log\n" in said
     assert "Traceback" not in said.partition("vp-train: [Errno 28]")[0]
     assert codes[1] == EXIT_IO
 

@@ -177,7 +177,7 @@ ABORTED = "rank 1 was aborted by NCCL's watchdog: another rank has not answered 
         (
             [RankEnd(2, EXIT_INTERNAL), RankEnd(0, -ABRT), RankEnd(1, -ABRT)],
             EXIT_HANG,
-            f"{ABORTED} (run.timeout_seconds); its last communications: logs/1",
+            f"{ABORTED} (run.timeout_seconds); last communications of rank 1: logs/1",
         ),
         (
             [RankEnd(2, EXIT_INTERNAL), RankEnd(0, -ABRT)],
@@ -275,7 +275,7 @@ def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
     assert done.stderr == (
         "vp-train: rank 1 on here was aborted by NCCL's watchdog: "
         "another rank has not answered for 9 s "
-        f"(run.timeout_seconds); its last communications: {record}\n"
+        f"(run.timeout_seconds); last communications of rank 1: {record}\n"
     )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.programs import Program, finished
-from vp_train.commands import agent, local_ranks
+from vp_train import assembly
+from vp_train.commands import agent, launch, local_ranks
 from vp_train.commands.agent import Job, _cause, run_job
 from vp_train.commands.local_ranks import LocalRanks, forked, new_process, search_options
 from vp_train.commands.nodes import NodeLoss, OneNode
@@ -437,3 +438,19 @@ def test_a_preparation_that_fails_anyhow_never_becomes_a_second_agent():
     assert killed.endswith(" by SIGKILL (somebody, or the kernel as memory ran out)")
     assert (silent[:3], killed[:4]) == ("70 ", "137 ")
     assert fine == "0 "
+
+
+def without_ranks():
+    """Be vp-train with a compiler that only says so, and without ranks."""
+    assembly.compile_layers = lambda config: print("compile", flush=True)
+    launch.run_job = lambda news, job: Ending(EXIT_OK, "")
+    main()
+
+
+def test_what_will_run_is_said_before_anything_is_compiled_and_without_ranks_no_directory_stays(
+    tmp_path,
+):
+    done = finished(without_ranks, "model=nano", "data=synthetic", f"run.root={tmp_path}/a/b")
+    words = [line.split()[0] for line in done.stdout.splitlines()]
+    assert words == ["data", "model", "mesh", "pipeline", "schedule", "planned", "compile"]
+    assert not any(tmp_path.iterdir())

@@ -35,6 +35,7 @@ from vp_train.commands.place import (
 from vp_train.commands.store_server import StoreServer
 from vp_train.commands.train import _serve_ranks, main
 from vp_train.config import ConfigError, RunSettings
+from vp_train.failures import EXIT_HANG
 from vp_train.settings import load_config
 
 
@@ -297,10 +298,14 @@ def soon(monkeypatch):
 
 
 @pytest.mark.parametrize("own", [(), (0,), (3,)])
-@pytest.mark.parametrize("end", [FAILING, {**STORE, "saves": False}], ids=["failure", "store"])
-def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, own, end):
+@pytest.mark.parametrize(
+    ("end", "patience"),
+    [(FAILING, 60), ({**STORE, "saves": False}, 60), ({**STORE, "saves": True}, 0.05)],
+    ids=["failure", "store", "its agent hangs as ranks save"],
+)
+def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, own, end, patience):
     log = Script(ends_fact(0, *own), end)
-    past = agent._when_decided(log, 0, Signals())
+    past = agent._when_decided(log, 0, Signals(), patience)
     expected = (70, "node 1 (host1) did not say how its ranks ended")
     for facts in (past.facts(), [*log.facts(), ends_fact(1, 5)]):  # and if it says so afterwards
         other = when_all_told(OneNode(Place(2, 1, "host1"), facts), "ends", 0)
@@ -370,7 +375,7 @@ def test_ranks_save_from_their_first_step_on_if_the_run_does(tmp_path, settings,
 
 
 def test_a_node_that_leaves_without_its_ends_is_never_left_out_of_the_cause(soon):
-    past = agent._when_decided(Script(ends_fact(0, 0), BYE), 0, Signals())
+    past = agent._when_decided(Script(ends_fact(0, 0), BYE), 0, Signals(), 60)
     ending = agent._ending(past, 0, JOB)
     assert (ending.code, ending.words) == (70, "node 1 (host1) did not say how its ranks ended")
 
@@ -378,14 +383,21 @@ def test_a_node_that_leaves_without_its_ends_is_never_left_out_of_the_cause(soon
 def test_ranks_that_run_on_elsewhere_are_waited_for_as_long_as_nothing_fails(soon):
     log = Script(ends_fact(0, 0), later=[ends_fact(1, 0)], num_readings=200)
     began = time.monotonic()
-    past = agent._when_decided(log, 0, Signals())
+    past = agent._when_decided(log, 0, Signals(), 60)
     assert time.monotonic() - began > 2 * agent._TOLD_SECONDS  # 8 times, mostly
     assert agent._ending(past, 0, JOB).code == 0
 
 
+def test_a_head_that_never_starts_the_ranks_is_named_in_time(soon):
+    job = job_of(JOB.starter, 1, settings=SimpleNamespace(world_timeout_seconds=0.05))
+    ending = run_job(Script(node=1), job)
+    assert ending.code == EXIT_HANG
+    assert ending.words == "the agent of node 0 (host0) did not say that ranks may start"
+
+
 def test_a_second_signal_ends_the_wait_for_ranks_elsewhere(soon):
     log = Script(ends_fact(0, 0))
-    past = agent._when_decided(log, 0, Signals([(15, 0.0), (2, 9.0)]))
+    past = agent._when_decided(log, 0, Signals([(15, 0.0), (2, 9.0)]), 60)
     assert agent._insisting(past) == 2
 
 
@@ -675,7 +687,7 @@ def test_a_schedule_that_was_searched_replaces_a_link(monkeypatch, tmp_path):
     config = load_config(
         ["schedule=auto", "data=synthetic", f"run.root={tmp_path}", "run.name=one"]
     )
-    found = launch._prepare(OneNode(Place()), config, 4)
+    found = launch._prepare(OneNode(Place()), config, 4, trains=True)
     assert found[0].startswith("schedule.file=")
     assert not solved.is_symlink()
     assert (solved.read_text(), (tmp_path / "foreign").read_text()) == ("F0", "of somebody else")

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from vp_train.commands.plan import main
-from vp_train.failures import EXIT_CONFIG, EXIT_OK, EXIT_TIME
+from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.report import make_report
 from vp_train.settings import load_config
 
@@ -278,7 +278,7 @@ def test_the_clock_on_the_wall_does_not_end_a_search(vp_plan, monkeypatch):
 @pytest.mark.parametrize("place", ["/proc/x", "."])
 def test_a_file_that_cannot_be_written_is_known_before_the_work(vp_plan, words, place):
     code, out, err = vp_plan(*words, "--json", place, *NANO)
-    assert (code, out) == (EXIT_CONFIG, "")
+    assert (code, out) == (EXIT_IO, "")
     assert f"--json {place} cannot be written (" in err
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from schedules.ir import Kind
 from tests.meshes import fake_world
 from vp_train.commands.profile import main
-from vp_train.failures import EXIT_CONFIG, EXIT_OK
+from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK
 from vp_train.planning.cluster import on_cpu
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.plan import plan_step
@@ -162,11 +162,6 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         (["--steps", "0"], "--steps 0 is not a whole number in [1, 1,000,000]; write"),
         (["--steps", "-1"], "--steps -1 is not a whole number in [1, 1,000,000]; write"),
         (["--cost"], "--cost needs a value: --cost FILE"),
-        (["--cost", "/dev/null/a"], "--cost /dev/null/a cannot be written (File exists); give"),
-        (
-            ["--json", "/"],
-            "--json / cannot be written (Is a directory); give a file in a directory",
-        ),
         (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3"),
         (["run.device=cuda"], "run.device=cuda, but torch finds no GPU here"),
         (["cost=missing.yaml"], "cost=missing.yaml is not there"),
@@ -182,6 +177,16 @@ def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message,
     assert code == EXIT_CONFIG
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--cost", "--json"])
+@pytest.mark.parametrize(
+    ("place", "why"), [("/dev/null/a", "File exists"), ("/", "Is a directory")]
+)
+def test_a_file_that_cannot_be_written_is_known_before_the_work(vp_profile, option, place, why):
+    code, out, err = vp_profile(*NANO, option, place)
+    assert (code, out) == (EXIT_IO, "")
+    assert err.startswith(f"vp-profile: {option} {place} cannot be written ({why}); give a file in")
 
 
 def receive(rank, seed):

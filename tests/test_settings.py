@@ -114,12 +114,16 @@ def test_groups_of_names_have_the_names_of_the_tables():
     assert "one of auto, naive, none" in setting_help("vocab.algorithm", RunConfig())
 
 
-def test_a_name_that_no_run_has_is_answered_with_the_closest(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/config.yaml").write_text("")
-    config = load_config([f"run.root={tmp_path}", "run.name=mien", "run.resume=true"])
-    words = resume_words(config)
-    assert words.startswith(f"{tmp_path}/mien holds no run (did you mean run.name=mine?): one")
+@pytest.mark.parametrize(("name", "close"), [("mien", "mine"), ("ac", "ab"), ("zz", None)])
+def test_a_name_that_no_run_has_is_answered_with_the_closest(tmp_path, name, close):
+    for other in ("mine", "ab"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "config.yaml").write_text("")
+    words = resume_words(
+        load_config([f"run.root={tmp_path}", f"run.name={name}", "run.resume=true"])
+    )
+    hint = f" (did you mean run.name={close}?)" if close else ""
+    assert words.startswith(f"{tmp_path}/{name} holds no run{hint}: a new one begins at step 1")
 
 
 def test_the_page_of_settings_is_the_one_that_is_generated():

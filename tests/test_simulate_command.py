@@ -233,7 +233,7 @@ def test_a_directory_that_cannot_be_written_is_known_before_the_work(vp_simulate
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", "/proc"):
         code, out, err = vp_simulate("--out", place, *words)
-        assert (code, out) == (78, "")
+        assert (code, out) == (74, "")
         assert err.startswith(f"vp-simulate: --out {place} cannot be written (")
         assert len(err.splitlines()) == 1
 

@@ -81,7 +81,7 @@ def begin(rank, num_ranks, config):
     reporter = None
     if directory is not None:
         reporter = Reporter(config, plan, directory, run.first_step)
-        reporter.start("resolved: true\n", source, run.take_notices())
+        reporter.start("resolved: true\n", run.take_notices())
     return run, reporter
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -223,12 +223,17 @@ def rank_device(config: RunConfig) -> torch.device:
 
 
 def build_rank(
-    config: RunConfig, plan: RunPlan, mesh: Mesh, transport: Transport | None = None
+    config: RunConfig,
+    plan: RunPlan,
+    mesh: Mesh,
+    transport: Transport | None = None,
+    *,
+    compiling: AbstractContextManager[None] | None = None,
 ) -> RankModel:
     """Build the model of this rank with its initial values.
 
     `transport` connects it with the other ranks of its pipeline.  By default that is over the
-    process groups of `mesh`.
+    process groups of `mesh`.  What is to be compiled is compiled within `compiling`.
     """
     rank, device = mesh.pipeline_rank, rank_device(config)
     weights = _build_weights(config, plan, mesh, device)
@@ -244,7 +249,8 @@ def build_rank(
     if compiled_parts(config):
         # Tensor-parallel ranks wait for each other while they compile.
         alone = mesh.degrees.tp == 1
-        with starting(mesh.tensor, config.run), compile_one_first() if alone else nullcontext():
+        turn = compile_one_first() if alone else nullcontext()
+        with compiling or nullcontext(), starting(mesh.tensor, config.run), turn:
             _warm_up(config, weights, training, evaluating)
     return RankModel(
         parameters=weights.parameters,

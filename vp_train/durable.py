@@ -22,6 +22,7 @@ _CHECKPOINT = re.compile(r"step-([0-9]{8,12})")
 _POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a git-LFS pointer
 _LARGEST_POINTER = 1 << 10  # bytes
 _MOST_UNSYNCED = 1 << 28  # bytes of a file that a disk need not have taken yet
+_SIMILAR = 0.5  # difflib's ratio; one letter of two is enough
 LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
 
 
@@ -72,7 +73,7 @@ def is_fresh(path: Path, since: float) -> bool:
 def similar_run(path: Path) -> Path | None:
     """Return the run beside `path` whose name is most like that of `path`, None if none is."""
     names = sorted(place.parent.name for place in path.parent.glob("*/config.yaml"))
-    close = difflib.get_close_matches(path.name, names, n=1)
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=_SIMILAR)
     return path.parent / close[0] if close else None
 
 
@@ -80,6 +81,11 @@ def meant_run(path: Path) -> str:
     """Return a hint at `similar_run` for a message, empty if there is none."""
     close = similar_run(path)
     return "" if close is None else f" (did you mean {plain(str(close))}?)"
+
+
+def missing_directories(path: Path) -> list[Path]:
+    """Return which of directory `path` and those above it are not there, the deepest first."""
+    return [place for place in (path, *path.parents) if not os.path.lexists(place)]
 
 
 def sync(path: Path) -> None:

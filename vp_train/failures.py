@@ -17,16 +17,19 @@ from pathlib import Path
 
 from vp_train.config import ConfigError, RunSettings, printable
 
-# Exit codes: a job scheduler decides by them whether to start a run again.
+# Exit codes: a job scheduler decides by them whether to start a run again.  `docs/reliability.md`
+# has them as a table.
 EXIT_OK = 0
-EXIT_INTERNAL = 70  # a bug, or a peer that died
-EXIT_IO = 74  # disk full, directory not writable
+EXIT_INTERNAL = 70  # a bug, a lost node, or a lost process that is no rank
+EXIT_IO = 74  # a file that cannot be written, or that the disk does not give back
 # Stopped on request with a checkpoint: start it again.  Also a search that ran out of time without
 # a result; a longer one may have one.
 EXIT_TIME = 75
-# Something that the user must change, also a diverging run: starting again cannot help.
+# Something that the user must change: what was typed, a file that it names, a run that diverges.
+# Starting again cannot help.
 EXIT_CONFIG = 78
 EXIT_HANG = 124  # a rank did not answer in time
+# 128 + n, as in a shell: signal n ended the command, or one of its ranks.
 
 # A peer went away.  Its own message has the reason.
 _LOST = (
@@ -253,7 +256,7 @@ def root_cause(
         if (record := record_of(end.rank)) is not None:
             waited = silent_peer(settings.timeout_seconds, settings)
             words = f"{end.name} was aborted by NCCL's watchdog: {waited.words}"
-            return Ending(waited.code, f"{words}; its last communications: {record}")
+            return Ending(waited.code, f"{words}; last communications of rank {end.rank}: {record}")
     if aborted:
         return _killed(aborted[0], advice)
     if failed:

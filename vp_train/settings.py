@@ -801,7 +801,8 @@ def resume_words(
     if not path.is_file():
         close = similar_run(config.run.directory)
         hint = "" if close is None else f" (did you mean run.name={close.name}?)"
-        return f"{config.run.directory} holds no run{hint}: one begins there at step 1"
+        begins = "a new one begins at step 1 with the settings of this command line"
+        return f"{config.run.directory} holds no run{hint}: {begins}"
     begins = ""
     if not checkpoints_in(config.run.checkpoints):
         begins = f" ({config.run.checkpoints} holds no checkpoint: training begins at step 1)"

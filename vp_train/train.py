@@ -59,6 +59,7 @@ from vp_train.failures import (
 )
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.figures import RankFigures, figures_of
+from vp_train.metrics.header import introduce
 from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter, write_report
@@ -100,12 +101,21 @@ class DivergenceError(SharedFailure):
 
 
 def run_rank(
-    config: RunConfig, rank: int, num_ranks: int, config_yaml: str, *, only_preflight: bool = False
+    config: RunConfig,
+    rank: int,
+    num_ranks: int,
+    config_yaml: str,
+    *,
+    only_preflight: bool = False,
+    is_introduced: bool = False,
+    has_lost_store: Callable[[], bool] = lambda: False,
 ) -> NoReturn:
     """Train as rank `rank` of `num_ranks`, then end the process with an exit code.
 
     `config_yaml` is the resolved configuration that the run directory keeps.  With `only_preflight`
-    the nodes are checked, and nothing is trained.  Raises ConfigError for settings, data or
+    the nodes are checked, and nothing is trained.  `is_introduced` says whether somebody else has
+    printed the first lines of the run.  `has_lost_store` returns whether the store has ended that
+    this rank serves; the run then saves and ends.  Raises ConfigError for settings, data or
     checkpoints that the user must change; settings and data are checked before any process group
     exists.  Every other failure ends the process with a message.
     """
@@ -113,7 +123,7 @@ def run_rank(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch.compile would allocate memory on a GPU
     if config.run.compile == "off":
         compiling.turn_off(os.environ)
-    requests = Requests.of_rank(rank, config.run)
+    requests = Requests.of_rank(rank, config.run, has_lost_store)
     requests.listen()
     heartbeat = Heartbeat.of_job(os.environ, rank)
     watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
@@ -122,6 +132,7 @@ def run_rank(
         if heartbeat is not None:
             heartbeat.follow(lambda: Place(doing, waits))
 
+    directory: RunDirectory | None = None
     try:
         place("planning")
         plan = make_plan(config, num_ranks)
@@ -131,7 +142,7 @@ def run_rank(
         place("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
-        directory = RunDirectory(config.run) if rank == 0 else None
+            directory = RunDirectory(config.run)
         if only_preflight or spans_nodes(os.environ):
             preflight = Preflight(
                 config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
@@ -143,9 +154,14 @@ def run_rank(
         if only_preflight:
             watcher.stop()
             dist.destroy_process_group()
+            if directory is not None:
+                directory.forsake()
             leave(Ending(EXIT_OK, ""))
+        if rank == 0 and not is_introduced:
+            introduce(config, plan, source)
         place("building the model")
-        model = build_rank(config, plan, mesh)
+        parts = compiled_parts(config) if rank == 0 else ()
+        model = build_rank(config, plan, mesh, compiling=compiling.announced(parts))
         watcher.timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, model, requests=requests)
         watcher.run = run
@@ -163,6 +179,8 @@ def run_rank(
             run.give_up(str(error), reporter)
             raise
     except ConfigError:
+        if directory is not None:
+            directory.forsake()
         raise
     except (Exception, SystemExit) as error:
         watcher.leave(error)
@@ -188,7 +206,7 @@ def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Report
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, source, run.take_notices())
+    reporter.start(config_yaml, run.take_notices())
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,
@@ -237,7 +255,7 @@ class _Watcher:
         failure = silent if error == "TIMEOUT" else LOST_PEER
         record = flight_recorder.file_of(os.environ, self._settings.directory, self._rank)
         last = (
-            f"; its last communications: {record}"
+            f"; last communications of rank {self._rank}: {record}"
             if flight_recorder.wait_for(record, self._started)
             else ""
         )
@@ -253,7 +271,7 @@ class _Watcher:
                 ending = replace(ending, words=words, log=log)
         path = log_of(self._settings, self._rank)
         if ending.words and ending.log and str(path) not in ending.words:
-            ending = replace(ending, words=f"{ending.words}; its log: {path}")
+            ending = replace(ending, words=f"{ending.words}; log of rank {self._rank}: {path}")
         leave(ending, path)
 
 
@@ -319,6 +337,7 @@ class Run:
         self.step = 0
         self._requests = requests or Requests()
         self._left: str | None = None  # why the run leaves before its last step
+        self._left_code = EXIT_TIME  # where it does
         self._doing = "loading"
         degrees = mesh.degrees
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
@@ -456,6 +475,7 @@ class Run:
             self._left = asked.words(
                 health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
             )
+            self._left_code = asked.exit_code(health.request)
         rate = learning_rate(self.config.optim, step, self.config.run.steps)
         if not self._update(step, health, rate, reporter):
             return
@@ -810,7 +830,7 @@ class Run:
             else "no checkpoint is saved, for run.checkpoint_every=0"
         )
         words = f"vp-train: stopped after step {self.step}, because {self._left}; {saved}{warning}"
-        return Ending(EXIT_TIME, words if self.mesh.rank == 0 else "")
+        return Ending(self._left_code, words if self.mesh.rank == 0 else "")
 
     def finish(self, reporter: Reporter | None) -> None:
         """Finish the last step's communication, and report the peak memory of every stage.

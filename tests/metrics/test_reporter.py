@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from vp_train.metrics import reporter as reporter_module
+from vp_train.metrics.header import introduce
 from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, TakenError
@@ -54,7 +55,8 @@ def started(tmp_path):
         config = load_config(settings)
         plan, directory = make_plan(config, num_ranks), RunDirectory(config.run)
         reporter = Reporter(config, plan, directory, first_step)
-        reporter.start("model: nano\n", SOURCE)
+        introduce(config, plan, SOURCE)
+        reporter.start("model: nano\n")
         return config, plan, directory, reporter
 
     return start

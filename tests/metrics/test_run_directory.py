@@ -16,6 +16,7 @@ from vp_train.metrics.run_directory import (
     is_original,
     refuse_running,
     refuse_used,
+    removed_if_unused,
 )
 
 
@@ -207,3 +208,40 @@ def test_metrics_of_a_step_are_a_run_and_an_empty_file_is_none(tmp_path):
     with pytest.raises(ConfigError, match="already holds a run"):
         refuse_used(settings)
     refuse_used(replace(settings, resume=True))
+
+
+@pytest.mark.parametrize("there", [[], ["a"], ["a", "a/default"]])
+@pytest.mark.parametrize("end", ["launcher", "rank"])
+def test_a_run_that_writes_nothing_leaves_only_what_was_there(tmp_path, there, end):
+    for name in there:
+        (tmp_path / name).mkdir()
+    settings = RunSettings(root=str(tmp_path / "a"))
+    with removed_if_unused(settings):
+        directory = RunDirectory(settings)
+        if end == "rank":
+            directory.forsake()
+        directory._lock.close()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == there
+
+
+def test_a_directory_that_is_in_use_or_written_to_is_not_removed(tmp_path):
+    settings = RunSettings(root=str(tmp_path / "a"))
+    with removed_if_unused(settings):
+        directory = RunDirectory(settings)
+    with pytest.raises(ConfigError), removed_if_unused(settings):
+        RunDirectory(settings)
+    assert directory.hold() is None
+    directory.write("trace/step.json", "{}")
+    directory.forsake()
+    assert directory.hold() is None
+
+
+def test_to_look_whether_a_directory_is_running_leaves_no_lock_of_its_own(tmp_path):
+    settings = RunSettings(root=str(tmp_path))
+    settings.directory.mkdir()
+    refuse_running(settings)
+    assert not any(settings.directory.iterdir())
+    directory = RunDirectory(settings)
+    directory._lock.close()
+    refuse_running(settings)
+    assert is_original(settings.directory)

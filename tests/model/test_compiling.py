@@ -1,6 +1,9 @@
 """Code is compiled before the first step, in any thread, and not at all if that is turned off."""
 
 import os
+import re
+import threading
+import time
 from dataclasses import replace
 from threading import Thread
 from unittest.mock import patch
@@ -268,3 +271,19 @@ def test_what_was_given_up_runs_plainly_and_kernels_go_on(traced):
     assert not traced
     assert not compiling.compiles_on(torch.device("cpu"))
     assert compiling.has_cpp_compiler()
+
+
+def test_compiling_is_announced_if_it_takes_long_and_leaves_no_thread(monkeypatch, capsys):
+    threads = threading.active_count()
+    with compiling.announced(["layers"]):
+        pass
+    monkeypatch.setattr(compiling, "_SILENT_SECONDS", 0.0)
+    with compiling.announced([]):
+        pass
+    assert not capsys.readouterr().out
+    with compiling.announced(["layers", "kernels in C++"]):
+        time.sleep(0.05)
+    said, took = capsys.readouterr().out.splitlines()
+    assert said.startswith("compile   layers, kernels in C++: ")
+    assert re.fullmatch(r"compile   took \d+\.\d s", took)
+    assert threading.active_count() == threads

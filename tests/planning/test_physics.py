@@ -178,7 +178,7 @@ def test_recomputation_repeats_a_part_of_the_forward(recompute):
 
 def test_a_device_with_some_rates_only_is_refused():
     with pytest.raises(
-        ConfigError, match=r"attention_flops_per_second=None .*: give all three, or none"
+        ConfigError, match=r"attention_flops_per_second=null, .*; give all three, or none"
     ):
         Device.of(CostConfig(matrix_flops_per_second=1e14, memory_bytes_per_second=1e12))
 

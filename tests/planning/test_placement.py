@@ -99,6 +99,7 @@ def test_a_rank_with_less_other_work_gets_at_least_as_many_rows(busy, num_rows):
         (3, (5, 0), (1, 1), [0, 3]),
         (7, (2.0,), (0.1,), [7]),
         (5, (0, 0, 0), (1, 1, 1), [2, 2, 1]),
+        (32_768, (1e13, 1e13, 2e13), (1e-6, 1e-6, 1e-6), [16_384, 16_384, 0]),
     ],
 )
 def test_rows_in_known_cases(num_rows, busy, row_seconds, expected):

@@ -133,7 +133,7 @@ FAULTS = {
     ),
     "a rank that sleeps at the start": Fault(
         EXIT_HANG,
-        r"; rank 1 on \S+ is busy: preparing to connect; its log: ",
+        r"; rank 1 on \S+ is busy: preparing to connect; log of rank 0: ",
         "time.sleep(1000)",
         0,
         seconds=TIMEOUT + 5,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +16,6 @@ from vp_train.pipeline.stopwatch import Part
 from vp_train.planning.plan import make_plan
 from vp_train.settings import config_text, load_config
 
-SOURCE = SimpleNamespace(description="ten documents", warnings=())
 STEPS = 30
 EVIL = "<script>alert(1)<!--\"'&"
 
@@ -48,7 +46,7 @@ def write_run(tmp_path_factory):
         config = replace(config, run=replace(config.run, name=name))
         plan, directory = make_plan(config, 2), RunDirectory(config.run)
         reporter = Reporter(config, plan, directory, 1)
-        reporter.start(config_text(config), SOURCE)
+        reporter.start(config_text(config))
         for step in range(1, steps + 1):
             loss = math.nan if step == 9 else 8.0 / step
             reporter.step(

@@ -10,12 +10,15 @@ import time
 
 import pytest
 
+from vp_train.commands.store_server import StoreServer
 from vp_train.config import RunSettings
+from vp_train.failures import EXIT_INTERNAL, EXIT_TIME
 from vp_train.supervision.requests import (
     NO_READER,
     NOTHING,
     SIGNALS,
     Requests,
+    exit_code,
     held,
     leaves,
     pass_on,
@@ -91,6 +94,18 @@ def test_a_stop_file_leaves_once(tmp_path):
     requests.clear()
     assert not stop.exists()
     assert requests.current() == NOTHING
+
+
+def test_a_store_that_is_killed_ends_the_run_with_a_save_and_as_a_failure(tmp_path):
+    server = StoreServer()
+    requests = Requests.of_rank(0, RunSettings(root=str(tmp_path)), server.has_ended)
+    assert requests.current() == NOTHING
+    os.kill(server._process, signal.SIGKILL)
+    os.waitid(os.P_PID, server._process, os.WEXITED | os.WNOWAIT)
+    for _ in range(2):
+        assert leaves(requests.current())
+    assert words(requests.current(), 0).startswith("the store of the ranks, a process of rank 0, ")
+    assert (exit_code(requests.current()), exit_code(NO_READER)) == (EXIT_INTERNAL, EXIT_TIME)
 
 
 def test_a_stop_file_that_cannot_be_removed_is_said_and_ends_nothing(tmp_path):

@@ -19,7 +19,8 @@ of a job:
     lost     a messenger                       its agent was killed: lost, why
              a messenger                       another one of its node was killed
              the messenger of node 0           a node is silent
-             an agent                          a node has not told "ends", long after a failure
+             an agent                          a node has not told "ends", long after a failure or
+                                               its own ranks, or node 0 has not told "start"
              an agent, in its own log alone    its messenger has ended
     reason   a messenger, to its agent alone   why the head is lost: words
     failed   an agent                          it leaves by an error: code, words
@@ -72,6 +73,7 @@ _GRACE_SECONDS = 1.0  # after a failure, for the messages of other ranks: theirs
 # the one that hangs, which takes 2.5 s.
 _LOOKING_SECONDS = 4.0
 _TOLD_SECONDS = 15.0  # after a failure, for the ends of ranks on other nodes
+_REPORT_SECONDS = 300.0  # for what rank 0 does when all ranks have agreed that the run has ended
 # Two signals that arrive together are one request: Slurm signals a step and its batch script.
 _TOGETHER_SECONDS = 1.0
 # A new start cannot mend these, or is not needed.
@@ -188,12 +190,14 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
 
     Returns the log up to the fact that decides how they ended, the same facts on every node.
     """
-    place, server = news.place, None
+    place, server, patience = news.place, None, job.settings.world_timeout_seconds
     if place.node == 0:
         server = StoreServer(LOOPBACK_ADDRESS if place.is_alone else "")
         news.tell("start", attempt=attempt, port=server.port)
     try:
-        port = wait_until(lambda: _start_port(news, attempt, signals))
+        port = wait_until(lambda: _start_port(news, attempt, signals), patience)
+        if port is None:
+            news.tell("lost", lost=0, why="mute")
         if port:
             environments = _environments(news, job.num_local, port, attempt)
             began = time.time()
@@ -214,26 +218,27 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
                     say(words)
         else:
             news.tell("ends", attempt=attempt, ends=[])
-        return _when_decided(news, attempt, signals)
+        return _when_decided(news, attempt, signals, patience + _REPORT_SECONDS)
     finally:
         if server is not None:
             server.close()
 
 
-def _when_decided(news: News, attempt: int, signals: Signals) -> News:
+def _when_decided(news: News, attempt: int, signals: Signals, patience_seconds: float) -> News:
     """Wait until all nodes have told how their ranks ended, and return the log until then.
 
-    Ranks elsewhere may run on for long.  But after a failure their agents have a limit; a node that
-    has told nothing by then is told of as lost, so that all nodes agree on that.
+    All ranks agree that they have done their last step and save, so those elsewhere end within
+    `patience_seconds` of those here, and after a failure much sooner.  A node that has told nothing
+    by then, as one whose agent is stopped, is told of as lost, so that all nodes agree on that.
     """
-    since: float | None = None
+    until, has_failed = time.monotonic() + patience_seconds, False
     while (past := when_all_told(news, "ends", attempt)) is None:
         _tell_requests(news, signals)
         now = time.monotonic()
-        if since is None and (_failures(news, attempt) or _ends_at_once(news, attempt)):
-            since = now
-        if since is not None and now > since + _TOLD_SECONDS:
-            since = now
+        if not has_failed and (_failures(news, attempt) or _ends_at_once(news, attempt)):
+            until, has_failed = min(until, now + _TOLD_SECONDS), True
+        if now > until:
+            until = now + _TOLD_SECONDS
             for node in untold(news, "ends", attempt):
                 if node != news.place.node:
                     news.tell("lost", lost=node, why="unheard")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig, printable
+from vp_train.durable import missing_directories
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import (
     close_names,
@@ -248,7 +249,7 @@ def path_argument(word: str) -> Path:
 def output_of(option: str, word: str) -> Path:
     """Return the file that an option names, with ~ expanded.
 
-    Raises ConfigError if no file can be written there, before work is done for it.  Nothing is left
+    Raises OSError if no file can be written there, before work is done for it.  Nothing is left
     there: whoever writes it makes the directories above it.
     """
     path = path_of(word)
@@ -260,7 +261,7 @@ def output_of(option: str, word: str) -> Path:
 def output_directory_of(option: str, word: str) -> Path:
     """Return the directory that an option names, with ~ expanded.
 
-    Raises ConfigError if no file can be written there, before work is done for it.  Nothing is left
+    Raises OSError if no file can be written there, before work is done for it.  Nothing is left
     there: whoever writes to it makes it.
     """
     path = path_of(word)
@@ -271,13 +272,11 @@ def output_directory_of(option: str, word: str) -> Path:
 
 @contextmanager
 def _writable(option: str, path: Path, way_out: str) -> Iterator[None]:
-    """Raise ConfigError, which names the way out, for an OSError inside."""
+    """Let an OSError raised inside name the option, the path and the way out."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(
-            f"{option} {path} cannot be written ({error.strerror}); {way_out}"
-        ) from None
+        raise OSError(f"{option} {path} cannot be written ({error.strerror}); {way_out}") from None
 
 
 def _try_to_write(path: Path) -> None:
@@ -286,7 +285,7 @@ def _try_to_write(path: Path) -> None:
     If it is new it is removed, and so are new directories above it.
     """
     is_new = not os.path.lexists(path)
-    new_directories = [above for above in path.parents if not os.path.lexists(above)]
+    new_directories = missing_directories(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):
@@ -294,7 +293,7 @@ def _try_to_write(path: Path) -> None:
         if is_new:
             path.unlink()
     finally:
-        for directory in new_directories:  # the deepest comes first
+        for directory in new_directories:
             with suppress(OSError):
                 directory.rmdir()
 

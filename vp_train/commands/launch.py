@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -47,7 +48,12 @@ from vp_train.failures import (
     end_of_process,
     ending_of_command,
 )
-from vp_train.metrics.run_directory import make_directory, refuse_running, refuse_used
+from vp_train.metrics.run_directory import (
+    make_directory,
+    refuse_running,
+    refuse_used,
+    removed_if_unused,
+)
 from vp_train.metrics.trackers import end_failed, require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.memory import check_host, check_machine
@@ -89,10 +95,11 @@ def launch(
         import_module("torch.distributed")  # for the processes that speak with the store
     place = replace(place, run_id=_run_id(place, config))
     options = {"--max-restarts": num_restarts, "--preflight": only_preflight}
+    unused = removed_if_unused(config.run) if place.node == 0 else nullcontext()
     try:
-        with joined(place, num_local, config.run.world_timeout_seconds, options) as news:
+        with unused, joined(place, num_local, config.run.world_timeout_seconds, options) as news:
             job = (num_local, num_restarts)
-            return _launch(news, config, overrides, body, *job, compiles=not only_preflight)
+            return _launch(news, config, overrides, body, *job, trains=not only_preflight)
     except JobEnded as error:
         say(error.ending.words)
         return error.ending.code
@@ -118,20 +125,22 @@ def _launch(
     num_local: int,
     num_restarts: int,
     *,
-    compiles: bool,
+    trains: bool,
 ) -> int:
     """Run the ranks of this node; all agents that have joined call this together."""
-    found, unfit = _checked(news, config, num_local)
+    found, unfit = _checked(news, config, num_local, trains=trains)
     if unfit is not None:
         return _left(news, unfit)
     if found:
         overrides = [*overrides, *found]
         schedule = load_config(overrides)
         config = replace(config, schedule=schedule.schedule, vocab=schedule.vocab)
-    if compiles and starts_by_fork(config):
+    if trains and starts_by_fork(config):
         from vp_train.assembly import compile_layers
+        from vp_train.tensors.compiling import announced
 
-        compile_layers(config)
+        with announced(("layers",) if news.place.node == 0 else ()):
+            compile_layers(config)
     started = time.time()
 
     def starter(resumes: bool) -> Starter:
@@ -235,7 +244,9 @@ def _num_gpus(config: RunConfig, place: Place) -> int | None:
     raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
 
 
-def _checked(news: News, config: RunConfig, num_local: int) -> tuple[list[str], Ending | None]:
+def _checked(
+    news: News, config: RunConfig, num_local: int, *, trains: bool
+) -> tuple[list[str], Ending | None]:
     """Check and prepare what the run needs, here and on all nodes.
 
     Returns the overrides that a search of the schedule adds, and how the job ends if a node cannot
@@ -243,7 +254,7 @@ def _checked(news: News, config: RunConfig, num_local: int) -> tuple[list[str], 
     """
     ending, found = Ending(EXIT_OK, ""), []
     try:
-        found = _prepare(news, config, num_local * news.place.num_nodes)
+        found = _prepare(news, config, num_local * news.place.num_nodes, trains=trains)
     except (ConfigError, OSError) as error:
         if news.place.is_alone:
             raise
@@ -307,11 +318,11 @@ class _Unprepared(Exception):
         self.ending = ending
 
 
-def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
+def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> list[str]:
     """Check the plan and the run directory, import what ranks need and prepare the data.
 
-    Returns the overrides that the search of a schedule adds.  Raises ConfigError for what the user
-    must change.
+    Node 0 prints what will run where if the run `trains`.  Returns the overrides that the search of
+    a schedule adds.  Raises ConfigError for what the user must change.
     """
     check_node(num_ranks // news.place.num_nodes)
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
@@ -350,7 +361,8 @@ def _prepare(news: News, config: RunConfig, num_ranks: int) -> list[str]:
     from vp_train.communication.nccl import require_gpu
 
     require_gpu(config.run)
-    ending = _in_copy(lambda: _prepare_data(config))
+    introduced = plan if trains and news.place.node == 0 else None
+    ending = _in_copy(lambda: _prepare_data(config, introduced))
     if ending.code:
         raise _Unprepared(ending)
     return found
@@ -367,12 +379,14 @@ def _searched(config: RunConfig, num_ranks: int) -> RunPlan:
         ) from None
 
 
-def _prepare_data(config: RunConfig) -> None:
-    from vp_train.data import prepare_run, prepare_validation
+def _prepare_data(config: RunConfig, plan: RunPlan | None) -> None:
+    """Prepare and open the data, and with a `plan` print the first lines of the run."""
+    from vp_train.data import open_source
+    from vp_train.metrics.header import introduce
 
-    corpora = prepare_run(config, progress=True)
-    if config.run.eval_every:
-        prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
+    source = open_source(config, progress=True)
+    if plan is not None:
+        introduce(config, plan, source)
 
 
 def import_for_ranks(config: RunConfig) -> None:

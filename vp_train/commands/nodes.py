@@ -47,6 +47,7 @@ _LOSSES = {
         EXIT_INTERNAL,
         "the process that links {} to the other nodes was killed; its ranks are lost",
     ),
+    "mute": (EXIT_HANG, "the agent of {} did not say that ranks may start"),
     "unheard": (EXIT_INTERNAL, "{} did not say how its ranks ended"),
 }
 

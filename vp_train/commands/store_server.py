@@ -75,6 +75,10 @@ class StoreServer:
         self._process = 0
         return end_of_process(os.waitstatus_to_exitcode(status))
 
+    def has_ended(self) -> bool:
+        """Return whether the store has ended."""
+        return self.poll() is not None or not self._process
+
     def close(self) -> None:
         """End the store."""
         if self._process:

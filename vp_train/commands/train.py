@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vp_train.commands.command import Command, guarded, path_of, prints, run, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
@@ -30,6 +30,9 @@ from vp_train.settings import (
 )
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
+
+if TYPE_CHECKING:
+    from vp_train.commands.store_server import StoreServer
 
 _TRAIN_EXAMPLES = """\
   vp-train                              4 ranks on this machine, Python's standard library as text
@@ -80,9 +83,10 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         raise ConfigError(f"--only {options['--only']} chooses a run of a sweep; it belongs to -m")
     if _PREFLIGHT in options:
         os.environ[_ONLY_PREFLIGHT] = "1"
+    server = None
     if not is_rank(os.environ) and is_slurm_rank(os.environ):
         os.environ.update(slurm_rank(os.environ))
-        _serve_ranks()
+        server = _serve_ranks()
     place = None if is_rank(os.environ) else place_of(options, os.environ)
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
     num_ranks = whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE)
@@ -97,7 +101,7 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     check_steps(config.run)
     if place is None:
         _check_ramp_alone(config)
-        _train_rank(config)
+        _train_rank(config, server)
     from vp_train.commands.launch import launch
 
     return launch(
@@ -166,8 +170,11 @@ def _batch_change(config: RunConfig, place: Place | None, num_ranks: int) -> Bat
     return None if before is None else (before, now)
 
 
-def _train_rank(config: RunConfig) -> NoReturn:
-    """Train as the rank that the environment names, and end the process."""
+def _train_rank(config: RunConfig, server: StoreServer | None = None) -> NoReturn:
+    """Train as the rank that the environment names, and end the process.
+
+    `server` is the store of all ranks if this one serves it.
+    """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:  # torchrun has started it again
         config = replace(config, run=replace(config.run, resume=True))
     try:
@@ -179,6 +186,8 @@ def _train_rank(config: RunConfig) -> NoReturn:
             int(os.environ["WORLD_SIZE"]),
             config_text(config),
             only_preflight=_ONLY_PREFLIGHT in os.environ,
+            is_introduced=has_launcher(),
+            has_lost_store=(lambda: False) if server is None else server.has_ended,
         )
     except (Exception, KeyboardInterrupt) as error:
         ending = ending_of_command(error, "vp-train")
@@ -187,7 +196,7 @@ def _train_rank(config: RunConfig) -> NoReturn:
         leave(ending)  # a process with threads of torch must not be taken down in order
 
 
-def _serve_ranks() -> None:
+def _serve_ranks() -> StoreServer | None:
     """Serve the store of the ranks that Slurm has started, if this is the first of them.
 
     Raises ConfigError or OSError like `StoreServer.at_port`.
@@ -198,13 +207,14 @@ def _serve_ranks() -> None:
     if address == LOOPBACK_ADDRESS:
         os.environ.update({**loopback(), **os.environ})
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    if os.environ["RANK"] == "0":
-        StoreServer.at_port(
-            address if address == LOOPBACK_ADDRESS else "",
-            port,
-            "rank 0",
-            ", which follows from the numbers of the Slurm job and step; start another step or job",
-        )
+    if os.environ["RANK"] != "0":
+        return None
+    return StoreServer.at_port(
+        address if address == LOOPBACK_ADDRESS else "",
+        port,
+        "rank 0",
+        ", which follows from the numbers of the Slurm job and step; start another step or job",
+    )
 
 
 def with_origin(config: RunConfig) -> RunConfig:

@@ -86,17 +86,17 @@ class Source(Protocol):
         ...
 
 
-def open_source(config: RunConfig) -> Source:
-    """Open the source of a run, and prepare its corpora if necessary.
+def open_source(config: RunConfig, *, progress: bool = False) -> Source:
+    """Open the source of a run, and prepare its corpora if necessary; `progress` prints how far.
 
     Raises ConfigError for data that the user must change.
     """
     if config.data.name == "synthetic":
         return _Synthetic(config)
-    corpora = prepare_run(config, progress=False)
+    corpora = prepare_run(config, progress)
     if not config.run.eval_every:
         return _Text(config, corpora)
-    named = prepare_validation(config.data, config.model.vocab_size, corpora, progress=False)
+    named = prepare_validation(config.data, config.model.vocab_size, corpora, progress)
     return _Text(config, corpora, named)
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from schedules.render import chrome_trace, facts, svg
+from schedules.render import chrome_trace, svg
 from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig, RunSettings, printable
-from vp_train.data import Source
 from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
@@ -35,34 +34,7 @@ from vp_train.metrics.summary import (
     summarize,
 )
 from vp_train.metrics.trackers import trackers_of
-from vp_train.model.shape import num_parameters
-from vp_train.planning.degrees import Degrees
-from vp_train.planning.placement import nothing_offloaded_words
-from vp_train.planning.plan import RunPlan, row_advice
-from vp_train.tensors.alignment import HOST_BLOCK_BYTES
-from vp_train.units import human_bytes
-
-
-def _mesh(degrees: Degrees) -> str:
-    """Return the degrees of parallelism in words, and the ranks of the first replica."""
-    ranks = degrees.pp * degrees.tp
-    first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
-    replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
-    return f"{degrees.num_ranks} rank{'s' * (degrees.num_ranks != 1)} = {degrees}{replicas}"
-
-
-def _stages(plan: RunPlan) -> str:
-    """Return the layers of every rank of the first replica in words."""
-    tp, lines = plan.degrees.tp, []
-    for rank, stages in enumerate(plan.layers_of_ranks):
-        name = f"rank {rank}" if tp == 1 else f"ranks {rank * tp}-{rank * tp + tp - 1}"
-        layers = [
-            f"{stage[0]}-{stage[-1]}" if len(stage) > 1 else f"{stage[0]}"
-            for stage in stages
-            if stage
-        ]
-        lines.append(f"{name}: layers {', '.join(layers) or 'none'}")
-    return "  ".join(lines)
+from vp_train.planning.plan import RunPlan
 
 
 def _ramp_words(config: RunConfig, first_step: int) -> str:
@@ -70,21 +42,6 @@ def _ramp_words(config: RunConfig, first_step: int) -> str:
     ramp = [(step, count) for step, count in config.batch_ramp if step >= first_step]
     parts = [f"{count:,} sequences until step {step:,}" for step, count in ramp]
     return ", ".join([*parts, "then all microbatches"]) if parts else ""
-
-
-def _offload_words(plan: RunPlan) -> str:
-    """Return what goes to host memory in words; empty if no activations are to be offloaded."""
-    timeline, ranks = plan.timeline, range(plan.num_ranks)
-    if not plan.cost.offload_bytes:
-        return ""
-    if not timeline.transfers:
-        return nothing_offloaded_words(has_layers=any(plan.cost.offload_bytes))
-    moved = max(map(timeline.moved_bytes, ranks))
-    held = max(timeline.host_bytes(rank, HOST_BLOCK_BYTES) for rank in ranks)
-    return (
-        f"up to {human_bytes(moved)} of a rank's activations wait in host memory in a step, "
-        f"{human_bytes(held)} at a time"
-    )
 
 
 def _past_profiles(settings: RunSettings, first_step: int) -> str:
@@ -146,8 +103,8 @@ class Reporter:
         self._has_warned = False
         self._pending: tuple[StepReport, dict[str, float]] | None = None
 
-    def start(self, config_yaml: str, source: Source, notices: Sequence[str] = ()) -> None:
-        """Write configuration, environment and schedule, and print what will run where.
+    def start(self, config_yaml: str, notices: Sequence[str] = ()) -> None:
+        """Write configuration, environment and schedule, and print which steps are to come.
 
         `notices` were said before there was a reporter; they are kept in notices.txt.
         """
@@ -159,22 +116,7 @@ class Reporter:
         title = f"{plan.schedule.name}, vocabulary {plan.problem.algorithm.name}: as planned"
         directory.write("schedule.svg", svg(plan.timeline, title))
         lines = [
-            f"data      {source.description}",
-            *(f"warning   {words}" for words in source.warnings),
-            f"model     {num_parameters(config.model) / 1e6:.1f} M parameters, "
-            f"vocabulary {config.model.vocab_size:,}"
-            f" (ln V = {math.log(config.model.vocab_size):.2f}), "
-            f"{config.run.dtype} on {config.run.device}",
-            f"mesh      {_mesh(plan.degrees)}, optim.name={config.optim.name}",
-            f"pipeline  {_stages(plan)}",
-            f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
-            f"{config.num_microbatches} microbatches"
-            f" of {config.micro_batch_size} x {config.model.seq_length} tokens",
             *([f"batch     {words}"] if (words := _ramp_words(config, self._first_step)) else []),
-            f"planned   {facts(plan.timeline)}; "
-            f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
-            *([f"offload   {words}"] if (words := _offload_words(plan)) else []),
-            *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
             *([f"resumed   {rates}"] if rates else []),
             *(

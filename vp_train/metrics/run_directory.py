@@ -10,7 +10,8 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO
@@ -20,6 +21,7 @@ from vp_train.durable import (
     UnreadableError,
     advising,
     checkpoints_in,
+    missing_directories,
     naming,
     open_to_append,
     read_text,
@@ -50,7 +52,39 @@ def refuse_used(settings: RunSettings) -> None:
 def refuse_running(settings: RunSettings) -> None:
     """Raise ConfigError if another process uses the directory now."""
     if settings.directory.exists():
-        _acquire(settings.directory).close()
+        with _acquire(settings.directory) as lock:
+            if not os.fstat(lock.fileno()).st_size:  # no run has left it
+                (settings.directory / "LOCK").unlink()
+
+
+@contextmanager
+def removed_if_unused(settings: RunSettings) -> Iterator[None]:
+    """Remove the directory of a run at the end if nothing was written to it, as of a refused start.
+
+    Those above it are removed too, unless they were there before.
+    """
+    new = missing_directories(settings.directory)
+    try:
+        yield
+    finally:
+        # Where another process uses it, or somebody has removed it, there is nothing to do.
+        with suppress(OSError, ConfigError):
+            if settings.directory.exists():
+                with _acquire(settings.directory):
+                    _remove_unused(settings.directory, new)
+
+
+def _remove_unused(path: Path, new: Sequence[Path]) -> None:
+    """Remove the directories `new` if `path` has nothing but what `RunDirectory` makes itself.
+
+    The lock of `path` must be held.  Raises OSError.
+    """
+    if set(os.listdir(path)) <= {"LOCK", "trace"}:
+        with suppress(FileNotFoundError):
+            (path / "trace").rmdir()
+        (path / "LOCK").unlink()
+        for directory in new:
+            directory.rmdir()
 
 
 def make_directory(settings: RunSettings) -> None:
@@ -84,6 +118,7 @@ class RunDirectory:
         or if a symbolic link or a pipe is where the run has a file or folder.
         """
         self.path = settings.directory
+        self._new = missing_directories(self.path)
         make_directory(settings)
         self._texts: dict[str, str] = {}  # by name, to write them again
         self._take()
@@ -98,6 +133,11 @@ class RunDirectory:
             self._lock.truncate(0)
             self._lock.write(self._mark)
             self._lock.flush()
+
+    def forsake(self) -> None:
+        """Remove the directory if nothing was written to it: the run does not start."""
+        with suppress(OSError):
+            _remove_unused(self.path, self._new)
 
     def hold(self) -> str | None:
         """Make the directory again if somebody has removed it, and return what was lost in words.

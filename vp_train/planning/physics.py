@@ -60,19 +60,17 @@ class Device:
 
         Raises ConfigError if it has only some of the rates.
         """
-        product, attention, memory = (
-            cost.matrix_flops_per_second,
-            cost.attention_flops_per_second,
-            cost.memory_bytes_per_second,
-        )
+        names = ("matrix_flops_per_second", "attention_flops_per_second", "memory_bytes_per_second")
+        product, attention, memory = rates = [getattr(cost, name) for name in names]
         if product is None and attention is None and memory is None:
             assert cost.flops_per_second is not None, "costs that are still open"
             return cls(cost.flops_per_second, cost.flops_per_second, math.inf, 0.0, 0)
         if product is None or attention is None or memory is None:
-            raise ConfigError(
-                f"cost.matrix_flops_per_second={product}, attention_flops_per_second={attention} "
-                f"and memory_bytes_per_second={memory}: give all three, or none"
+            given = ", ".join(
+                f"{name}={'null' if rate is None else f'{rate:g}'}"
+                for name, rate in zip(names, rates, strict=True)
             )
+            raise ConfigError(f"cost: {given}; give all three, or none")
         kernel, multiprocessors = cost.kernel_seconds or 0.0, cost.multiprocessors or 0
         return cls(product, attention, memory, kernel, multiprocessors)
 

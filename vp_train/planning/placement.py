@@ -168,6 +168,8 @@ def fill_with_rows(num_rows: int, busy: Sequence[float], row_seconds: Sequence[f
     Rank r is busy for busy[r] seconds without rows, and each row takes it row_seconds[r].  Ranks
     above the final level get none.
     """
+    first = min(busy)
+    busy = [seconds - first for seconds in busy]  # rows of large levels would be lost in rounding
     by_level = sorted(range(len(busy)), key=busy.__getitem__)
     level, width = 0.0, 0.0  # width: rows per second of level among the ranks under water
     poured = float(num_rows)

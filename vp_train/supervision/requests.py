@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.config import RunSettings
+from vp_train.failures import EXIT_INTERNAL, EXIT_TIME
 
 # A request is a number, so that it fits into the message of a step.  The largest one of all ranks
 # counts.  _SIGNALS + n is a request to leave by signal n, _PASSED_ON + n by one that the launcher
@@ -23,6 +24,7 @@ _SAVE = 1
 _TIME_IS_OVER = 2
 _STOP_FILE = 3
 NO_READER = 4
+NO_STORE = 5
 _SIGNALS = 100
 _PASSED_ON = 200
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -43,6 +45,11 @@ def leaves(request: int) -> bool:
     return request >= _TIME_IS_OVER
 
 
+def exit_code(request: int) -> int:
+    """Return the exit code of a run after a request to leave; a lost store is a failure."""
+    return EXIT_INTERNAL if request == NO_STORE else EXIT_TIME
+
+
 def words(request: int, rank: int, *, spans_nodes: bool = False) -> str:
     """Return what asked for `request`, which `rank` was the first to know, for a message."""
     if request == _TIME_IS_OVER:
@@ -51,6 +58,8 @@ def words(request: int, rank: int, *, spans_nodes: bool = False) -> str:
         return "nobody reads the output any more"
     if request == _STOP_FILE:
         return "the file STOP was there"
+    if request == NO_STORE:
+        return f"the store of the ranks, a process of rank {rank}, was killed"
     if request < _PASSED_ON:
         return f"{signal.Signals(request - _SIGNALS).name} reached rank {rank}"
     launcher = f"the launcher on the node of rank {rank}" if spans_nodes else "the launcher"
@@ -96,9 +105,14 @@ class Requests:
         checkpoint_minutes: float = 0.0,
         started: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        has_lost_store: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Count max_minutes from `started`, in seconds of `clock`; by default from now."""
+        """Count max_minutes from `started`, in seconds of `clock`; by default from now.
+
+        `has_lost_store` returns whether the store has ended that this rank serves for all.
+        """
         self._stop_file, self._clock = stop_file, clock
+        self._has_lost_store = has_lost_store
         self._max_seconds, self._save_seconds = 60 * max_minutes, 60 * checkpoint_minutes
         self._saved = clock()
         self._started = self._saved if started is None else started
@@ -106,8 +120,10 @@ class Requests:
         self._is_passed_on = False
 
     @classmethod
-    def of_rank(cls, rank: int, settings: RunSettings) -> Requests:
-        """Return the requests that rank `rank` looks for."""
+    def of_rank(
+        cls, rank: int, settings: RunSettings, has_lost_store: Callable[[], bool] = lambda: False
+    ) -> Requests:
+        """Return the requests that rank `rank` looks for; only the first one serves a store."""
         if rank:
             return cls()
         return cls(
@@ -115,6 +131,7 @@ class Requests:
             max_minutes=settings.max_minutes,
             checkpoint_minutes=settings.checkpoint_minutes,
             started=float(os.environ.get(_STARTED, time.monotonic())),
+            has_lost_store=has_lost_store,
         )
 
     def listen(self) -> None:
@@ -142,6 +159,8 @@ class Requests:
         now = self._clock()
         if self._signal:
             return (_PASSED_ON if self._is_passed_on else _SIGNALS) + self._signal
+        if self._has_lost_store():
+            return NO_STORE
         if self._stop_file is not None and self._stop_file.exists():
             return _STOP_FILE
         if 0 < self._max_seconds <= now - self._started:

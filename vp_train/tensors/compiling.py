@@ -16,11 +16,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, Lock, Timer
 from typing import IO, Any
 
 import torch
@@ -30,6 +30,7 @@ _SHAPES = 64  # compiled shapes per function; torch runs further shapes uncompil
 _MOST_METADATA = 4_096  # entries of a table of compiled code
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
 _PATIENCE_SECONDS = 120.0  # with another process that compiles
+_SILENT_SECONDS = 1.0  # of compiling, before a line says so
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch reads it
 _compiling = Lock()  # before torch 2.13 settings of dynamo are those of all threads
 _given_up = Event()  # since torch 2.13 its own switch counts for the calling thread only
@@ -156,6 +157,37 @@ def prepare_inductor() -> None:
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault(_THREADS, "1")
+
+
+@contextmanager
+def announced(parts: Sequence[str]) -> Iterator[None]:
+    """Print which parts of a run are compiled inside, and how long it took.
+
+    Nothing is printed without parts, or if it takes less than a second.  A thread prints the first
+    line; there is none any more at the end.
+    """
+    began, has_said = time.monotonic(), Event()
+
+    def announce() -> None:
+        has_said.set()
+        _say(f"compile   {', '.join(parts)}: once on this machine, later starts take less")
+
+    timer = Timer(_SILENT_SECONDS, announce)
+    if parts:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if parts:
+            timer.join()
+    if has_said.is_set():
+        _say(f"compile   took {time.monotonic() - began:.1f} s")
+
+
+def _say(line: str) -> None:
+    with suppress(BrokenPipeError):  # a reader like `head`; the reporter notices it, too
+        print(line, flush=True)
 
 
 def compiles_alone() -> bool:

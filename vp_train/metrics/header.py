@@ -1,0 +1,80 @@
+"""The first lines of a run: what will run where.  They are printed before anything is compiled."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+
+from schedules.render import facts
+from vp_train.config import RunConfig
+from vp_train.data import Source
+from vp_train.model.shape import num_parameters
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.placement import nothing_offloaded_words
+from vp_train.planning.plan import RunPlan, row_advice
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES
+from vp_train.units import human_bytes
+
+
+def introduce(config: RunConfig, plan: RunPlan, source: Source) -> None:
+    """Print the `header` of a run."""
+    with suppress(BrokenPipeError):  # a reader like `head`; the reporter notices it, too
+        print("\n".join(header(config, plan, source)), flush=True)
+
+
+def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
+    """Return the lines about data, model, ranks and schedule of a run."""
+    model = config.model
+    return [
+        f"data      {source.description}",
+        *(f"warning   {words}" for words in source.warnings),
+        f"model     {num_parameters(model) / 1e6:.1f} M parameters, vocabulary "
+        f"{model.vocab_size:,} (ln V = {math.log(model.vocab_size):.2f}), "
+        f"{config.run.dtype} on {config.run.device}",
+        f"mesh      {_mesh(plan.degrees)}, optim.name={config.optim.name}",
+        f"pipeline  {_stages(plan)}",
+        f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
+        f"{config.num_microbatches} microbatches of {config.micro_batch_size} x "
+        f"{model.seq_length} tokens",
+        f"planned   {facts(plan.timeline)}; "
+        f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
+        *([f"offload   {words}"] if (words := _offload_words(plan)) else []),
+        *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
+    ]
+
+
+def _mesh(degrees: Degrees) -> str:
+    """Return the degrees of parallelism in words, and the ranks of the first replica."""
+    ranks = degrees.pp * degrees.tp
+    first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
+    replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
+    return f"{degrees.num_ranks} rank{'s' * (degrees.num_ranks != 1)} = {degrees}{replicas}"
+
+
+def _stages(plan: RunPlan) -> str:
+    """Return the layers of every rank of the first replica in words."""
+    tp, lines = plan.degrees.tp, []
+    for rank, stages in enumerate(plan.layers_of_ranks):
+        name = f"rank {rank}" if tp == 1 else f"ranks {rank * tp}-{rank * tp + tp - 1}"
+        layers = [
+            f"{stage[0]}-{stage[-1]}" if len(stage) > 1 else f"{stage[0]}"
+            for stage in stages
+            if stage
+        ]
+        lines.append(f"{name}: layers {', '.join(layers) or 'none'}")
+    return "  ".join(lines)
+
+
+def _offload_words(plan: RunPlan) -> str:
+    """Return what goes to host memory in words; empty if no activations are to be offloaded."""
+    timeline, ranks = plan.timeline, range(plan.num_ranks)
+    if not plan.cost.offload_bytes:
+        return ""
+    if not timeline.transfers:
+        return nothing_offloaded_words(has_layers=any(plan.cost.offload_bytes))
+    moved = max(map(timeline.moved_bytes, ranks))
+    held = max(timeline.host_bytes(rank, HOST_BLOCK_BYTES) for rank in ranks)
+    return (
+        f"up to {human_bytes(moved)} of a rank's activations wait in host memory in a step, "
+        f"{human_bytes(held)} at a time"
+    )
