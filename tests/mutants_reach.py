@@ -74,7 +74,7 @@ def reporting(text: str, sites: Mapping[int, int]) -> tuple[str, set[int]]:
 
 
 class _Reports(ast.NodeTransformer):
-    """Puts statements in front of others."""
+    """Put statements in front of others."""
 
     def __init__(self, reports: Mapping[ast.stmt, list[ast.stmt]]) -> None:
         self._reports = reports

@@ -21,7 +21,7 @@ OURS = ("schedules", "vp_train")
 ALLOWED = {
     "schedules": ("schedules",),
     "vp_train.config": (),
-    "vp_train.settings": ("vp_train.config", "vp_train.durable"),
+    "vp_train.settings": ("vp_train.config", "vp_train.durable", "vp_train.units"),
     "vp_train.units": (),
     "vp_train.quiet": (),
     "vp_train.durable": (),
@@ -68,6 +68,7 @@ ALLOWED = {
         "vp_train.optim",
         "vp_train.quiet",
         "vp_train.tensors",
+        "vp_train.units",
     ),
     "vp_train.hf": (
         "vp_train.config",
@@ -85,6 +86,7 @@ ALLOWED = {
         "vp_train.failures",
         "vp_train.planning",
         "vp_train.preflight",
+        "vp_train.units",
     ),
     "vp_train.report": (
         "schedules",

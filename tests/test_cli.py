@@ -172,6 +172,16 @@ def test_an_option_of_another_launcher_is_answered_with_ours():
             load_config([typed], ("--nodes", "--ranks"))
 
 
+@pytest.mark.parametrize("word", ["--dryrun", "--dry-run=true", "--dry_run", "--DryRun", "--dyrun"])
+def test_whoever_wants_a_run_without_a_run_is_told_of_the_plan_and_the_preflight(word):
+    with pytest.raises(
+        ConfigError, match=r"; vp-plan with the same settings .*; --preflight stops"
+    ):
+        load_config([word], ("--ranks", "--preflight"))
+    with pytest.raises(ConfigError, match=r"; vp-plan with .* starts nothing; there are --json"):
+        load_config([word], ("--json",))
+
+
 FLOAT8 = ["model=nano", "run.dtype=bfloat16", "run.linear_dtype=float8"]
 
 

@@ -62,7 +62,7 @@ def test_at_512_ranks_no_rank_has_more_than_99_sockets(layout, algorithm):
     "degrees", [(8, 8, 8), (16, 8, 4), (1, 64, 8), (64, 1, 8), (512, 1, 1), (4, 16, 64)]
 )
 def test_sockets_leave_room_for_other_files(degrees):
-    """With dp = 512 the data-parallel group alone needs 511 sockets, which are not counted here."""
+    """The data-parallel group of dp = 512 alone needs 511 sockets, which are not counted here."""
     degrees = Degrees(*degrees)
     specs = planned(degrees, problem_of(degrees.pp), nccl=True)
     most = max(gloo_sockets(specs, rank) for rank in range(degrees.num_ranks))

@@ -9,7 +9,7 @@ from vp_train.config import RunConfig, RunSettings
 
 @pytest.mark.parametrize("index", [0, 3])
 def test_a_gpu_has_its_index(monkeypatch, index):
-    """Without an index it would be GPU 0 in a thread in which set_device was not called."""
+    """A device without an index would be GPU 0 in a thread that has not called set_device."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: index)
     for backend in ("nccl", "gloo"):
         config = RunConfig(run=RunSettings(device="cuda", comm_backend=backend))

@@ -1,4 +1,4 @@
-"""When a rank fails, the run ends with a one-line message and an exit code, and no rank is left."""
+"""A run whose rank fails ends with a one-line message and an exit code, and no rank is left."""
 
 from __future__ import annotations
 
@@ -244,6 +244,8 @@ def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
         assert program.wait(90) == EXIT_TIME
         assert "because nobody reads the output any more; a checkpoint" in program.stderr.read()
     assert any((tmp_path / "default" / "checkpoints").glob("step-*"))
+    first, *_ = (tmp_path / "default" / "notices.txt").read_text().splitlines()
+    assert first.endswith(": nobody reads the output any more; the run saves and ends")
 
 
 def test_a_job_without_any_stream_trains(tmp_path):

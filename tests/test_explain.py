@@ -415,7 +415,7 @@ def test_one_rank_sends_nothing_and_is_as_fast_as_itself():
 
 @pytest.mark.parametrize(("name", "other"), [("zb_h1", "1f1b"), ("1f1b", "zb_h1")])
 def test_a_schedule_that_only_has_the_name_of_a_generator_is_not_ordered_by_it(name, other):
-    """That of a file splits its backward and is named 1f1b, or the other way round."""
+    """The schedule of a file splits its backward and is named 1f1b, or the other way round."""
     step, program = step_of(name, "one_barrier")
     assert explain(run(step, program)).what_if("order") is not None
     named = replace(step, schedule=replace(step.schedule, name=other))
@@ -558,7 +558,7 @@ def test_an_explanation_does_not_depend_on_the_unit_of_time(device):
 
 
 def test_a_kind_takes_on_average_what_it_was_measured_to_take():
-    """Also a kind that the plan took for free."""
+    """A kind that the plan took for free counts too."""
     step, _ = step_of("1f1b", "one_barrier")
     free = {kind: seconds for kind, seconds in step.cost.pass_seconds.items() if kind != Kind.E}
     step, chance = replace(step, cost=replace(step.cost, pass_seconds=free)), random.Random(0)

@@ -1,4 +1,4 @@
-"""What a long search shows, and how Ctrl-C ends it."""
+"""A long search shows how far it is, and Ctrl-C ends it."""
 
 from __future__ import annotations
 

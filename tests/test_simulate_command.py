@@ -321,7 +321,7 @@ def test_the_passes_of_a_cpu_copy_to_the_host_themselves(vp_simulate, tmp_path):
 
 
 def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monkeypatch):
-    """In a V, hops both ways share one stream, and each takes a quarter of a forward."""
+    """Hops both ways share one stream in a V, and each takes a quarter of a forward."""
     monkeypatch.setitem(RUNTIMES, "cuda", replace(RUNTIMES["cuda"], hops=Hops.PAIRED))
     costs = [*UNIT, "model.num_layers=8", "cost.hop_seconds=0.25"]
     words = [*costs, "schedule=v_min", "vocab=two_barrier"]

@@ -42,6 +42,7 @@ from vp_train.config import (
     unknown,
 )
 from vp_train.durable import UnreadableError, checkpoints_in, homes, read_text, similar_run
+from vp_train.units import plural
 
 # What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
 # parses in Python, and the time of lists and quotes grows with the square of their length.
@@ -191,8 +192,9 @@ def _instead_of(word: str, known_options: Sequence[str]) -> str:
         return f"did you mean {option}? "
     if re.match(r"(config|cfg|conf)\b|config_|config-", name):
         return f"{_NO_FILE}; "
-    if name in ("dry-run", "dry_run"):
-        return "vp-plan with the same settings tells what a run would do; "
+    if difflib.get_close_matches(re.sub("[-_]", "", name.lower()), ["dryrun"], cutoff=0.8):
+        way = "vp-plan with the same settings says what a run would do and starts nothing; "
+        return f"{way}--preflight stops before step 1; " if "--preflight" in known_options else way
     names = close_names(name)
     if names and len(name) > 1:
         return f"write {names[0]}={value if equals else '...'}; "
@@ -727,7 +729,7 @@ def _refuse(refused: Sequence[Change], directory: Path) -> None:
     if not refused:
         return
     before = ", ".join(f"{change.name}={change.before}" for change in refused)
-    words = f"the same value{'s' if len(refused) > 1 else ''}"
+    words = f"the same {plural(len(refused), 'value')}"
     permissions = list(dict.fromkeys(change.permission for change in refused))
     if None not in permissions:
         words += f", or give run.allow=[{','.join(filter(None, permissions))}]"
@@ -1259,7 +1261,10 @@ def settings_page() -> str:
             rows.append(
                 f"| `{item.name}` | `{_value(item.default)}` | {values} | {setting.meaning} |"
             )
-        text = "" if section is RunConfig else f"{_paragraphs(section)}\n\n"
+        paragraphs = [] if section is RunConfig else _paragraphs(section).split("\n\n")
+        text = "".join(
+            f"{textwrap.fill(words, 100, break_on_hyphens=False)}\n\n" for words in paragraphs
+        )
         parts.append(f"## {title}\n\n{text}" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 

@@ -493,6 +493,9 @@ class Run:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
+            if self._left is not None and step < self.config.run.steps:
+                saves = "saves and " if self.config.run.saves else ""
+                reporter.say(f"step {step}: {self._left}; the run {saves}ends")
         self._save_if_due(step, health, reporter)
 
     def _report_of(self, step: int, health: StepHealth, rate: float, speed: float) -> StepReport:

@@ -1,6 +1,13 @@
-"""Text forms of byte counts and durations."""
+"""Text forms of byte counts, durations and numbers of things."""
 
 from __future__ import annotations
+
+
+def plural(count: int, name: str) -> str:
+    """Return `name` as it stands behind a count: 1 -> rank, 2 -> ranks, 0 -> microbatches."""
+    if count == 1:
+        return name
+    return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
 
 
 def clock(seconds: float) -> str:

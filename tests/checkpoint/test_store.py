@@ -467,7 +467,7 @@ def test_any_slices_are_read_from_any_others_along_any_dimension(tmp_path, seed)
 
 
 def test_slices_along_another_dimension_are_refused(tmp_path):
-    """Only a manifest of somebody else has them; their ranges are not those of this run."""
+    """A manifest of somebody else alone has them; their ranges are not those of this run."""
     whole = torch.arange(16.0).view(4, 4)
     manifest = stored_in_files(tmp_path, whole, [TensorSlice(1, 4, ((0, 1),))])
     piece = CheckpointTensor(torch.zeros(1, 4), TensorSlice(0, 4, ((0, 1),)))

@@ -228,7 +228,7 @@ def test_a_token_out_of_range_is_named_with_file_and_offset(tmp_path, text):
 
 @pytest.mark.parametrize("wrong", [-5, 100_000])
 def test_the_first_token_outside_is_named_and_the_largest_one_found(tmp_path, monkeypatch, wrong):
-    """Wherever they are in blocks of three tokens; 0 and the last token are no mistake."""
+    """Tokens stand anywhere in blocks of three; 0 and the last token are no mistake."""
     monkeypatch.setattr(indexed, "_BLOCK", 3)
     prefix = tmp_path / "tokens"
     for place in range(8):

@@ -23,7 +23,7 @@ def test_permutation_is_a_bijection(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 7, 10])
 def test_permutations_of_many_keys_are_uniform(size: int) -> None:
-    """Over many keys, an index or a pair of indices goes to every place equally often.
+    """An index or a pair of indices goes to every place equally often, over many keys.
 
     The chi-square statistic must stay below its 99.99 % point, approximately.
     """

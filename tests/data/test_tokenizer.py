@@ -92,7 +92,7 @@ def test_a_vocabulary_reaches_to_its_largest_id(vocabulary: dict[str, int]) -> N
 
 
 def test_a_hash_is_that_of_the_tokenizer_however_it_is_written(tmp_path: Path) -> None:
-    """Of a file that holds none it is that of its bytes."""
+    """A file that holds none has the hash of its bytes."""
     path = tmp_path / "tokenizer.json"
     kinds = [[train_tokenizer(texts, 270) for _ in range(2)] for texts in (TEXTS, TEXTS[:1])]
     found = []

@@ -143,10 +143,16 @@ def test_a_tokenizer_far_below_the_vocabulary_is_said(text: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("", "/ is a directory; give .*text/tokenizer.json$"), ("none", "is not there; give the")],
+    [
+        ("", "/ is a directory; give .*text/tokenizer.json$"),
+        ("none", "is not there; give the"),
+        ("link.json", "link.json is a device, a pipe or a socket; give the"),
+    ],
 )
 def test_what_is_no_tokenizer_is_said(text: Path, name: str, message: str) -> None:
     given = f"{text}/text/{name}"
+    if name.startswith("link"):
+        Path(given).symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match=message) as caught:
         prepare(text_config(text, tokenizer=given), 300, progress=False)
     assert "//" not in str(caught.value)

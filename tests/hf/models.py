@@ -162,7 +162,7 @@ class _Double:
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Within this context transformers computes norms, softmax and angles in float64 too."""
+    """Let transformers compute norms, softmax and angles in float64 too, within this context."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.Tensor, "float", torch.Tensor.double)
         for name, module in list(sys.modules.items()):

@@ -1,4 +1,4 @@
-"""For bad input, vp-import and vp-export end with one line that names it, and exit code 78.
+"""Bad input ends vp-import and vp-export with one line that names it, and exit code 78.
 
 model=FILE.yaml reads the settings of a model from a file.
 """

@@ -588,7 +588,7 @@ def test_a_decoder_without_the_prefix_of_its_names_is_read(made, tmp_path):
 
 
 def test_an_export_is_of_the_architecture_that_was_imported(made, tmp_path):
-    """Without a window a Mistral or Phi-3 computes as a Llama does."""
+    """A Mistral or Phi-3 without a window computes as a Llama does."""
     for name in ("phi3", "mistral without a window", "smollm", "gpt2"):
         _, theirs, imported = made(name)
         export_checkpoint(imported.checkpoint, tmp_path / name)

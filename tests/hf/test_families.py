@@ -442,7 +442,7 @@ def test_features_that_are_not_built_are_named(base, changes, message):
 
 
 def test_transformers_never_caps_the_scores_of_gemma_3():
-    """This is why we refuse the setting.  If this test fails one day, Gemma 3 may have a cap."""
+    """The reason why we refuse the setting.  If this test fails one day, Gemma 3 may have a cap."""
     ids = torch.arange(20)[None]
     with torch.no_grad():
         plain, capped = (

@@ -90,7 +90,7 @@ def generated(directory):
 def test_from_scratch_to_transformers_and_on_by_the_printed_command(
     corpus, tmp_path, monkeypatch, capsys
 ):
-    """What was trained here carries its tokenizer out, in, through training, out and in again."""
+    """A model that was trained here carries its tokenizer out, in, through training, and again."""
     monkeypatch.chdir(tmp_path)
     quick = ("run.steps=1", "run.eval_every=0", "run.trace_step=0", "num_microbatches=2")
     shape = (f"model.vocab_size={VOCAB}", "model.num_layers=2", "model.hidden_size=16")

@@ -1,4 +1,4 @@
-"""On every layout scores and tokens are those of transformers for the exported model."""
+"""Scores and tokens of every layout are those of transformers for the exported model."""
 
 from __future__ import annotations
 

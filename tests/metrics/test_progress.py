@@ -11,7 +11,7 @@ from rich.console import Console
 from vp_train.config import PROGRESS, ConfigError, RunSettings
 from vp_train.metrics import progress as progress_module
 from vp_train.metrics.progress import Progress, Validation, folded, print_line
-from vp_train.units import clock
+from vp_train.units import clock, plural
 
 SETTINGS = RunSettings(steps=5)
 VALUES = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "peak_bytes": 1.0}
@@ -23,6 +23,11 @@ VALUES = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "peak_bytes": 1.
 )
 def test_the_time_left_reads_like_a_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_only_one_thing_is_in_the_singular():
+    assert [plural(count, "rank") for count in (0, 1, 2)] == ["ranks", "rank", "ranks"]
+    assert plural(2, "microbatch") == "microbatches"
 
 
 def test_a_rank_that_leaves_without_a_word_leaves_the_cursor_visible():

@@ -81,7 +81,7 @@ def test_a_service_that_fails_is_said_once_and_the_steps_go_on(when, capsys):
 def test_a_service_that_does_not_answer_is_said_once_and_stops_neither_steps_nor_the_end(
     monkeypatch, capsys, steps, reason
 ):
-    """Of three steps that may wait, the last word of the run takes the place of one."""
+    """The last word of the run takes the place of one of three steps that may wait."""
     monkeypatch.setattr(trackers, "_CLOSE_SECONDS", 0.05)
     monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
     answers = threading.Event()

@@ -159,10 +159,10 @@ def test_packed_documents_are_one_call_with_their_bounds_and_window(monkeypatch,
 
 def test_a_torch_whose_attention_knows_no_scale_or_no_window_is_not_used(monkeypatch):
     def old(q, k, v):
-        """Know neither."""
+        """Have neither option, as before."""
 
     def scaled(q, k, v, scale=None):
-        """Know no window."""
+        """Have no window, as before."""
 
     def whole(q, k, v, scale=None, window_size=(-1, -1)):
         return "whole"

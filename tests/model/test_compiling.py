@@ -176,7 +176,7 @@ def test_guards_are_evaluated_once_for_metadata_that_is_new(traced, monkeypatch)
 
 
 def test_code_that_torch_really_makes_is_found_by_a_table():
-    """Where torch changes how it compiles ahead of time, layers would only be slower."""
+    """Layers would only be slower where torch changes how it compiles ahead of time."""
     added = compiling.compiled_for_tokens(lambda x, y: (x + y).relu())
     for s in (3, 5):
         x = torch.randn(s, 2, 4)

@@ -551,7 +551,7 @@ def test_w_frees_the_tensors_that_i_left_for_it(group):
 
 
 class Sums(TorchDispatchMode):
-    """Counts the all-reduces of what runs within."""
+    """Count the all-reduces of what runs within."""
 
     def __init__(self):
         super().__init__()

@@ -60,7 +60,7 @@ def rates_of(optim, num_steps):
 def test_the_rate_rises_to_lr_once_and_falls_to_its_end_without_a_jump(
     schedule, lr, fraction, warmup, decay, num_steps
 ):
-    """For all lengths of warm-up, decay and run, the rates lie between their bounds.
+    """All rates lie between their bounds, whatever the lengths of warm-up, decay and run.
 
     No rate is above lr, and after the warm-up no rate is below the last.
     """

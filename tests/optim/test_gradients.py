@@ -21,7 +21,7 @@ def parameters_of(dtype):
 
 
 def gradients_of(parameters, max_elements=1):
-    """With a bucket for each parameter, or more in one."""
+    """Return gradients with a bucket for each parameter, or more in one."""
     return Gradients(
         parameters,
         lay_out(parameters, [[[name] for name in parameters]], max_elements=max_elements),

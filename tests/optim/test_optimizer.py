@@ -311,7 +311,7 @@ def test_nothing_is_updated_read_or_loaded_while_it_is_still_gathered(ranks, dee
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Refuses operations that wait for a device because they return a value to Python."""
+    """Refuse operations that wait for a device because they return a value to Python."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "local_scalar_dense" not in str(func), func

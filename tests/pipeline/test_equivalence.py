@@ -76,7 +76,7 @@ def test_unequal_shards_and_stages_equal_one_process():
 
 
 def test_ranks_without_rows_equal_one_process():
-    """On such a rank T takes no time, and may come before the barrier that continues C1."""
+    """T takes no time on such a rank, and may come before the barrier that continues C1."""
     configs = [
         config_of(4, 3, 101, vocab=VocabConfig(algorithm, shards=(0, 101, 0, 0)))
         for algorithm in SHARDED

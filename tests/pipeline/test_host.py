@@ -1,4 +1,4 @@
-"""Between the first and the last pass of a step the host never waits for a value of the device."""
+"""The host never waits for a value of the device between the first and the last pass of a step."""
 
 import threading
 from contextlib import contextmanager, nullcontext
@@ -29,7 +29,7 @@ WAITING = (
 
 
 class Questions(TorchDispatchMode):
-    """Collects the operations that make the host wait for the device."""
+    """Collect the operations that make the host wait for the device."""
 
     def __init__(self):
         super().__init__()

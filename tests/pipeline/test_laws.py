@@ -285,7 +285,7 @@ def test_a_full_pipeline_keeps_no_more_with_more_microbatches(schedule):
 
 @pytest.mark.parametrize("p", [1, 2])
 def test_the_output_of_the_last_layer_gives_the_log_probabilities_where_it_is_asked_for(p):
-    """Of every sequence at a position of its own, in microbatches of two."""
+    """Every sequence is asked at a position of its own, in microbatches of two."""
     config = config_of(p, 2, 101, vocab=VocabConfig("none"))
     config = replace(config, run=replace(config.run, eval_microbatches=3))
     plan = make_plan(config, p)

@@ -359,7 +359,7 @@ def test_a_host_has_no_streams():
 
 
 def test_a_message_of_one_communicator_waits_for_none_of_another():
-    """What was issued before has not come: of the other end, and of another sender."""
+    """Messages of the other end and of another sender were issued before, and have not come."""
     board = Switchboard(problem(3, 1, "one_barrier"), CPU, timeout_seconds=0.2)
     transports = [board.transport(rank) for rank in range(3)]
 

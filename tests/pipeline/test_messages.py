@@ -261,7 +261,7 @@ def test_only_a_result_that_is_awaited_here_is_copied_to_the_device(delivers):
 def test_what_only_the_leader_receives_is_passed_on_to_its_tensor_parallel_ranks(
     transport_of, num_rows
 ):
-    """Others have no rows, or as many as the result has, before it arrives."""
+    """Other ranks have no rows, or as many as the result has, before it arrives."""
     _, calls = transport_of()
     received = torch.zeros(2, 3)
     pending = comms_module._PassedOn(Issued(None, received), 20, "tensor", num_rows)
@@ -277,7 +277,7 @@ def test_what_only_the_leader_receives_is_passed_on_to_its_tensor_parallel_ranks
 
 
 def test_rows_go_from_and_to_the_owner_alone():
-    """In a group of one the root gathers and scatters its own rows."""
+    """The root of a group of one gathers and scatters its own rows."""
     group = alone()
     for transfer in (Transfer.GATHER, Transfer.SCATTER):
         own = torch.arange(6.0).view(3, 2)
@@ -304,7 +304,7 @@ def test_the_thread_beside_the_passes_keeps_no_tensor_of_a_message_that_has_been
 
 
 def test_a_thread_beside_the_passes_is_waited_for_where_it_is_stopped():
-    """What it does ends first.  Stopped by itself, it does not wait for itself."""
+    """Its work ends first.  A thread that stops itself does not wait for itself."""
     begun, before = threading.Event(), set(threading.enumerate())
     aside = Aside()
     (thread,) = set(threading.enumerate()) - before
@@ -517,7 +517,7 @@ def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_or
 @pytest.mark.parametrize("transfer", Transfer)
 @pytest.mark.parametrize("is_root", [False, True])
 def test_a_collective_is_issued_and_not_waited_for(monkeypatch, transfer, is_root):
-    """Of three ranks, of which rank 11 of the run is the root and the second of the group."""
+    """The group has three ranks; rank 11 of the run is the root and the second of them."""
     calls, work = [], SimpleNamespace()
 
     def noted(name):

@@ -86,7 +86,7 @@ def assert_offloaded_equals_one_process(config, p, seed=0, **options):
 
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_every_schedule_with_every_algorithm_equals_one_process(name):
-    """With three ranks and two microbatches, fewer than ranks."""
+    """Three ranks have two microbatches, fewer than ranks."""
     stages = GENERATORS[name].layout_of(3).num_stages
     for seed, algorithm in enumerate(ALGORITHMS):
         config = config_of(
@@ -138,7 +138,7 @@ def test_no_bit_changes_in_bfloat16(name, linear_dtype):
 
 
 class Seen(TorchDispatchMode):
-    """Collects the storages of all tensors that operations read or write, without holding them."""
+    """Collect the storages of all tensors that operations read or write, without holding them."""
 
     def __init__(self):
         super().__init__()
@@ -222,7 +222,7 @@ def left_on_device(config, plan):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_of_offloaded_layers_stays_on_the_device(family, recompute):
-    """With a final norm, which is no layer, the last stage keeps its input: [s, b, h] in fp64."""
+    """The last stage keeps the input of its final norm, which is no layer: [s, b, h] in fp64."""
     config = config_of(2, 2, 101, layers=(2, 2))
     config = replace(config, model=replace(config.model, **family))
     config = offloading(config, recompute=recompute)
@@ -601,7 +601,7 @@ def test_parameters_integers_and_empty_tensors_stay_where_they_are():
 
 
 def test_blocks_are_cut_at_their_ends_and_aligned_within():
-    """Of 1,024 bytes; a part begins at a multiple of 512."""
+    """Blocks have 1,024 bytes; a part begins at a multiple of 512."""
     own = link(block_bytes=1_024)
     kept = own.keep("0F0", ())
     for size, parts in ((100, [100]), (600, [512, 88]), (512, [512]), (2_000, [1_024, 976])):

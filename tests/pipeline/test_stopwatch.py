@@ -82,7 +82,7 @@ def test_a_wait_within_a_pass_is_no_part_of_it_and_a_wait_between_lasts_to_the_n
 
 
 def test_a_wait_for_data_goes_on_as_data_and_no_other_wait_does():
-    """Whatever the time before belonged to."""
+    """The part that the time before belonged to does not matter."""
     watch = Stopwatch(Counting())
     watch.switch(Part.DATA)
     with watch.waits(Action.WAIT, "tokens"):

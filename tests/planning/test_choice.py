@@ -140,7 +140,7 @@ def test_a_batch_is_its_microbatches_in_all_replicas():
 
 
 def test_the_replicas_of_a_cluster_are_those_that_the_model_allows():
-    """Of twelve GPUs: six layers and tp of at most two leave one at least."""
+    """Six layers and tp of at most two leave one of twelve GPUs at least."""
     assert replicas_of(config_of(nodes=3)) == [1, 2, 3, 4, 6, 12]
     assert replicas_of(config_of(nodes=3, num_layers=2)) == [3, 6, 12]
     assert replicas_of(config_of(nodes=3, num_layers=2, num_query_groups=1)) == [6, 12]

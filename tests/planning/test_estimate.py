@@ -259,7 +259,7 @@ def test_a_ring_moves_nothing_alone_and_nearly_twice_the_bytes_among_many():
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tensor_parallel_sums_are_hidden_by_products_and_no_further(sequence_parallel):
-    """Of two sums, one is as long as its product dW or longer; `half` is one half of a sum."""
+    """One of two sums is as long as its product dW or longer; `half` is one half of a sum."""
     work = work_of(degrees=Degrees(1, 1, 2), sequence_parallel=sequence_parallel)
     qkv, _, up, _ = shape.linear_parameters(work.share)
     whole = sum(shape.linear_parameters(work.share))

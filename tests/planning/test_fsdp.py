@@ -291,7 +291,7 @@ def test_one_gpu_of_fsdp_exchanges_nothing():
 
 
 def test_fsdp_gathers_twice_and_scatters_once_per_microbatch():
-    """With links that take all of the time a step takes as long as its exchange."""
+    """A step takes as long as its exchange where links take all of the time."""
     slow = "cluster.node_bytes_per_second=1e9"
     config, work = work_of(slow, "cluster.node_seconds=0", "num_microbatches=3")
     found = fsdp_step(work, config.cluster, config.cost, config.optim, recompute="none")
@@ -303,7 +303,7 @@ def test_fsdp_gathers_twice_and_scatters_once_per_microbatch():
 
 
 def test_a_step_of_fsdp_has_one_gather_and_one_scatter_that_nothing_hides():
-    """However many microbatches it has, if links are fast enough to hide all others."""
+    """Links are fast enough to hide all others; the number of microbatches does not matter."""
     found = []
     for count in (1, 8):
         config, work = work_of(f"num_microbatches={count}", "micro_batch_size=4")

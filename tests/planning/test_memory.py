@@ -69,7 +69,7 @@ def test_the_most_shards_held_are_the_peak_of_s_minus_t(schedule, vocab):
 
 
 def test_a_machine_has_room_for_a_state_in_host_memory_too():
-    """In float32 that are four values of a parameter for the update, and one on its way back."""
+    """A parameter in float32 has four values for the update, and one on its way back."""
     words = ["optim.name=zero1", "optim.offload=true", "parallel.dp=2", "run.device=cuda"]
     config, step = planned(*words, num_ranks=4)
     needed = shape.num_parameters(config.model) * (2 * (4 + 4) + 4 * 4 + 4)
@@ -278,7 +278,7 @@ def stage_of(offload):
 
 
 def test_the_peak_of_a_step_is_that_of_a_ledger_of_all_its_passes():
-    """It has every tensor that is alive in a pass, and the highest sum of them."""
+    """The ledger has every tensor that is alive in a pass, and the highest sum of them."""
     kinds, num_moved = set(), 0
     for config, step in drawn():
         for rank in range(2):

@@ -263,7 +263,7 @@ def test_more_offloading_is_among_what_would_help():
 
 
 def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
-    """What recomputation saves is the difference of two plans where activations are offloaded."""
+    """Recomputation saves the difference of two plans where activations are offloaded."""
     typed = [*LLAMA, "parallel.offload_activations=1", "cluster.memory_gib=15"]
     config = load_config(typed)
     report = make_report(config)
@@ -290,7 +290,7 @@ def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
     ],
 )
 def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
-    """As many bytes as said, and enough unless that is said."""
+    """The advice saves as many bytes as said, and enough unless that is said."""
     typed = [*LLAMA, *typed]
     whole = make_report(load_config(typed)).host.total
     config = load_config([*typed, f"cluster.host_memory_gib={0.7 * whole / GIB}"])
@@ -338,7 +338,7 @@ def test_a_stored_schedule_keeps_its_reloads_and_needs_the_setting(tmp_path):
 
 @pytest.mark.parametrize("offloads_state", [False, True])
 def test_what_seems_to_fit_counts_what_goes_to_the_fullest_host(offloads_state):
-    """On nodes of two GPUs: the first ranks keep most microbatches."""
+    """The first ranks keep most microbatches; nodes have two GPUs."""
     config, step = planned("parallel.offload_activations=0.5")
     optim = replace(config.optim, name="zero1", offload=offloads_state)
     choice = Choice(Degrees(1, 8, 1), 1, 12, "1f1b", "one_barrier", "none", offload=0.5)
@@ -353,7 +353,7 @@ def test_what_seems_to_fit_counts_what_goes_to_the_fullest_host(offloads_state):
 
 
 def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
-    """With as little effort as a search has for a large cluster; such a plan was once lost."""
+    """The effort is as little as a search has for a large cluster; such a plan was once lost."""
     words = ["model=llama3_70b", "cluster=h100_80g_node", "cluster.num_nodes=8"]
     words += ["parallel.tp=4", "parallel.sequence_parallel=true", "vocab=none"]
     config = load_config([*words, "num_microbatches=32", "cluster.host_memory_gib=200"])

@@ -1,4 +1,4 @@
-"""What passes do not hide of the exchange between replicas, against queues of messages."""
+"""The exchange between replicas that passes do not hide, against queues of messages."""
 
 from __future__ import annotations
 

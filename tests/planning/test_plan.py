@@ -166,7 +166,7 @@ def test_a_searched_plan_keeps_its_cap_and_is_never_slower_than_a_named_one_that
 
 
 def test_without_a_cap_a_search_never_refuses(quick_search, monkeypatch):
-    """However low the default cap is, the plan then uses the peak of the best order as its cap."""
+    """The plan then uses the peak of the best order as its cap, however low the default cap is."""
     monkeypatch.setattr("vp_train.planning.plan._cap_bytes", lambda *_: 1.0)
     plan = plan_step(solved(), 3)
     assert max(plan.timeline.peak_bytes) == pytest.approx(plan.caps[0])

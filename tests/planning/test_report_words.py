@@ -168,7 +168,7 @@ def test_memory_is_said_with_its_distance_from_the_limit(report):
     ],
 )
 def test_a_rank_that_computes_a_tenth_longer_than_the_average_binds(report, ranks, words):
-    """By its vocabulary if more than half of what it is above the average is that."""
+    """Its vocabulary binds if more than half of what the rank is above the average is that."""
     found = replace(report, ranks=tuple(rank_of(*one) for one in ranks))
     assert found.binds.startswith(words), found.binds
 
@@ -232,7 +232,7 @@ def test_the_optimizer_binds_where_it_takes_more_than_all_else_but_computation(
 
 @pytest.mark.parametrize("dp", [1, 4])
 def test_an_update_moves_its_state_twice_gradients_and_weights_once(dp):
-    """In host memory three values in fp32 are read and written for each gradient."""
+    """Three values in fp32 are read and written for each gradient in host memory."""
     cluster = replace(
         CONFIG.cluster,
         memory_bytes_per_second=10.0,

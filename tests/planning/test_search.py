@@ -252,7 +252,7 @@ def test_recomputation_where_needed_fits_and_is_faster_than_everywhere():
 
 
 def test_stages_recompute_for_the_optimizer_that_is_chosen():
-    """With so little memory only an optimizer in host memory fits, and needs some recomputation."""
+    """An optimizer in host memory alone fits into so little, and needs some recomputation."""
     config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"])
     choice = next(
         choice

@@ -1,4 +1,4 @@
-"""What a search looks at, in which order and for how long, in worlds whose answer is known.
+"""The choices of a search, their order and its length, in worlds whose answer is known.
 
 A world stands in for `Scales`, and for the simulation and the planning of steps.  It knows of every
 choice what each of them would say, and notes what is asked.
@@ -36,7 +36,7 @@ ROOMY = 0.5 * GIB
 
 @dataclass(slots=True)
 class Facts:
-    """What a search finds out about a choice, from its weight to its whole step.
+    """All that a search finds out about a choice, from its weight to its whole step.
 
     bound, least: its seconds and bytes when it is weighed.
     drafted, passes: the seconds of its step and of its passes at least, once it is drafted.
@@ -473,7 +473,7 @@ def test_what_seems_not_to_fit_or_takes_a_tenth_of_the_effort_comes_last(enter, 
 
 
 def test_where_nothing_fits_the_leanest_is_named_with_all_that_it_needs_at_least(enter):
-    """As a search refuses for one reason, a choice may need more for another."""
+    """A search refuses for one reason; a choice may need more for another."""
     facts = [
         Facts(3.0, 1.0, leanest=9.0 * GIB),
         Facts(2.0, 1.0, leanest=1.5 * GIB),
@@ -561,7 +561,7 @@ def test_of_the_kind_that_was_not_found_a_few_are_tried_whatever_effort_is_left(
 
 
 def test_what_was_drafted_before_is_not_drafted_again_for_the_other_kind(enter):
-    """Its bound rose, and other choices had lower ones until the effort was spent."""
+    """The bound rose, and other choices had lower ones until the effort was spent."""
     facts = [
         Facts(9.0, 9.0, least=0.0),
         Facts(1.0, 9.5, drafted=8.0),
@@ -667,7 +667,7 @@ def test_estimates_end_when_exactly_their_part_of_the_effort_is_spent(
 
 
 def test_what_may_be_faster_than_the_last_of_the_best_is_open(enter):
-    """Of those that were not looked at, and not what equals it."""
+    """Choices that were not looked at are open, and not those that equal it."""
     for bounds, num_open in (((3.0, 4.9), 2), ((3.0, 5.0), 1), ((5.0, 6.0), 0), ((0.5, 7.0), 1)):
         first, second = Facts(0.1, 1.0, least=0.0, whole=10), Facts(0.2, 5.0, whole=10)
         world = World([first, second, *(Facts(bound, 9.0) for bound in bounds)])
@@ -732,7 +732,7 @@ def test_out_of_time_a_random_part_of_the_choices_is_weighed(enter, answers, wei
 
 
 def test_no_choice_is_weighed_in_vain_and_time_ends_nothing_before_one_was_not_refused(enter):
-    """Without time, weighing goes on until something is left to estimate."""
+    """Weighing without time goes on until something is left to estimate."""
     facts = [Facts(1.0, 1.0) for _ in range(300)]
     for one in facts[:299]:
         one.fails["weigh"] = ConfigError("it cannot be")
@@ -764,7 +764,7 @@ def test_a_margin_counts_for_estimates_and_for_plans_to_the_byte(enter):
 
 
 def test_the_fastest_optimizer_that_fits_is_taken(enter):
-    """What is refused says the memory of a rank if that is too little, else that of the hosts."""
+    """A refusal says the memory of a rank if that is too little, else that of the hosts."""
     config = replace(CONFIG, cluster=replace(CONFIG.cluster, host_memory_gib=2.0))
     large = {"adamw": 3.0 * GIB, "zero1": 2.0 * GIB}
     every = (ADAMW, ZERO1, OFFLOAD)
@@ -934,7 +934,7 @@ def test_nothing_offloads_where_memory_does_not_bind_or_it_must_not(enter, reaso
 
 
 def test_where_nothing_fits_all_that_memory_refused_is_tried_with_offloading(enter):
-    """With a plan that fits, only what recomputes nothing is."""
+    """Choices that recompute nothing alone are tried where a plan fits."""
     large = TooLargeError(2.0 * GIB, GIB, LEANEST)
     for fits in (True, False):
         base = [
@@ -1030,7 +1030,7 @@ def test_offloading_ends_with_the_time(enter):
 
 
 def test_a_choice_that_fits_is_one_whose_stages_all_recompute_most(enter, monkeypatch):
-    """It need not be the first one, and of what is kept the recomputation counts."""
+    """The choice need not be the first one, and the recomputation counts that is kept."""
     full = {"recompute": "full"}
     choices = [
         choice_of(0, **full, recompute_where_needed=True),
@@ -1063,7 +1063,7 @@ def problem_of(layout, count, vocab="one_barrier", *, split=False):
 def test_a_short_step_fills_the_pipeline_and_another_has_as_many_microbatches_as_ranks_more(
     ranks, fill
 ):
-    """It is the step itself where that is no longer."""
+    """A step that is no longer is taken itself."""
     layout = Layout("linear", ranks)
     for count, expected in (
         (fill + ranks - 1, (fill + ranks - 1,)),

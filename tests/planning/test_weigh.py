@@ -186,7 +186,7 @@ def test_every_base_order_is_checked_once_in_a_small_step_and_a_wrong_one_is_nam
 def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forward_runs(
     schedule, recompute
 ):
-    """At least all that may move has moved; about as much as the link takes in a warm-up.
+    """All that may move has moved at least; about as much as the link takes in a warm-up.
 
     What waits for its W does not move.
     """

@@ -95,7 +95,7 @@ def box_of(axes):
 
 
 def test_the_box_of_a_picture_leaves_room_for_its_numbers_and_no_more(drawn):
-    """They are on the left and below; 400 x 210 points as the element says."""
+    """Numbers are on the left and below; 400 x 210 points as the element says."""
     text = draw.lines([(Style(3, 2), [(0, 0.0), (1, 10.0)])], name="a")
     ((figure, axes),) = drawn
     assert text.startswith('<svg viewBox="0 0 400 210">')
@@ -188,7 +188,7 @@ def test_parts_stand_on_each_other_in_their_colours(drawn):
     ],
 )
 def test_an_axis_has_the_numbers_that_readers_expect(drawn, most, steps, values):
-    """At most six intervals of steps, and five of values."""
+    """An axis has at most six intervals of steps, and five of values."""
     draw.lines([(Style(0), [(0, 0.0), (most, most / 9)])], name="a", from_zero=True)
     ((_, axes),) = drawn
     for axis, limits, expected in (

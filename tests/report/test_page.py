@@ -144,14 +144,13 @@ def test_nothing_of_a_run_becomes_markup(evil_run):
     assert list(found.all("h1")) == [{}]
 
 
-def test_two_runs_show_what_differs_and_their_curves_together(
-    one, write_run, evil_run, tmp_path, vp_report, monkeypatch, capsys
+def test_two_runs_show_what_differs_and_their_curves_together_beside_the_first(
+    one, write_run, evil_run, tmp_path, vp_report, capsys
 ):
     other, _ = write_run("other", "optim.lr=0.5", "schedule=gpipe")
-    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert vp_report(one, other) == (0, "report.html\n", "")
-    found = Page(tmp_path / "report.html")
+    assert vp_report(one, other) == (0, f"{one.parent}/comparison.html\n", "")
+    found = Page(one.parent / "comparison.html")
     check(found)
     assert [item["id"] for item in found.all("h2")] == [
         *("settings", "curves", "figures", "warnings", "versions")

@@ -1,4 +1,4 @@
-"""What a run has on disk is read up to its limits, and what is not what a run writes is said."""
+"""Files of a run are read up to their limits, and what is not what a run writes is said."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_the_steps_that_a_run_was_to_do_are_a_number_in_its_settings(tmp_path):
 def test_a_step_of_many_passes_is_drawn_and_not_explained(
     tmp_path, monkeypatch, num_passes, is_explained
 ):
-    """Of five thousand at most, and of none that does not fit its plan."""
+    """Five thousand passes are drawn at most, and none of a step that does not fit its plan."""
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text("")
     traced = SimpleNamespace(num_passes=num_passes)

@@ -277,7 +277,7 @@ def test_a_named_schedule_takes_as_long_as_ever_or_less(monkeypatch, name, known
 
 
 def test_a_cap_of_p_microbatches_is_enough_for_a_gap_below_one_percent(monkeypatch):
-    """This holds with a fifth of the usual search."""
+    """A fifth of the usual search is enough."""
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 100_000), (1, 200_000)))
     solution = solve(options_of(4, 32, names=("1f1b", "v_half")), (4.0,) * 4)
     assert timeline_of(solution).makespan < 1.008 * solution.bound.seconds

@@ -111,7 +111,7 @@ BOUNDS = {
 
 @pytest.mark.parametrize(("name", "known"), BOUNDS.items())
 def test_bounds_are_neither_beaten_nor_lower_than_they_were(name, known):
-    """For unequal passes and bytes, and caps of which some bind in the steady state or at an end.
+    """Passes and bytes are unequal, and some caps bind in the steady state or at an end.
 
     A lower bound that is not beaten has become weaker.
     """

@@ -58,7 +58,7 @@ def test_a_cycle_of_waiting_is_a_deadlock_that_names_the_passes(case, schedule):
 
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_a_right_schedule_needs_no_search_for_the_words_of_a_cycle(monkeypatch, name):
-    """That search takes far longer than to see that there is none."""
+    """The search takes far longer than to see that there is none."""
     family = GENERATORS[name]
     for p, m in ((1, 1), (3, 4)):
         right = Problem(
@@ -162,7 +162,7 @@ def test_a_receive_issued_too_late_deadlocks_under_rendezvous():
 )
 @pytest.mark.usefixtures("unrefined")
 def test_no_operation_of_a_program_is_missing_doubled_or_behind_what_needs_it(name, algorithm):
-    """Whatever is left out, done twice, or moved to where it cannot be, is found."""
+    """Every operation that is left out, done twice, or moved to where it cannot be, is found."""
     family = GENERATORS[name]
     case = Problem(family.layout_of(3), 2, VOCAB_ALGORITHMS[algorithm], family.split_backward)
     program = lower(generate(name, case, CostModel({})), case, CostModel({}))

@@ -155,7 +155,7 @@ def test_a_search_goes_on_as_long_as_its_budget_of_placed_nodes_lasts(name, p, m
 
 
 def test_kicks_come_close_to_the_lower_bound(monkeypatch):
-    """Within 3 % of it on the mean; the orders to improve take 9 % longer."""
+    """Kicks come within 3 % on the mean; the orders to improve take 9 % longer."""
     monkeypatch.setattr(sys.modules[Refiner.__module__], "_KICK_EFFORT", 0)
     ratios = []
     for *case, seed in (

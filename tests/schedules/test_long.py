@@ -108,7 +108,7 @@ def test_a_whole_step_is_searched_where_it_is_no_long_one_and_its_short_one_fits
 
 @pytest.mark.parametrize("p", [1, 3, 17])
 def test_a_short_step_fills_the_pipeline_and_lacks_a_multiple_of_four_microbatches(p):
-    """So parts of 1, 2 and 4 microbatches can be repeated."""
+    """Parts of 1, 2 and 4 microbatches can then be repeated."""
     (option,) = options_of(p, 1, names=("1f1b",))
     least = 3 * p if p <= 16 else 2 * p + 16
     for m in (1, least, *range(least + 4, least + 9)):
@@ -156,7 +156,7 @@ def test_blocks_to_start_from_fit_with_a_shard_held_and_are_the_shortest_of_thei
 
 
 class Draft(NamedTuple):
-    """What `_named` asks of a short step: its promise, and the whole schedule if it is made."""
+    """All that `_named` asks of a short step: its promise, and the whole schedule if it is made."""
 
     hope: float
     refined: Refined

@@ -328,7 +328,7 @@ def test_a_long_step_is_shown_without_its_middle():
 
 @pytest.mark.parametrize("num_microbatches", [8, 256])
 def test_an_excerpt_keeps_the_order_of_what_it_shows(num_microbatches):
-    """What is shown of a lane follows one another from the left edge to the right."""
+    """Boxes of a lane follow one another from the left edge to the right."""
     case, costs = problem(4, num_microbatches), cost(4)
     step = simulate(generate("1f1b", case, costs), case, costs)
     shown, gap = Excerpt.of(step), 3.0

@@ -103,7 +103,7 @@ def test_no_runtime_takes_more_than_half_a_percent_longer_than_simulated(name, a
 
 @pytest.mark.parametrize(("name", "p"), [("interleaved", 2), ("zb_v", 8), ("v_min", 8)])
 def test_a_stream_for_each_direction_of_hops_costs_nothing_and_one_for_both_does(name, p):
-    """With several stages per rank, two ranks send activations in both directions.
+    """Two ranks with several stages send activations in both directions.
 
     In one stream for both directions these delay each other.
     """
@@ -286,7 +286,7 @@ def test_a_communication_that_one_rank_never_issues_is_a_deadlock(action, runtim
 
 
 def test_a_start_behind_later_passes_is_late_only_where_the_host_runs_these():
-    """On one rank, the START of a collective that continues another is moved behind later passes.
+    """The START of a collective that continues another is moved behind later passes on one rank.
 
     It still comes before the next START of the same end of the model.
     """

@@ -64,7 +64,7 @@ def test_a_ring_of_a_block_runs_the_passes_of_stages_in_its_order(p, algorithm, 
 @pytest.mark.parametrize(("p", "algorithm", "seed"), CASES)
 @pytest.mark.parametrize("move", ["advance", "delay"])
 def test_a_move_lets_a_pass_change_places_with_so_many_that_take_time(p, algorithm, seed, move):
-    """It passes those without duration too, as far as it can; nothing else changes its place."""
+    """A move passes those without duration too, as far as it can; all else keeps its place."""
     slowness = [1.0] * p
     slowness[seed % p] = 0.0 if p > 1 else 1.0  # a rank on which nothing takes time
     ring, network, *_ = ring_of(p, algorithm, seed, moves=5, slowness=slowness)
@@ -140,7 +140,7 @@ def test_a_search_in_rings_keeps_its_caps_and_never_slows_what_fits(p, algorithm
 
 
 def test_a_search_in_rings_comes_close_to_the_work_of_the_busiest_rank():
-    """Within 8 % of it on the mean; the rings to improve take about a fifth longer."""
+    """Rings come within 8 % on the mean; those to improve take about a fifth longer."""
     ratios = []
     for case in CASES:
         ring, network, *_ = ring_of(*case, moves=4)

@@ -228,7 +228,7 @@ def test_evaluation_keeps_no_chunk_while_it_walks_the_rows():
 
 @pytest.mark.parametrize("backend", ["chunked", "recompute", "recompute:0.4"])
 def test_small_probabilities_keep_their_gradient_in_float16(backend):
-    """With 200,000 rows and loss weights of 1e-3, factors of x are far below float16's smallest."""
+    """Factors of x are far below float16's smallest for 200,000 rows and loss weights of 1e-3."""
     x, weight, targets, _ = inputs(200_000, torch.float16)
     weight, small = weight * 0.02, torch.full((T,), 1e-3)
     truth = cross_entropy(x.double(), weight.double(), targets, small.double())[2]
@@ -273,7 +273,7 @@ def test_rows_with_a_mean_of_one_do_not_overflow_float16(algorithm, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("small_chunks")
 def test_the_terms_of_the_targets_and_of_smoothing_are_not_rounded(dtype, options):
-    """With weights of 0 all probabilities are equal, so that no other term of dW is rounded."""
+    """Weights of 0 make all probabilities equal, so that no other term of dW is rounded."""
     x, weight, targets, grad_loss = inputs(101, dtype)
     weight, grad_loss = torch.zeros_like(weight), grad_loss.float()
     truth = cross_entropy(x.double(), weight.double(), targets, grad_loss.double(), options)[2]
@@ -374,7 +374,7 @@ def test_impossible_options_are_refused(values, message):
 
 @pytest.mark.parametrize("algorithm", ["one_barrier", "two_barrier"])
 def test_the_error_of_dx_in_bfloat16_does_not_grow_with_the_shards(algorithm):
-    """For any number of shards the error is that of torch's cross entropy.
+    """The error is that of torch's cross entropy for any number of shards.
 
     It would be larger if the terms of the shards were rounded before their sum.
     """

@@ -36,6 +36,7 @@ from vp_train.commands.nodes import (
 from vp_train.commands.orphans import die_with_launcher
 from vp_train.commands.place import Place, local_ranks_of
 from vp_train.commands.searching import Searching
+from vp_train.commands.titles import entitle
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.durable import checkpoints_in, is_fresh, write_all
@@ -89,6 +90,7 @@ def launch(
     stop before step 1; they know it themselves, and nodes must not differ in it.  Returns the exit
     code of the job: 0, or that of the root cause, the same on every node.
     """
+    entitle("vp-train")
     place = place or Place()
     num_local = num_local_ranks(config, place, num_ranks)
     if not place.is_alone:
@@ -384,6 +386,7 @@ def _prepare_data(config: RunConfig, plan: RunPlan | None) -> None:
     from vp_train.data import open_source
     from vp_train.metrics.header import introduce
 
+    entitle("vp data")
     source = open_source(config, progress=True)
     if plan is not None:
         introduce(config, plan, source)

@@ -44,6 +44,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from vp_train.commands.place import Place
+from vp_train.commands.titles import entitle
 from vp_train.supervision.requests import SIGNALS
 
 _POLL_SECONDS = 0.05
@@ -63,6 +64,7 @@ def be_messenger(
 
     A messenger that is not the first of its node tells that the first was killed, and ends.
     """
+    entitle("vp messenger")
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

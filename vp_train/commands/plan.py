@@ -52,7 +52,7 @@ from vp_train.planning.search import (
     without_vocabulary,
 )
 from vp_train.planning.weigh import about_bytes
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, plural
 
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
@@ -361,7 +361,7 @@ def _model_words(config: RunConfig) -> str:
         f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, "
         f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
         f"vocabulary {model.vocab_size:,}; {config.num_microbatches} "
-        f"microbatch{'es' * (config.num_microbatches != 1)} of "
+        f"{plural(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
 
@@ -377,7 +377,7 @@ def _amount(count: float) -> str:
 def _cluster_words(config: RunConfig) -> str:
     """Return the cluster and the assumed speed of passes in words."""
     cluster = config.cluster
-    name = {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device] + "s" * (cluster.num_gpus != 1)
+    name = plural(cluster.num_gpus, {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device])
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
     reached = f", {cluster.efficiency:.0%} of it reached"
@@ -505,7 +505,7 @@ def _unfinished_lines(result: Result, *, is_stopped: bool) -> list[str]:
 
 def _choices(count: int) -> str:
     """Return a number of choices in words."""
-    return f"{count:,} choice{'s' * (count != 1)}"
+    return f"{count:,} {plural(count, 'choice')}"
 
 
 def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:

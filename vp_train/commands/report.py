@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from vp_train.commands.command import Parser, guarded, output_of, path_argument
 from vp_train.failures import EXIT_OK
 from vp_train.report.draw import NUM_STYLES
-from vp_train.report.page import NAME, write_comparison, write_report
+from vp_train.report.page import COMPARISON, NAME, write_comparison, write_report
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def _report(arguments: Sequence[str]) -> int:
         "--out",
         metavar="FILE",
         help=f"file to write; default: {NAME} in the directory of the run, "
-        f"of several runs {NAME} in this directory",
+        f"of several runs {COMPARISON} beside the first",
     )
     options = parser.parse_args(arguments)
     runs = [run.absolute() for run in options.runs]
@@ -44,5 +43,5 @@ def _report(arguments: Sequence[str]) -> int:
     if len(runs) == 1:
         print(write_report(runs[0], target))
     else:
-        print(write_comparison(runs, target or Path(NAME)))
+        print(write_comparison(runs, target or runs[0].parent / COMPARISON))
     return EXIT_OK

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 
 from vp_train.commands.local_ranks import child
+from vp_train.commands.titles import entitle
 from vp_train.config import ConfigError
 from vp_train.failures import end_of_process
 
@@ -89,6 +90,7 @@ class StoreServer:
 
 def _serve(listening: socket.socket, port: int, values: Mapping[str, str]) -> None:
     """Serve the store until this process is killed."""
+    entitle("vp store")
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(

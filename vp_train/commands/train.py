@@ -16,6 +16,7 @@ from vp_train.commands.command import Command, guarded, path_of, prints, run, wh
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
 from vp_train.commands.place import Place, is_rank, is_slurm_rank, place_of, slurm_rank
 from vp_train.commands.sweep import SWEEP, is_sweep, sweep
+from vp_train.commands.titles import entitle
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.durable import checkpoints_in
 from vp_train.failures import ending_of_command
@@ -175,6 +176,7 @@ def _train_rank(config: RunConfig, server: StoreServer | None = None) -> NoRetur
 
     `server` is the store of all ranks if this one serves it.
     """
+    entitle(f"vp rank {os.environ['RANK']}")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:  # torchrun has started it again
         config = replace(config, run=replace(config.run, resume=True))
     try:

@@ -58,7 +58,7 @@ from vp_train.data.tokenizer import (
     train_tokenizer,
 )
 from vp_train.durable import UnreadableError, advising, read_text, sync
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, plural
 
 _FORMAT = 2
 _LONGEST_WORD = 100_000  # characters, for which a tokenizer takes 0.1 s
@@ -362,13 +362,14 @@ def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpu
 
 
 def _given_tokenizer(name: str) -> Path:
-    """Return the path of data.tokenizer.  Raises ConfigError for a directory or nothing."""
+    """Return the path of data.tokenizer.  Raises ConfigError for what is no file, by its name."""
     path = Path(os.path.realpath(os.path.expanduser(name)))
     if path.is_dir():
         inside = Path(name) / "tokenizer.json"
         raise ConfigError(f"data.tokenizer={name} is a directory; give {inside}")
-    if not path.exists():
-        raise ConfigError(f"data.tokenizer={name} is not there; give the path of a tokenizer.json")
+    if not path.is_file():
+        what = "a device, a pipe or a socket" if path.exists() else "not there"
+        raise ConfigError(f"data.tokenizer={name} is {what}; give the path of a tokenizer.json")
     return path
 
 
@@ -555,7 +556,7 @@ class _Work:
             words = "; ".join(words_of(self.left_out.as_dict()))
             after, others = "", len(self.files) - 1
             if others:
-                after = f" and the {others} file{'s' * (others > 1)} after it"
+                after = f" and the {others} {plural(others, 'file')} after it"
             raise ConfigError(
                 f"{self.files[0]}{after} {'hold' if others else 'holds'} no text "
                 f"({words}); set data.path to some that do, or data.jsonl_field to the field "

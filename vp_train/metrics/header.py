@@ -13,7 +13,7 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import RunPlan, row_advice
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, plural
 
 
 def introduce(config: RunConfig, plan: RunPlan, source: Source) -> None:
@@ -34,8 +34,8 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
         f"mesh      {_mesh(plan.degrees)}, optim.name={config.optim.name}",
         f"pipeline  {_stages(plan)}",
         f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
-        f"{config.num_microbatches} microbatches of {config.micro_batch_size} x "
-        f"{model.seq_length} tokens",
+        f"{config.num_microbatches} {plural(config.num_microbatches, 'microbatch')} of "
+        f"{config.micro_batch_size} x {model.seq_length} tokens",
         f"planned   {facts(plan.timeline)}; "
         f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
         *([f"offload   {words}"] if (words := _offload_words(plan)) else []),
@@ -48,7 +48,7 @@ def _mesh(degrees: Degrees) -> str:
     ranks = degrees.pp * degrees.tp
     first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
     replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
-    return f"{degrees.num_ranks} rank{'s' * (degrees.num_ranks != 1)} = {degrees}{replicas}"
+    return f"{degrees.num_ranks} {plural(degrees.num_ranks, 'rank')} = {degrees}{replicas}"
 
 
 def _stages(plan: RunPlan) -> str:

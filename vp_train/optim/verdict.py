@@ -12,6 +12,7 @@ from statistics import median
 
 from vp_train.config import RunSettings
 from vp_train.optim.adamw import StepHealth
+from vp_train.units import plural
 
 _WINDOW = 64  # steps whose median is compared with
 _FEWEST = 16  # steps before which nothing is a spike
@@ -82,7 +83,7 @@ class Judge:
             replica = "" if size is None else f" (replica {rank // size})"
             found.setdefault(what, []).append(f"{rank}{replica}")
         return ", ".join(
-            f"{what} on rank{'s' * (len(ranks) > 1)} {_listed(ranks)}"
+            f"{what} on {plural(len(ranks), 'rank')} {_listed(ranks)}"
             for what, ranks in found.items()
         )
 

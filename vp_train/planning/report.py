@@ -31,7 +31,7 @@ from vp_train.planning.memory import (
 from vp_train.planning.overlap import Exchange, exchange
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.workload import Workload
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, plural
 
 _GIB = 2**30
 _ROUNDING = 1e-9  # of sums of seconds, as a part
@@ -264,7 +264,7 @@ class PlanReport:
         match part:
             case "waiting":
                 count = self.work.num_microbatches
-                many = f"{count} microbatch{'es' * (count != 1)}"
+                many = f"{count} {plural(count, 'microbatch')}"
                 return f"more than {many}, or a smaller pp"
             case "optimizer":
                 without = ", or optim.offload=false where that fits"

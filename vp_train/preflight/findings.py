@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vp_train.config import printable
+from vp_train.units import plural
 
 CLOCK_SECONDS = 5.0  # clocks that differ by less are equal
 SLOW = 3.0  # an all-reduce that takes so many times as long as planned is slow
@@ -166,7 +167,7 @@ def network_words(
     `expected_seconds` is what the plan assumes for this all-reduce.
     """
     rate = 2 * (num_ranks - 1) / num_ranks * num_bytes / seconds
-    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    ranks = f"{num_ranks} {plural(num_ranks, 'rank')}"
     line = (
         f"all-reduce of {num_bytes / 2**20:.0f} MiB over {ranks}: {seconds * 1e3:.1f} ms, "
         f"{rate / 1e9:.2f} GB/s per rank"
@@ -211,7 +212,7 @@ def nodes_in_words(ranks: Sequence[RankFacts]) -> str:
         else f"{host} ({_numbers([facts.rank for facts in ranks if facts.node == (host, boot)])})"
         for host, boot in nodes
     ]
-    return f"node{'s' if len(names) > 1 else ''} {_some(names)}"
+    return f"{plural(len(names), 'node')} {_some(names)}"
 
 
 def _differ(
@@ -388,4 +389,4 @@ def _numbers(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank, rank])
     words = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
+    return f"{plural(len(ranks), 'rank')} {words}"

@@ -21,9 +21,10 @@ from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
 from vp_train.settings import typed
-from vp_train.units import clock, human_bytes
+from vp_train.units import clock, human_bytes, plural
 
 NAME = "report.html"  # in the directory of a run
+COMPARISON = "comparison.html"  # of several runs
 _GIB = 2.0**30
 _NONE = "-"  # in the place of a value that is not known
 _SEEN = 5e-4  # of the step: causes that add less are not shown
@@ -265,8 +266,7 @@ def _warnings(run: RunRecord) -> list[str]:
 def _event_words(name: str, events: Events) -> str:
     named = ", ".join(f"{step:,}" for step in events.steps[:_NAMED_STEPS])
     more = "" if len(events.steps) <= _NAMED_STEPS else " and later"
-    plural = "" if events.count == 1 else "s"
-    return f"{events.count:,} {name}{plural}, at step {named}{more}"
+    return f"{events.count:,} {plural(events.count, name)}, at step {named}{more}"
 
 
 # Curves
