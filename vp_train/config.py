@@ -921,6 +921,13 @@ class CostConfig:
         "CPU.",
         least=0,
     )
+    layer_launch_seconds: float | None = setting(
+        None,
+        "What a CPU takes to issue the kernels of a layer's forward and backward; null: that of "
+        "the cluster.",
+        unit="s",
+        least=0,
+    )
     logit_bytes: float = setting(
         6.0,
         "Bytes that S and T read and write per token and vocabulary row, beside their products.",
@@ -1054,8 +1061,8 @@ class ClusterConfig:
     kernel_seconds: float = setting(0.0, "Fixed time of a kernel.", unit="s", least=0)
     layer_launch_seconds: float = setting(
         0.0,
-        "What the host takes to issue a layer's forward and backward; a plan warns where the GPU "
-        "takes less.",
+        "What a CPU takes to issue the kernels of a layer's forward and backward; in a plan a "
+        "layer takes at least as long.",
         unit="s",
         least=0,
     )

@@ -102,6 +102,8 @@ def test_a_step_has_the_seconds_of_its_passes_and_of_what_they_do_not_hide():
         forward = layer.forward + tensor[0]
         backward = layer.input_grad + layer.weight_grad + tensor[1]
         backward += recomputed_seconds(work, cost, recompute)
+        slower = max(1.0, cluster.layer_launch_seconds / (forward + backward))
+        forward, backward = slower * forward, slower * backward
         head = output_seconds(
             Device.of(cost),
             work.num_tokens,

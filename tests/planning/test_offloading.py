@@ -283,6 +283,7 @@ def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
                 "parallel.recompute=full",
                 "schedule=1f1b",
                 "parallel.offload_activations=0.5",
+                "parallel.recompute=selective",
             ],
         ),
         (["optim.name=zero1", "optim.offload=true"], ["optim.offload=false"]),

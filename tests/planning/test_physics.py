@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from vp_train.config import ConfigError, CostConfig
 from vp_train.model import shape
+from vp_train.planning import physics
 from vp_train.planning.cluster import with_rates
 from vp_train.planning.physics import (
     Device,
@@ -34,7 +37,7 @@ def layer(device, hidden=4096, num_tokens=4096):
     words = (f"model.hidden_size={hidden}", f"model.num_heads={heads}")
     model = load_config(["model=gpt_4b", *words, f"model.num_query_groups={heads}"]).model
     wide = replace(model, ffn_hidden_size=4 * hidden)
-    return wide, layer_seconds(device, wide, num_tokens, item_bytes=2, sum_bytes=4)
+    return wide, layer_seconds(device, wide, num_tokens, item_bytes=2, sum_bytes=4, compiled=True)
 
 
 def test_a_device_with_one_rate_takes_its_flops_and_nothing_else():
@@ -72,7 +75,7 @@ def test_the_products_of_a_layer_have_the_weights_of_its_matrices(name):
     model, one = load_config([f"model={name}"]).model, Device.of(CostConfig(flops_per_second=1e12))
     sizes = tuple(outputs * inputs for outputs, inputs in linear_shapes(model))
     assert sizes == shape.linear_parameters(model)
-    found = layer_seconds(one, model, 1024, item_bytes=2, sum_bytes=4)
+    found = layer_seconds(one, model, 1024, item_bytes=2, sum_bytes=4, compiled=True)
     attention = attention_seconds(one, model, 1024)
     assert found.forward == pytest.approx(2 * 1024 * sum(sizes) / 1e12 + attention)
     assert found.selective == pytest.approx(2 * 1024 * sum(sizes[:2]) / 1e12 + attention)
@@ -86,32 +89,58 @@ def test_the_products_of_a_layer_have_the_weights_of_its_matrices(name):
 
 
 def test_elementwise_work_moves_what_its_kernels_read_and_write():
-    """Values per token of a forward and a backward, from those of each kernel."""
+    """Values per token, from those of each kernel: x read once, y written once."""
     model = load_config(["model=llama3_8b"]).model
-    h, f, q, kv = 4096, 14336, 4096, 1024
+    h, f, q, kv, slow = 4096, 14336, 4096, 1024, 2
+    qkv, turned = q + 2 * kv, q + kv
 
-    def values(model, ranks=1):
-        there, back = elementwise_bytes(model, 10, 2, ranks)
+    def values(model, compiled, ranks=1):
+        there, back = elementwise_bytes(model, 10, 2, compiled, ranks)
         return there / 20, back / 20
 
-    rotation, norms, sums = 3 * 2 * (q + kv), 2 * 2 * h, 2 * 3 * h  # a norm or a sum, twice
-    plain = norms + sums + 3 * f + rotation, 2 * norms + sums + 5 * f + rotation
-    assert values(model) == plain
-    split = values(model, 2)
-    assert split == (plain[0] - (norms + sums) / 2, plain[1] - (2 * norms + sums) / 2)
-    more = {
-        "post_norms": (True, norms, 2 * norms),
-        "qk_norm": (True, 2 * (q + kv), 4 * (q + kv)),
-        "qkv_bias": (True, 2 * (q + 2 * kv), q + 2 * kv),
-        "activation": ("gelu", -f, -2 * f),
-        "positions": ("learned", -rotation, -rotation),
+    fused = 9 * h + 2 * qkv + 3 * f, 8 * h + 2 * qkv + 6 * f
+    plain = 10 * h + slow * (7 * turned + 2 * kv + 5 * f), 12 * h + 2 * qkv
+    plain = plain[0], plain[1] + slow * (7 * turned + 14 * f)
+    rotation = 7 * slow * turned
+    more = {  # what it adds to a forward and a backward, compiled and not
+        "post_norms": (True, (4 * h, 6 * h), (4 * h, 6 * h)),
+        "qk_norm": (True, (-2 * kv, turned), (2 * slow * q, 3 * slow * turned)),
+        "qkv_bias": (True, (0, slow * qkv), (0, slow * qkv)),
+        "activation": ("gelu", (-f, -3 * f), (2 * f - 10 * f, 3 * f - 28 * f)),
+        "positions": ("learned", (-2 * qkv, 0), (-rotation - 2 * slow * kv, -rotation)),
     }
-    for name, (value, there, back) in more.items():
-        found = values(replace(model, **{name: value}))
-        assert found == (plain[0] + there, plain[1] + back), name
-    biased = values(replace(model, linear_bias=True))
-    of_qkv, others = q + 2 * kv, 2 * f + 4 * h
-    assert biased == (plain[0] + 2 * of_qkv + others, plain[1] + of_qkv + others / 2)
+    only_after = replace(model, pre_norms=False, post_norms=True)
+    assert values(only_after, True) == (fused[0] + h, fused[1] + 4 * h)
+    assert values(only_after, False) == plain
+    of_biases = 0, slow * (qkv + 2 * f + 2 * h)
+    more["linear_bias"] = (True, of_biases, of_biases)
+    for compiled, whole in ((True, fused), (False, plain)):
+        assert values(model, compiled) == whole
+        of_norms = (9, 8) if compiled else (10, 12)
+        halves = tuple(value - part * h / 2 for value, part in zip(whole, of_norms, strict=True))
+        assert values(model, compiled, 2) == halves
+        for name, (value, *added) in more.items():
+            found = values(replace(model, **{name: value}), compiled)
+            there, back = added[0 if compiled else 1]
+            assert found == (whole[0] + there, whole[1] + back), (name, compiled)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "gpt_4b"])
+def test_elementwise_work_moves_what_was_counted(name, monkeypatch):
+    """Counted in `benchmarks/layers.py` for reduced layers, whose weights are a larger part.
+
+    Of llama3_8b only compiled, because torch has more operations on a CPU.
+    """
+    monkeypatch.setattr(physics, "_SLOW", 1.0)
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "layers_cpu.json"
+    counted = json.loads(path.read_text())["counts"][name]
+    model = load_config([f"model={name}"]).model
+    unit = 2 * 10 * model.hidden_size
+    for system in ("fused", "plain")[: 1 if shape.is_gated(model) else 2]:
+        found = elementwise_bytes(model, 10, 2, system == "fused")
+        for part, num_bytes in zip(("forward", "backward"), found, strict=True):
+            units = counted[system][part]["elementwise_units"]
+            assert num_bytes / unit == pytest.approx(units, rel=0.02)
 
 
 def test_a_shard_of_the_output_layer_takes_three_products_and_moves_its_logits():
@@ -122,7 +151,7 @@ def test_a_shard_of_the_output_layer_takes_three_products_and_moves_its_logits()
     )
     products = one.product(512, 1000, 256) + one.product(512, 256, 1000)
     products += one.product(1000, 256, 512)
-    moved = 1000 * 512 * 8.0 + 1000 * 256 * 4
+    moved = 1000 * 512 * 8.0 + 1000 * 256 * 4 + 7 * 4 * 512 * 256
     assert output_seconds(one, 512, 256, 1000, 4, logit_bytes=8.0) == pytest.approx(
         products + moved / one.bytes_per_second
     )
@@ -206,16 +235,22 @@ def test_a_layer_is_its_products_attention_bytes_and_kernels(name, linear_speed)
     model = load_config([f"model={name}"]).model
     tokens, item, summed = 4_096, 2, 4
     found = layer_seconds(
-        one, model, tokens, item_bytes=item, sum_bytes=summed, linear_speed=linear_speed
+        one,
+        model,
+        tokens,
+        item_bytes=item,
+        sum_bytes=summed,
+        compiled=True,
+        linear_speed=linear_speed,
     )
     shapes, attention = linear_shapes(model), attention_seconds(one, model, tokens)
-    there, back = elementwise_bytes(model, tokens, item)
+    there, back = elementwise_bytes(model, tokens, item, True)
     y = [one.product(tokens, out, into) / linear_speed for out, into in shapes]
     dx = [one.product(tokens, into, out) / linear_speed for out, into in shapes]
     dw = [one.product(out, into, tokens) for out, into in shapes]
     forward = sum(y) + attention + there / 1e12 + 14e-3
     assert found.forward == pytest.approx(forward)
-    assert found.input_grad == pytest.approx(sum(dx) + 2.5 * attention + back / 1e12 + 36e-3)
+    assert found.input_grad == pytest.approx(sum(dx) + 3 * attention + back / 1e12 + 36e-3)
     weights = sum(out * into for out, into in shapes)
     assert found.weight_grad == pytest.approx(sum(dw) + summed * weights / 1e12 + 4e-3)
     assert found.selective == pytest.approx(sum(y[:2]) + attention)
@@ -223,7 +258,13 @@ def test_a_layer_is_its_products_attention_bytes_and_kernels(name, linear_speed)
     assert found.full == pytest.approx(forward - down)
     plain = Device(1e14, 1e14, math.inf, 0.0, 0)
     simple = layer_seconds(
-        plain, model, tokens, item_bytes=item, sum_bytes=summed, linear_speed=linear_speed
+        plain,
+        model,
+        tokens,
+        item_bytes=item,
+        sum_bytes=summed,
+        compiled=True,
+        linear_speed=linear_speed,
     )
     whole = shape.layer_flops(model, tokens) / 1e14
     saved = 2 * weights * tokens / 1e14 * (1 - 1 / linear_speed)

@@ -20,13 +20,9 @@ from torch import Tensor, nn
 
 from vp_train.config import ConfigError
 from vp_train.model.linear import LateInput, add_gradient
+from vp_train.model.shape import compiling_pays
 from vp_train.tensors.compiling import compiled_for_tokens, remedy_for
 from vp_train.tensors.precision import statistics_dtype
-
-# The fewest values of the feed-forward width in a microbatch for which compiled code pays.  On an
-# H100 it saves 14 % of a layer of llama3_8b (117 million values), which then takes 18.9 ms.  The
-# host takes 6.8 ms to issue that layer, so those below about a third would wait for the host.
-_PAYS_ON_CPU, _PAYS_ON_CUDA = 1 << 19, 42_000_000
 
 Fuse = Callable[[Callable[..., Any]], Callable[..., Any]]  # a pure function -> how it runs
 
@@ -57,9 +53,7 @@ def pays(device: torch.device, dtype: torch.dtype, num_elements: int) -> bool:
 
     num_elements: of the feed-forward width in a microbatch.
     """
-    if device.type == "cuda":
-        return num_elements >= _PAYS_ON_CUDA
-    return dtype.itemsize == 2 and num_elements >= _PAYS_ON_CPU
+    return compiling_pays(num_elements, dtype.itemsize, on_cuda=device.type == "cuda")
 
 
 @dataclass(frozen=True, slots=True)

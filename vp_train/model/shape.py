@@ -47,6 +47,22 @@ def is_gated(model: ModelConfig) -> bool:
     return model.activation != "gelu"
 
 
+# The fewest values of the feed-forward width in a microbatch for which compiled code pays.  On an
+# H100 it saves 14 % of a layer of llama3_8b (117 million values), which then takes 18.9 ms.  The
+# host takes 6.8 ms to issue that layer, so those below about a third would wait for the host.
+_PAYS_ON_CPU, _PAYS_ON_CUDA = 1 << 19, 42_000_000
+
+
+def compiling_pays(num_values: int, item_bytes: int, *, on_cuda: bool) -> bool:
+    """Return whether compiled elementwise work takes less time.
+
+    num_values: of the feed-forward width in a microbatch, on one tensor-parallel rank.
+    """
+    if on_cuda:
+        return num_values >= _PAYS_ON_CUDA
+    return item_bytes == 2 and num_values >= _PAYS_ON_CPU
+
+
 def linear_parameters(model: ModelConfig) -> tuple[int, int, int, int]:
     """Return the weights of the matrices qkv, output, up (with gate) and down of one layer."""
     h, q, f = model.hidden_size, query_size(model), model.ffn_hidden_size

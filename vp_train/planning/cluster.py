@@ -146,6 +146,7 @@ def on_cluster(work: Workload, cluster: ClusterConfig, cost: CostConfig) -> Cost
         lookup_seconds=lookup,
         lookup_grad_seconds=2 * lookup,
         contention=cluster.contention,
+        layer_launch_seconds=cluster.layer_launch_seconds,
     )
     chosen = chosen_costs(cost)
     # Measured seconds of a layer stand alone: without measured rates other layers are refused.

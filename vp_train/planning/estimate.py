@@ -19,9 +19,11 @@ from vp_train.planning.physics import Device, LayerSeconds, layer_seconds, outpu
 from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard
 
-# Products of float8 with the rounding of their factors, against bfloat16: what follows from 7,186
-# against 5,760 tokens/s of torchtitan's 8B model on H100s (its commit 7a04053, per-tensor scales)
-# if the linear layers take 70 % of the time.  Data sheets name twice as many FLOP/s.
+# Products of float8 with the rounding of their factors, against bfloat16.  On one H100 y and dx of
+# four shapes were 1.30 to 1.41 times as fast with scales of rows (step 13 of the file that
+# configs/cluster/h100_80g_node.yaml names).  As much follows from 7,186 against 5,760 tokens/s of
+# torchtitan's 8B model (its commit 7a04053, per-tensor scales) if the linear layers take 70 % of
+# the time.  Data sheets name twice as many FLOP/s.
 _FLOAT8_SPEED = 1.4
 
 _OTHER_RUN = (
@@ -218,9 +220,19 @@ def computed_layer(work: Workload, cost: CostConfig) -> LayerSeconds:
         work.num_tokens,
         item_bytes=work.item_bytes,
         sum_bytes=work.precise_bytes,
+        compiled=work.compiles_layers,
         sequence_ranks=work.sequence_ranks,
         linear_speed=_FLOAT8_SPEED if work.in_float8 else 1.0,
     )
+
+
+def launch_factor(work: Workload, cost: CostConfig, seconds: float) -> float:
+    """Return by what a layer is slower than its passes, which take `seconds` together.
+
+    Passes cannot take less time than the CPU needs to issue their kernels.  Measured ones do not.
+    """
+    issued = 0.0 if measured_layers(work, cost) else cost.layer_launch_seconds or 0.0
+    return max(1.0, issued / seconds) if seconds else 1.0
 
 
 def tensor_seconds(work: Workload, cost: CostConfig, weight_grad: float) -> dict[Kind, float]:
@@ -298,11 +310,14 @@ def _stage_seconds(
         kind: slower * recomputed_seconds(work, cost, kind) + exchanged_again(work, cost, kind)
         for kind in set(recompute)
     }
-    again = [of_kind[kind] for kind in recompute]
+    both = of_one_layer[Kind.F] + of_one_layer[Kind.B]
+    factor_of = {kind: launch_factor(work, cost, both + more) for kind, more in of_kind.items()}
     return {
         kind: tuple(
-            len(stage) * (seconds + (more if kind in (Kind.B, Kind.I) else 0.0))
-            for stage, more in zip(layers, again, strict=True)
+            len(stage)
+            * factor_of[repeats]
+            * (seconds + (of_kind[repeats] if kind in (Kind.B, Kind.I) else 0.0))
+            for stage, repeats in zip(layers, recompute, strict=True)
         )
         for kind, seconds in of_one_layer.items()
     }

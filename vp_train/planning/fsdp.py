@@ -20,6 +20,7 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import (
     computed_layer,
     exchanged_again,
+    launch_factor,
     recomputed_seconds,
     tensor_seconds,
 )
@@ -155,6 +156,8 @@ def fsdp_step(
     tensor = tensor_seconds(work, cost, layer.weight_grad)
     tensor[Kind.B] += exchanged_again(work, cost, recompute)
     forward, backward = layer.forward + tensor[Kind.F], sum(layer[1:3]) + tensor[Kind.B] + again
+    factor = launch_factor(work, cost, forward + backward)
+    forward, backward = factor * forward, factor * backward
     rows = -(-work.model.vocab_size // tp)
     output = output_seconds(
         Device.of(cost),

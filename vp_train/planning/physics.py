@@ -27,7 +27,13 @@ _TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8))
 _FILL = 128  # values of the inner dimension that a tile takes to fill and drain its pipeline
 _SPLITS = (1, 2, 4)  # parts of the inner dimension that tiles of their own may sum
 _SHORT = 1_024  # tokens; sequences of this length reach half of the rate of attention
-_ATTENTION_BACKWARD = 2.5  # products of a backward of attention over those of a forward
+# A backward of attention over its forward: 2.5 times the products, at five sixths of the rate.  In
+# the layer of llama3_8b on an H100 it was 2.86 and 3.02.
+_ATTENTION_BACKWARD = 3.0
+# torch's kernels on parts of rows, and its sums over tokens, reach half of the bandwidth: on an
+# H100 a layer of llama3_8b that is not compiled takes 22.0 ms, and four sums for biases 95 us.
+_SLOW = 2.0
+_TERM_VALUES = 2 + 2.5 + 2.5  # that S and T move per token and hidden value: `terms_seconds`
 _FORWARD_KERNELS, _BACKWARD_KERNELS = 14, 40  # of a layer
 
 
@@ -129,12 +135,14 @@ def layer_seconds(
     *,
     item_bytes: int,
     sum_bytes: int,
+    compiled: bool,
     sequence_ranks: int = 1,
     linear_speed: float = 1.0,
 ) -> LayerSeconds:
     """Return the seconds of one layer of `model`, a tensor-parallel share, on `num_tokens` tokens.
 
     item_bytes, sum_bytes: of a weight or activation, and of a gradient that dW is added to.
+    compiled: whether elementwise work is, see run.compile.
     sequence_ranks: over how many ranks sequence parallelism splits norms and residuals.
     linear_speed: how much faster than at the rate of the device linear layers form y and dx.
     """
@@ -155,7 +163,7 @@ def layer_seconds(
     backward /= linear_speed
     weights = sum(device.product(outputs, inputs, tokens) for outputs, inputs in products)
     kernels = device.kernel_seconds
-    there, back = _moved_values(model, sequence_ranks)
+    there, back = _moved_values(model, compiled, sequence_ranks)
     weights += device.moved(sum_bytes * shape.layer_matrix_parameters(model)) + 4 * kernels
     rest = device.moved(item_bytes * tokens * there) + _FORWARD_KERNELS * kernels
     whole = sum(forward) + attention + rest
@@ -196,35 +204,51 @@ def attention_seconds(device: Device, model: ModelConfig, num_tokens: int) -> fl
 
 
 def elementwise_bytes(
-    model: ModelConfig, num_tokens: int, item_bytes: int, sequence_ranks: int = 1
+    model: ModelConfig, num_tokens: int, item_bytes: int, compiled: bool, sequence_ranks: int = 1
 ) -> tuple[float, float]:
-    """Return the bytes that elementwise kernels of a layer move in its forward and its backward."""
-    there, back = _moved_values(model, sequence_ranks)
+    """Return the bytes that elementwise kernels of a layer move in its forward and its backward.
+
+    What is read or written at half of the bandwidth counts twice.
+    """
+    there, back = _moved_values(model, compiled, sequence_ranks)
     return item_bytes * num_tokens * there, item_bytes * num_tokens * back
 
 
-def _moved_values(model: ModelConfig, sequence_ranks: int) -> tuple[float, float]:
+def _moved_values(model: ModelConfig, compiled: bool, sequence_ranks: int) -> tuple[float, float]:
     """Return the values per token that elementwise kernels move in a forward and in a backward.
 
-    A norm reads and writes once, and twice in its backward.  A residual sum reads two and writes
-    one.  A rotation takes three kernels.
+    They are those of `model/elementwise.py`.  A norm reads x and writes y, and its backward reads
+    dy and x and writes dx.  A residual sum reads two and writes one.  Compiled, one kernel forms
+    the first sum and the norm after it, another a norm's gradient and the sum with that from
+    elsewhere, and one kernel each splits and rotates heads, and opens gates.
     """
-    h, f, q = model.hidden_size, model.ffn_hidden_size, shape.query_size(model)
-    turned, qkv = q + shape.kv_size(model), q + 2 * shape.kv_size(model)
-    norms, gated = shape.num_norms(model), shape.is_gated(model)
-    there = (2.0 * norms + 6.0) * h / sequence_ranks + (3.0 if gated else 2.0) * f
-    back = (4.0 * norms + 6.0) * h / sequence_ranks + (5.0 if gated else 3.0) * f
-    if model.positions == "rope":
-        there, back = there + 6.0 * turned, back + 6.0 * turned
-    if model.qk_norm:
-        there, back = there + 2.0 * turned, back + 4.0 * turned
+    h, f = model.hidden_size / sequence_ranks, model.ffn_hidden_size
+    q, kv = shape.query_size(model), shape.kv_size(model)
+    turned, qkv, gated = q + kv, q + 2 * kv, shape.is_gated(model)
+    there = 2 * h * shape.num_norms(model) + 2 * 3 * h
+    back = 3 * h * shape.num_norms(model) + 2 * 3 * h
+    if compiled and model.pre_norms:
+        there, back = there - h, back - 2 * 2 * h
+    splits, norms = model.positions == "rope" or model.qk_norm, model.qk_norm
+    back += 2 * qkv  # of queries, keys and values together
+    if splits and compiled:
+        there += 2 * (turned if norms else qkv)
+        back += turned * norms
+    elif splits:
+        rotation = 7 * turned * (model.positions == "rope")
+        there += _SLOW * (rotation + 2 * (turned if norms else kv))
+        back += _SLOW * (rotation + 3 * turned * norms)
+    if not gated:
+        there, back = there + 2 * f, back + 3 * f
+    elif compiled:
+        there, back = there + 3 * f, back + 6 * f
+    else:
+        there, back = there + _SLOW * 5 * f, back + _SLOW * 14 * f
+    # The products add biases, whose gradients are sums over tokens.
     if model.linear_bias or model.qkv_bias:
-        there, back = there + 2.0 * qkv, back + qkv
+        back += _SLOW * qkv
     if model.linear_bias:
-        there, back = (
-            there + 2.0 * f + 4.0 * h / sequence_ranks,
-            back + f + 2.0 * h / sequence_ranks,
-        )
+        back += _SLOW * ((2 if gated else 1) * f + 2 * h)
     return there, back
 
 
@@ -251,4 +275,15 @@ def output_seconds(
     )
     if not device.is_split:
         return products
-    return products + device.moved(num_rows * (num_tokens * logit_bytes + hidden_size * sum_bytes))
+    moved = device.moved(num_rows * (num_tokens * logit_bytes + hidden_size * sum_bytes))
+    return products + moved + terms_seconds(device, num_tokens, hidden_size, sum_bytes)
+
+
+def terms_seconds(device: Device, num_tokens: int, hidden_size: int, sum_bytes: int) -> float:
+    """Return the part of `output_seconds` that is not for each row: the terms of the targets.
+
+    dL/dx is scaled, which reads and writes it as precisely as gradients.  Then the row of the
+    target is subtracted from it, and x from the gradient of that row, each two such values and one
+    in half the precision.
+    """
+    return device.moved(_TERM_VALUES * sum_bytes * num_tokens * hidden_size)

@@ -16,7 +16,11 @@ from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_seconds
 from vp_train.planning.degrees import Degrees, split_ranks
-from vp_train.planning.estimate import exposed_tensor_seconds
+from vp_train.planning.estimate import (
+    exposed_tensor_seconds,
+    layer_pass_seconds,
+    measured_layers,
+)
 from vp_train.planning.memory import (
     HostUsage,
     RankMemory,
@@ -85,6 +89,8 @@ class PlanReport:
     hidden.  `messages` are the seconds of `passes` in which ranks wait for hops and collectives of
     the pipeline; None if that was not simulated.  `offloading` is None if no activations
     are to be offloaded.  `host` is what the ranks of a node keep in its memory at most.
+    `layer_seconds` are those of the passes of one layer on one microbatch, without recomputation,
+    and `layer_launch_seconds` those of the CPU to issue them, 0 where passes were measured.
     """
 
     work: Workload
@@ -104,6 +110,8 @@ class PlanReport:
     messages: float | None = None
     offloading: Offloading | None = None
     host: HostUsage = field(default_factory=HostUsage)
+    layer_seconds: float = 0.0
+    layer_launch_seconds: float = 0.0
 
     @property
     def degrees(self) -> Degrees:
@@ -230,25 +238,14 @@ class PlanReport:
         return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
 
     @property
-    def kernel_seconds_of_layer(self) -> float:
-        """The seconds of the kernels of a layer's passes, of one microbatch on the busiest rank.
-
-        They are alone: `sustained`, which counts late hosts too, is taken out.
-        """
-        rank = self.ranks[self.busiest]
-        seconds = rank.layers / (max(1, rank.num_layers) * self.work.num_microbatches)
-        return seconds * self.cluster.sustained
-
-    @property
     def launch_words(self) -> str:
         """What the CPU does to the step if it takes longer than the GPU, in words; "" if not."""
-        layer, host = self.kernel_seconds_of_layer, self.cluster.layer_launch_seconds
-        if not 0 < layer < host:
+        layer, issued = self.layer_seconds, self.layer_launch_seconds
+        if layer >= issued:
             return ""
         return (
-            f"the CPU takes about {1e3 * host:.1f} ms to issue the kernels of a layer, the GPU "
-            f"{1e3 * layer:.1f} to compute them: layers may take {host / layer:.1f} times as long "
-            "as the step counts; "
+            f"the CPU takes about {1e3 * issued:.1f} ms to issue the kernels of a layer, the GPU "
+            f"{1e3 * layer:.1f} to compute them; the step counts {1e3 * issued:.1f}; "
             f"a larger micro-batch{' or a smaller tp' * (self.degrees.tp > 1)} helps"
         )
 
@@ -301,7 +298,8 @@ class PlanReport:
             "offloading": None if self.offloading is None else asdict(self.offloading),
             "host_bytes": asdict(self.host),
             "binds": self.binds,
-            "kernel_seconds_of_layer": self.kernel_seconds_of_layer,
+            "layer_seconds": self.layer_seconds,
+            "layer_launch_seconds": self.layer_launch_seconds,
             "fits": self.fits,
             "limit_bytes": self.limit,
             "ranks": [
@@ -379,6 +377,8 @@ def report_of(
         exchange=exchanged,
         offloading=offloading_of(step, optim),
         host=most_host_bytes(step, optim, cluster.gpus_per_node),
+        layer_seconds=layer_pass_seconds(work, replace(cost, layer_launch_seconds=0.0), "none"),
+        layer_launch_seconds=(not measured_layers(work, cost)) * (cost.layer_launch_seconds or 0.0),
     )
 
 

@@ -19,9 +19,9 @@ _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 class Workload:
     """The model, its split over ranks, and the microbatches of one replica's step.
 
-    `dtype`, `linear_dtype` and `device` are run.dtype, run.linear_dtype and run.device.  The layers
-    of each stage are not part of it, because they depend on the schedule.  `share` is the model
-    with layers of the size of one tensor-parallel share; it follows from `model` and `degrees`.
+    `dtype`, `linear_dtype`, `device` and `compile` are those of `run`.  The layers of each stage
+    are not part of it, because they depend on the schedule.  `share` is the model with layers of
+    the size of one tensor-parallel share; it follows from `model` and `degrees`.
     """
 
     model: ModelConfig
@@ -33,6 +33,7 @@ class Workload:
     dtype: str
     device: str
     linear_dtype: str = "compute"
+    compile: str = "auto"
     share: ModelConfig = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +61,7 @@ class Workload:
             dtype=config.run.dtype,
             device=config.run.device,
             linear_dtype=config.run.linear_dtype,
+            compile=config.run.compile,
         )
 
     @property
@@ -70,6 +72,14 @@ class Workload:
     def in_float8(self) -> bool:
         """Whether the linear layers form outputs and input gradients in float8."""
         return self.linear_dtype == "float8"
+
+    @property
+    def compiles_layers(self) -> bool:
+        """Whether elementwise work of layers is compiled, if there is a compiler."""
+        if self.compile == "auto":
+            values = self.num_tokens * self.share.ffn_hidden_size
+            return shape.compiling_pays(values, self.item_bytes, on_cuda=self.on_cuda)
+        return self.compile == "on"
 
     @property
     def num_tokens(self) -> int:

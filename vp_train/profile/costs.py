@@ -131,14 +131,19 @@ def device_rates(
     ideal = sum(unit.product(tokens, out, into) for out, into in linear_shapes(share))
     matrix, attended = ideal / products, attention_seconds(unit, share, tokens) / attention
     free = Device(matrix, attended, 1e300, kernel_seconds, multiprocessors)
-    common = {
-        "item_bytes": work.item_bytes,
-        "sum_bytes": work.precise_bytes,
-        "sequence_ranks": work.sequence_ranks,
-    }
+    layer = layer_seconds(
+        free,
+        share,
+        tokens,
+        item_bytes=work.item_bytes,
+        sum_bytes=work.precise_bytes,
+        compiled=work.compiles_layers,
+        sequence_ranks=work.sequence_ranks,
+    )
     whole = sum(float(cost[f"layer_{name}_seconds"]) / tp for name in ("forward", "backward"))
-    rest = max(whole - sum(layer_seconds(free, share, tokens, **common)[:3]), _LEAST_REST * whole)
-    moved = sum(elementwise_bytes(share, tokens, work.item_bytes, work.sequence_ranks))
+    rest = max(whole - sum(layer[:3]), _LEAST_REST * whole)
+    compiled, ranks = work.compiles_layers, work.sequence_ranks
+    moved = sum(elementwise_bytes(share, tokens, work.item_bytes, compiled, ranks))
     moved += work.precise_bytes * shape.layer_matrix_parameters(share)
     found: dict[str, float | str] = {
         "matrix_flops_per_second": matrix,
