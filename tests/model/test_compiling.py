@@ -19,7 +19,7 @@ from tests.pipeline.truth import random_batch
 from vp_train.assembly import build_rank, compile_layers, compiled_parts, fuse_of_layers
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig, RunSettings
 from vp_train.mesh import build_mesh
-from vp_train.model import elementwise
+from vp_train.model import shape
 from vp_train.planning.plan import make_plan
 from vp_train.tensors import compiling
 
@@ -82,7 +82,7 @@ def test_where_torch_cannot_compile_only_auto_goes_on_and_no_tensor_parallel_ran
     def broken(graph, inputs):
         raise RuntimeError("C++ compile error\n\na.cpp: error: no")
 
-    monkeypatch.setattr(elementwise, "_PAYS_ON_CPU", 1)
+    monkeypatch.setattr(shape, "_PAYS_ON_CPU", 1)
     run = replace(CONFIG.run, compile=setting)
     model = replace(CONFIG.model, num_query_groups=tp)
     config = replace(CONFIG, model=model, run=run, parallel=ParallelConfig(tp=tp))
@@ -254,7 +254,7 @@ def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(
 def test_a_run_says_what_to_install_to_be_faster(
     traced, monkeypatch, capsys, missing, pays_from, words
 ):
-    monkeypatch.setattr(elementwise, "_PAYS_ON_CPU", pays_from)
+    monkeypatch.setattr(shape, "_PAYS_ON_CPU", pays_from)
     for name in missing:
         monkeypatch.setattr(compiling, name, lambda: False)
     config = replace(CONFIG, run=replace(CONFIG.run, compile="auto"))
