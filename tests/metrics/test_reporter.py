@@ -44,7 +44,9 @@ def test_names_of_files_reach_no_terminal_as_control_characters(capsys):
     source = SimpleNamespace(description="text/\x1b[2J", warnings=("data.validation: \x1b]0;a\a",))
     introduce(config, make_plan(config, 4), source)
     out = capsys.readouterr().out
-    assert out.startswith("data      text/\\x1b[2J\nwarning   data.validation: \\x1b]0;a\\x07\nmodel ")
+    assert out.startswith(
+        "data      text/\\x1b[2J\nwarning   data.validation: \\x1b]0;a\\x07\nmodel "
+    )
 
 
 @pytest.fixture
