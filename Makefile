@@ -27,7 +27,7 @@ lint: $(VENV)/installed
 mutants: $(VENV)/installed
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-# Faults at random moments, the long form; minutes to hours.  make reliability ARGS="crafted --json crafted.json"
+# Faults at random moments and random layouts, the long form; minutes to hours.  make reliability ARGS="crafted --json crafted.json"
 reliability: $(VENV)/installed
 	$(BIN)/python -m tests.reliability $(ARGS)
 

@@ -271,7 +271,7 @@ def test_the_clock_on_the_wall_does_not_end_a_search(vp_plan, monkeypatch):
     assert code == EXIT_OK
     assert "none of the others seems faster" in out
     assert "OUT OF TIME" not in out
-    assert re.match(r"\d{3,} s: \d s of CPU: 0 of [\d,]+ choices weighed\n", err)
+    assert re.match(r"\d{3,} s: \d s of CPU, 0 of [\d,]+ choices weighed\n", err)
 
 
 @pytest.mark.parametrize("words", [(), ("--search",)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from vp_train.data import Batch, open_source
 from vp_train.mesh import build_mesh
 from vp_train.metrics.progress import Validation
 from vp_train.metrics.trackers import Tracker
+from vp_train.model import elementwise
 from vp_train.optim.adamw import StepHealth
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.verdict import Judge
@@ -274,6 +276,16 @@ def test_validation_keeps_to_documents_as_training_does(monkeypatch):
     assert seen == [segments]
 
 
+def poisoned(model):
+    """Return a context in which a backward makes the gradient of the final norm NaN."""
+    final, add = model.parameters["final_norm.weight"], elementwise.add_gradient
+
+    def add_poison(parameter, gradient):
+        add(parameter, gradient * torch.nan if parameter is final else gradient)
+
+    return patch.object(elementwise, "add_gradient", add_poison)
+
+
 def parameters_after(rank, num_ranks, config, poison):
     """Run one step, in which rank 1's gradients may be NaN.
 
@@ -285,12 +297,10 @@ def parameters_after(rank, num_ranks, config, poison):
     run = Run(config, plan, mesh, open_source(config), model)
     run.load()
     before = [parameter.detach().clone() for parameter in model.parameters.values()]
-    if poison and rank == 1:
-        inner = model.parameters["final_norm.weight"]
-        inner.register_hook(lambda grad: torch.full_like(grad, torch.nan))
     said = "went on"
     try:
-        run.train_step(1, None)
+        with poisoned(model) if poison and rank == 1 else nullcontext():
+            run.train_step(1, None)
     except DivergenceError as error:
         said = str(error)
     dist.barrier()
@@ -359,11 +369,9 @@ def replicas_with_a_nan(rank, num_ranks, config, optimizer):
     plan = make_plan(config, num_ranks)
     mesh = mesh_for(plan)
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
-    if rank == 1:
-        weight = run.model.parameters["final_norm.weight"]
-        weight.register_hook(lambda grad: torch.full_like(grad, torch.nan))
     try:
-        run.train_step(1, None)
+        with poisoned(run.model) if rank == 1 else nullcontext():
+            run.train_step(1, None)
     except DivergenceError as error:
         return str(error)
     return "went on"

@@ -24,6 +24,7 @@ CAMPAIGNS = {  # name -> its module, and the cases of the long form
     "crafted": ("tests.reliability.crafted", 257),
     "faults": ("tests.reliability.faults", 105),
     "kills": ("tests.reliability.kills", 200),
+    "layouts": ("tests.reliability.layouts", 50),
 }
 
 

@@ -58,8 +58,8 @@ def _train_badly(deed: str, step: int) -> None:
 
 
 POISON = (
-    "import torch; next(iter(run.model.parameters.values()))"
-    ".register_hook(lambda grad: grad * torch.nan)"
+    "from vp_train.model import elementwise; add = elementwise.add_gradient; "
+    "elementwise.add_gradient = lambda weight, gradient: add(weight, gradient * float('nan'))"
 )
 
 

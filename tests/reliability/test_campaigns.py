@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.reliability import crafted, faults, kills, mutations
+from tests.reliability import crafted, faults, kills, layouts, mutations
 
 
 def test_every_mutation_is_named_and_the_checkpoint_before_is_used():
@@ -22,6 +22,11 @@ def test_a_checkpoint_that_is_not_refused_is_a_failure(monkeypatch):
 
 def test_a_kill_of_a_rank_leaves_complete_checkpoints_and_the_same_losses():
     assert kills.campaign(seed=7, count=4) == []
+
+
+def test_a_random_layout_trains_and_goes_on_as_one_process():
+    """Two replicas with ZeRO-1 and label smoothing, which reads all rows of the output layer."""
+    assert layouts.campaign(seed=43, count=1) == []
 
 
 def test_every_fault_ends_the_job_with_its_code_and_cause_in_time():

@@ -180,7 +180,7 @@ def show_search(
             return time.process_time() - started < seconds and not searching.is_stopped
 
         def show(words: str) -> None:
-            searching.show(f"{time.process_time() - started:.0f} s of CPU: {words}")
+            searching.work_on(f"{time.process_time() - started:.0f} s of CPU, {words}")
 
         result = search(config, limits, in_time, show, space_of(config, kept))
     lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)

@@ -657,6 +657,7 @@ class _Search:
             if self._planned and not self._in_time():
                 return
             self._spent += cost
+            self._progress(f"{self._words()}; planning a step whole")
             self._plan_one(estimate)
             self._progress(self._words())
 
