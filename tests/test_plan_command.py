@@ -147,7 +147,7 @@ def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
     assert "~" not in first
     assert len(others) == 2
     assert all("~" in row for row in others)
-    assert "\n~ estimated from short steps: " in out
+    assert "\n~ estimated from short steps, not planned whole\n" in out
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,16 @@ def stretched(timeline, factor):
     return replace(timeline, compute=tuple(map(tuple, rows)), comm=(), bound=0.0)
 
 
+def test_names_of_files_reach_no_terminal_as_control_characters(capsys):
+    config = load_config(["model=nano"])
+    source = SimpleNamespace(description="text/\x1b[2J", warnings=("data.validation: \x1b]0;a\a",))
+    introduce(config, make_plan(config, 4), source)
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "data      text/\\x1b[2J\nwarning   data.validation: \\x1b]0;a\\x07\nmodel "
+    )
+
+
 @pytest.fixture
 def started(tmp_path):
     """Return a run before its first step: (config, plan, directory, reporter)."""

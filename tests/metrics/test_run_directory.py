@@ -241,6 +241,10 @@ def test_to_look_whether_a_directory_is_running_leaves_no_lock_of_its_own(tmp_pa
     settings.directory.mkdir()
     refuse_running(settings)
     assert not any(settings.directory.iterdir())
+    (settings.directory / "notes").touch()  # of somebody else
+    with removed_if_unused(settings):
+        refuse_running(settings)
+    assert [path.name for path in settings.directory.iterdir()] == ["notes"]
     directory = RunDirectory(settings)
     directory._lock.close()
     refuse_running(settings)

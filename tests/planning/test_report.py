@@ -131,7 +131,10 @@ def test_layers_take_no_less_than_the_cpu_needs_to_issue_them():
     assert free.ranks == alone.ranks
     for words in ([], ["parallel.recompute=full"], ["schedule=zb_h1"]):
         slow = report(f"cluster.layer_launch_seconds={layer * 3}", *words)
-        assert f"; the step counts {3e3 * layer:.1f}; a larger micro-batch" in slow.launch_words
+        assert (
+            f"; the step counts at least {3e3 * layer:.1f}; a larger micro-batch"
+            in slow.launch_words
+        )
         count = alone.work.num_microbatches
         for rank in slow.ranks:
             assert rank.layers == pytest.approx(3 * layer * rank.num_layers * count)

@@ -574,7 +574,7 @@ def _best_lines(result: Result) -> list[str]:
     lines = [f"in all rows: {', '.join(map(' '.join, common.items()))}", ""] if common else []
     lines += _rendered(table)
     if result.estimated:
-        lines += ["~ estimated from short steps: planning it whole takes more effort than is left"]
+        lines += ["~ estimated from short steps, not planned whole"]
     return lines
 
 

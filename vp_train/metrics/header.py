@@ -6,7 +6,7 @@ import math
 from contextlib import suppress
 
 from schedules.render import facts
-from vp_train.config import RunConfig
+from vp_train.config import RunConfig, printable
 from vp_train.data import Source
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
@@ -19,7 +19,7 @@ from vp_train.units import human_bytes, plural
 def introduce(config: RunConfig, plan: RunPlan, source: Source) -> None:
     """Print the `header` of a run."""
     with suppress(BrokenPipeError):  # a reader like `head`; the reporter notices it, too
-        print("\n".join(header(config, plan, source)), flush=True)
+        print("\n".join(map(printable, header(config, plan, source))), flush=True)
 
 
 def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:

@@ -52,9 +52,20 @@ def refuse_used(settings: RunSettings) -> None:
 def refuse_running(settings: RunSettings) -> None:
     """Raise ConfigError if another process uses the directory now."""
     if settings.directory.exists():
-        with _acquire(settings.directory) as lock:
-            if not os.fstat(lock.fileno()).st_size:  # no run has left it
-                (settings.directory / "LOCK").unlink()
+        with _locked(settings.directory):
+            pass
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of directory `path`, and leave no lock file that no run has written to.
+
+    Raises ConfigError like `_acquire`.
+    """
+    with _acquire(path) as lock:
+        yield
+        if _is_at(lock, path / "LOCK") and not os.fstat(lock.fileno()).st_size:
+            (path / "LOCK").unlink()
 
 
 @contextmanager
@@ -70,7 +81,7 @@ def removed_if_unused(settings: RunSettings) -> Iterator[None]:
         # Where another process uses it, or somebody has removed it, there is nothing to do.
         with suppress(OSError, ConfigError):
             if settings.directory.exists():
-                with _acquire(settings.directory):
+                with _locked(settings.directory):
                     _remove_unused(settings.directory, new)
 
 

@@ -217,10 +217,11 @@ def elementwise_bytes(
 def _moved_values(model: ModelConfig, compiled: bool, sequence_ranks: int) -> tuple[float, float]:
     """Return the values per token that elementwise kernels move in a forward and in a backward.
 
-    They are those of `model/elementwise.py`.  A norm reads x and writes y, and its backward reads
-    dy and x and writes dx.  A residual sum reads two and writes one.  Compiled, one kernel forms
-    the first sum and the norm after it, another a norm's gradient and the sum with that from
-    elsewhere, and one kernel each splits and rotates heads, and opens gates.
+    They are those of `model/elementwise.py`, but that a LayerNorm is not compiled there any more.
+    A norm reads x and writes y, and its backward reads dy and x and writes dx.  A residual sum
+    reads two and writes one.  Compiled, one kernel forms the first sum and the norm after it,
+    another a norm's gradient and the sum with that from elsewhere, and one kernel each splits and
+    rotates heads, and opens gates.
     """
     h, f = model.hidden_size / sequence_ranks, model.ffn_hidden_size
     q, kv = shape.query_size(model), shape.kv_size(model)

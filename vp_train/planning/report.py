@@ -245,7 +245,7 @@ class PlanReport:
             return ""
         return (
             f"the CPU takes about {1e3 * issued:.1f} ms to issue the kernels of a layer, the GPU "
-            f"{1e3 * layer:.1f} to compute them; the step counts {1e3 * issued:.1f}; "
+            f"{1e3 * layer:.1f} to compute them; the step counts at least {1e3 * issued:.1f}; "
             f"a larger micro-batch{' or a smaller tp' * (self.degrees.tp > 1)} helps"
         )
 
