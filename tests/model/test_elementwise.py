@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.test_stage import CPU, FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
 from vp_train.config import ConfigError
@@ -154,3 +155,24 @@ def test_a_sum_whose_norm_nobody_uses_has_its_gradient():
     assert torch.equal(x.grad, torch.ones_like(x))
     assert torch.equal(residual.grad, torch.ones_like(x))
     assert weight.grad is None
+
+
+class Copies(TorchDispatchMode):
+    """Count the copies of what runs within."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten.clone.default
+        return operation(*args, **(kwargs or {}))
+
+
+def test_heads_that_are_normalised_are_not_copied_too():
+    norm, weight = elementwise.NormRule(1e-6), nn.Parameter(torch.ones(6))
+    heads = elementwise.Heads(num_heads=4, num_groups=2, size=6, norm=norm)
+    split = elementwise.SplitHeads(heads, 3, None, (weight, weight), plain)
+    with torch.no_grad(), Copies() as copies:
+        split.forward(torch.ones(15, 8 * 6))
+    assert copies.count == 0

@@ -1,9 +1,10 @@
 """The elementwise work between the matrix products of a layer: norms, rotations, activations.
 
-Every operation is a pair of pure functions, forward and backward, and an autograd function that
-says what is kept in between.  That is as little as possible: a norm keeps its input and its
-statistics, a rotation nothing, the activation of a gated MLP its input.  Its output, which the next
-matrix product needs for its weight gradient, is formed again.  LayerNorm and GELU are torch's.
+Every operation is a pair of pure functions, forward and backward, and an autograd function or an
+epilogue of a linear layer that says what is kept in between.  That is as little as possible: a norm
+keeps its input and its statistics, a rotation nothing, the activation of a gated MLP its input.
+Its output, which the next matrix product needs for its weight gradient, is formed again.  LayerNorm
+and GELU are torch's.
 
 The pure functions run as torch operations, or compiled: then each is one kernel, or a few, that
 reads its inputs once.  Which of the two is an argument of type `Fuse`.
@@ -287,7 +288,7 @@ class SplitHeads:
             if heads.norm is None:
                 (v,) = rest
             else:
-                v, kept = _separate(y, heads)[2], (y, *rest)
+                v, kept = _grouped(y, heads)[2].flatten(2, 3), (y, *rest)
         return (q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)), kept
 
     def backward(self, grads: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Tensor:

@@ -241,7 +241,10 @@ class LinearRule:
 
 
 class Epilogue(Protocol):
-    """Elementwise work on the output y of a linear layer, which is not kept as such."""
+    """Elementwise work on the output y of a linear layer.
+
+    It says what the layer keeps of y for the backward.
+    """
 
     def forward(self, y: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
         """Return a tensor or a tuple of tensors, and what to keep for the backward."""
