@@ -73,7 +73,6 @@ def test_a_machine_has_room_for_a_state_in_host_memory_too():
     words = ["optim.name=zero1", "optim.offload=true", "parallel.dp=2", "run.device=cuda"]
     config, step = planned(*words, num_ranks=4)
     needed = shape.num_parameters(config.model) * (2 * (4 + 4) + 4 * 4 + 4)
-    check_machine(step, config.optim, needed)
     with pytest.raises(ConfigError, match=f"and this machine has {human_bytes(needed - 1)};"):
         check_machine(step, config.optim, needed - 1)
 
@@ -83,7 +82,10 @@ def test_a_machine_without_room_for_the_state_of_all_ranks_is_refused(replicas):
     config, step = planned(f"parallel.dp={replicas}", num_ranks=2 * replicas)
     bytes_of_parameter = 4 + 4 + 8  # float32 with two moments
     needed = bytes_of_parameter * shape.num_parameters(config.model) * replicas
-    check_machine(step, config.optim, needed)
+    kept = sum(step.timeline.peak_bytes) * replicas
+    check_machine(step, config.optim, needed + kept)
+    with pytest.raises(ConfigError, match="for activations, and this machine has .*; lower micro"):
+        check_machine(step, config.optim, needed + kept - 1)
     with pytest.raises(ConfigError, match="choose a smaller model"):
         check_machine(step, config.optim, needed - 1)
 

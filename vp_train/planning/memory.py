@@ -114,7 +114,10 @@ def state_of(
 
 
 def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
-    """Raise ConfigError if the state of all ranks does not fit into a machine of `num_bytes`."""
+    """Raise ConfigError if all ranks do not fit into a machine of `num_bytes`.
+
+    Their state counts, and what they keep for the backward.
+    """
     states = [
         rank_state(step, optim, rank).state + host_bytes(step, optim, rank).optimizer
         for rank in range(step.num_ranks)
@@ -124,6 +127,13 @@ def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
         raise ConfigError(
             f"weights, gradients and optimizer of all ranks take {human_bytes(needed)}, and this "
             f"machine has {human_bytes(num_bytes)}; choose a smaller model, or start on more nodes"
+        )
+    kept = sum(step.timeline.peak_bytes) * step.degrees.tp * step.degrees.dp
+    if needed + kept > num_bytes:
+        raise ConfigError(
+            f"all ranks take {human_bytes(needed)} for weights, gradients and optimizer and up to "
+            f"{human_bytes(kept)} for activations, and this machine has {human_bytes(num_bytes)}; "
+            "lower micro_batch_size, set parallel.recompute=full, or start on more nodes"
         )
 
 
