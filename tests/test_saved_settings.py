@@ -129,7 +129,8 @@ def test_all_changes_are_said_and_refused_together(started):
         ConfigError,
         match=r"^runs/one has run with model.seq_length=256, loss.z_loss=0.0, batch_ramp=.*, sequen"
         r"ces of a step=8, this command line has 512, 0.0001, \[\], 16; use the same values, "
-        r"or give run.allow=\[sequence,loss,batch\]$",
+        r"or give run.allow=\[sequence,loss,batch\]; sequences of a step are num_microbatches x "
+        r"micro_batch_size x parallel.dp$",
     ):
         check_start(config, (8, 16))
     allowed = load_config([*given, "run.allow=[batch,loss,sequence]"])

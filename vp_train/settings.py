@@ -655,6 +655,7 @@ class Change:
         return f"{words} run.allow=[{self.permission}]"
 
 
+_BATCH = "sequences of a step"
 # What chooses the text or its tokens, which a resumed run compares when it has read them.
 _TEXT = (
     *("data.name", "data.path", "data.blend", "data.tokenizer", "data.end_token"),
@@ -696,7 +697,7 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
         is_table = name == "model.seq_length" and config.model.positions == "learned"
         found.append(change(name, was, value, None if is_table else permission_of(name)))
     if batch is not None and batch[0] != batch[1]:
-        found.append(change("sequences of a step", *batch, "batch"))
+        found.append(change(_BATCH, *batch, "batch"))
     return found
 
 
@@ -733,6 +734,8 @@ def _refuse(refused: Sequence[Change], directory: Path) -> None:
     permissions = list(dict.fromkeys(change.permission for change in refused))
     if None not in permissions:
         words += f", or give run.allow=[{','.join(filter(None, permissions))}]"
+    if any(change.name == _BATCH for change in refused):
+        words += f"; {_BATCH} are num_microbatches x micro_batch_size x parallel.dp"
     raise ConfigError(
         f"{directory} has run with {before}, this command line has "
         f"{', '.join(change.now for change in refused)}; use {words}"

@@ -84,7 +84,7 @@ def test_a_machine_without_room_for_the_state_of_all_ranks_is_refused(replicas):
     needed = bytes_of_parameter * shape.num_parameters(config.model) * replicas
     kept = sum(step.timeline.peak_bytes) * replicas
     check_machine(step, config.optim, needed + kept)
-    with pytest.raises(ConfigError, match="for activations, and this machine has .*; lower micro"):
+    with pytest.raises(ConfigError, match=r"for activations, and this machine has .*; lower micro"):
         check_machine(step, config.optim, needed + kept - 1)
     with pytest.raises(ConfigError, match="choose a smaller model"):
         check_machine(step, config.optim, needed - 1)
