@@ -469,7 +469,10 @@ def search_lines(
         lines += [*_best_lines(result), ""]
         lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
         lines += _host_memory_lines(result.best)
-        lines += [*_vocabulary_lines(config, result), ""]
+        lines += _vocabulary_lines(config, result)
+        if first.report.work.on_cuda and first.report.degrees.num_ranks > 1:
+            lines += [f"fsdp: {_fsdp_words(config, first.report)}"]
+        lines += [""]
     excluded = sum(result.excluded.values())
     counted = (
         f"{_choices(result.num_choices)}, {excluded:,} ruled out, "
@@ -536,8 +539,12 @@ def _host_memory_lines(best: Sequence[Found]) -> list[str]:
         return []
     need = f"up to {most / _GIB:,.0f} GiB per node"
     if known is None:
-        return [f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"]
-    return [f"host RAM: {need}, of the {known:g} GiB that cluster.host_memory_gib says there are"]
+        line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
+    else:
+        line = f"host RAM: {need}, of the {known:g} GiB that cluster.host_memory_gib says there are"
+    if any(found.report.host.activations for found in best):
+        line += "; offloaded activations have not run on a GPU yet"
+    return [line]
 
 
 def _best_lines(result: Result) -> list[str]:
