@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 import tomllib
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.programs import finished
@@ -408,18 +405,3 @@ def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(command):
 def test_ctrl_c_later_is_an_exception_that_a_command_may_handle():
     done = finished(partial(interrupted, "plan", "vp_train.commands.command", "load_config"))
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
-
-
-@pytest.mark.parametrize("is_initialized", [False, True])
-def test_a_command_with_a_process_group_does_not_wait_for_gloo_s_threads(
-    monkeypatch, is_initialized
-):
-    """As Python shuts down they may abort a process that has done its work."""
-    left = []
-    monkeypatch.setattr(start.signal, "getsignal", lambda _: None)  # leave signals as they are
-    monkeypatch.setattr(start.os, "_exit", left.append)
-    monkeypatch.setattr(start, "import_module", lambda _: SimpleNamespace(main=lambda: sys.exit(7)))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: is_initialized)
-    with pytest.raises(SystemExit, match="7"):
-        start._start("score")
-    assert left == [7] * is_initialized

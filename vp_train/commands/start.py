@@ -6,9 +6,7 @@ system's own handler serves until the command itself begins (`guarded` in `comma
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 from functools import partial
 from importlib import import_module
 
@@ -17,13 +15,7 @@ def _start(module: str, function: str = "main") -> None:
     """Import a module of the commands and call its function."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        getattr(import_module(f"vp_train.commands.{module}"), function)()
-    except SystemExit as end:  # all is written
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_initialized() and type(end.code) is int:
-            os._exit(end.code)  # as Python shuts down, gloo's threads may abort the process
-        raise
+    getattr(import_module(f"vp_train.commands.{module}"), function)()
 
 
 train = partial(_start, "train")
