@@ -234,15 +234,8 @@ def test_a_layer_is_its_products_attention_bytes_and_kernels(name, linear_speed)
     one = Device(3e14, 2e14, 1e12, 1e-3, 132)
     model = load_config([f"model={name}"]).model
     tokens, item, summed = 4_096, 2, 4
-    found = layer_seconds(
-        one,
-        model,
-        tokens,
-        item_bytes=item,
-        sum_bytes=summed,
-        compiled=True,
-        linear_speed=linear_speed,
-    )
+    options = {"item_bytes": item, "sum_bytes": summed, "compiled": True}
+    found = layer_seconds(one, model, tokens, linear_speed=linear_speed, **options)
     shapes, attention = linear_shapes(model), attention_seconds(one, model, tokens)
     there, back = elementwise_bytes(model, tokens, item, True)
     y = [one.product(tokens, out, into) / linear_speed for out, into in shapes]
@@ -257,15 +250,7 @@ def test_a_layer_is_its_products_attention_bytes_and_kernels(name, linear_speed)
     down = 0.0 if shape.repeats_down_projection(model) else y[3]
     assert found.full == pytest.approx(forward - down)
     plain = Device(1e14, 1e14, math.inf, 0.0, 0)
-    simple = layer_seconds(
-        plain,
-        model,
-        tokens,
-        item_bytes=item,
-        sum_bytes=summed,
-        compiled=True,
-        linear_speed=linear_speed,
-    )
+    simple = layer_seconds(plain, model, tokens, linear_speed=linear_speed, **options)
     whole = shape.layer_flops(model, tokens) / 1e14
     saved = 2 * weights * tokens / 1e14 * (1 - 1 / linear_speed)
     assert simple.weight_grad == pytest.approx(whole)
