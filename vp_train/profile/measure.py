@@ -114,6 +114,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
         for key, seconds in steps.timed().items():
             passes.setdefault(key, []).extend(seconds)
     state, peak = steps.bytes_on_cuda() if on_cuda else steps.bytes_on_cpu()
+    deviations = steps.deviations()
     medians = {key: median(seconds) for key, seconds in passes.items()}
     return RankProfile(
         pipeline_rank,
@@ -122,6 +123,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
         optimizer_seconds=median(optimizers),
         state_bytes=state,
         peak_bytes=peak,
+        deviations=deviations,
     )
 
 
@@ -199,6 +201,30 @@ class _Steps:
         for span in recorder.spans:
             found.setdefault((Kind(span.kind), span.stage), []).append(span.end - span.start)
         return found
+
+    def deviations(self) -> dict[str, float]:
+        """Run a step; return the deviations of its last microbatch (`RankProfile.deviations`)."""
+        found: dict[str, torch.Tensor] = {}
+
+        def note(name: str, tensor: torch.Tensor) -> None:
+            found[name] = tensor.detach().float().std()
+
+        def watch(number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+            note(f"x{number}", x)
+            note(f"y{number}", y)
+            if y.requires_grad:
+                y.register_hook(lambda dy: note(f"dy{number}", dy))  # type: ignore[no-untyped-call]
+
+        hooks = [
+            stage.register_forward_hook(lambda _, given, y, n=number: watch(n, given[0], y))
+            for number, stage in self._model.stages.items()
+        ]
+        try:
+            self.run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: deviation.item() for name, deviation in found.items()}
 
     def bytes_on_cuda(self) -> tuple[int, int]:
         """Return the bytes allocated between steps and at the peak of a step, on a GPU."""
