@@ -653,6 +653,7 @@ def cuda_tests(where: Where, report: Report) -> None:
             "tests/model/test_attention.py",
             "tests/model/test_elementwise.py",
             "tests/pipeline/test_cuda.py",
+            "tests/test_profile.py::test_on_a_gpu_what_waits_for_a_sum_reads_what_was_formed",
         ]
     result = where.folder / "junit.xml"
     words = [
