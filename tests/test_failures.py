@@ -243,6 +243,20 @@ def launch_scripts():
     raise SystemExit(launch.launch(load_config(overrides), overrides, None, place))
 
 
+def launch_stopped():
+    """Be a launcher that gets a SIGTERM before its ranks start."""
+    launch._in_copy = lambda body: os.kill(os.getpid(), signal.SIGTERM)
+    launch_scripts()
+
+
+def test_a_signal_before_ranks_start_leaves_no_directory(tmp_path):
+    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path / 'runs'}"]
+    done = finished(launch_stopped, "none", *overrides)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "vp-train: stopped by SIGTERM before ranks started\n"
+    assert not (tmp_path / "runs").exists()
+
+
 RANK = """#!/bin/sh
 if [ "$RANK" = 1 ]; then
     {deed}

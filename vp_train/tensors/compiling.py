@@ -165,7 +165,7 @@ def prepare_inductor() -> None:
 
 @contextmanager
 def announced(parts: Sequence[str]) -> Iterator[None]:
-    """Print which parts of a run are compiled inside, how long it takes so far, and how long it took.
+    """Print which parts of a run are compiled inside, how long so far, and how long at the end.
 
     Nothing is printed without parts, or if it takes less than a second.  A thread prints the first
     lines; there is none any more at the end.
