@@ -374,7 +374,12 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
         require_trackers(config.run)
         make_directory(config.run)
         refuse_running(config.run)
-        refuse_used(config.run)
+        try:
+            refuse_used(config.run)
+        except ConfigError as error:
+            if trains or plan is None:  # a search leaves its schedule there
+                raise
+            say(f"{error}; the preflight changes nothing there")
     origin = config.run.init_from
     if origin is not None and not Path(origin).expanduser().is_dir():
         raise ConfigError(
