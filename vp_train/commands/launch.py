@@ -139,12 +139,6 @@ def _launch(
             overrides = [*overrides, *found]
             schedule = load_config(overrides)
             config = replace(config, schedule=schedule.schedule, vocab=schedule.vocab)
-        if trains and starts_by_fork(config):
-            from vp_train.assembly import compile_layers
-            from vp_train.tensors.compiling import announced
-
-            with announced(("layers",) if news.place.node == 0 else ()):
-                compile_layers(config)
     started = time.time()
 
     def starter(resumes: bool) -> Starter:
@@ -353,7 +347,7 @@ class _Unprepared(Exception):
 
 
 def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> list[str]:
-    """Check the plan and the run directory, import what ranks need and prepare the data.
+    """Check the plan and the directory, import what ranks need, prepare the data, compile layers.
 
     Node 0 prints what will run where if the run `trains`.  Returns the overrides that the search of
     a schedule adds.  Raises ConfigError for what the user must change.
@@ -404,6 +398,12 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
     ending = _in_copy(lambda: _prepare_data(config, introduced))
     if ending.code:
         raise _Unprepared(ending)
+    if trains and starts_by_fork(config):  # now, as other nodes wait less long for a start
+        from vp_train.assembly import compile_layers
+        from vp_train.tensors.compiling import announced
+
+        with announced(("layers",) if news.place.node == 0 else ()):
+            compile_layers(config)
     return found
 
 
