@@ -364,7 +364,11 @@ def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
     config = load_config([*words, "num_microbatches=32", "cluster.host_memory_gib=200"])
     names = ("micro_batch_size", "parallel.tp", "parallel.sequence_parallel", "vocab")
     space = space_of(config, Kept.of(config, names))
-    (first,) = search(config, Limits(1, effort=80_000), lambda: True, str, space).best
+    said = []
+    (first,) = search(config, Limits(1, effort=80_000), lambda: True, said.append, space).best
+    counts = [int(words.split()[0]) for words in said if "looked at" in words]
+    assert counts == list(range(1, len(counts) + 1)), "also what offloads, in a queue of its own"
+    assert counts
     plain = ["num_microbatches=8", "parallel.pp=4", "schedule=interleaved", "schedule.num_chunks=5"]
     plain += ["parallel.dp=4", "optim.name=zero1", "parallel.recompute=selective"]
     known = make_report(load_config([*words, *plain]))
