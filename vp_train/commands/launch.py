@@ -457,9 +457,14 @@ def _in_copy(body: Callable[[], None]) -> Ending:
     if not process:
         _end_copy(agent, body, theirs)
     os.close(theirs)
-    with open(ours, "rb") as pipe:
-        line = pipe.read()
-    _, status = os.waitpid(process, 0)
+    try:
+        with open(ours, "rb") as pipe:
+            line = pipe.read()
+    except BaseException:  # a signal, after which this process may take seconds to end
+        os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(process, 0)
     try:
         return Ending(*json.loads(line))
     except ValueError:  # it was killed before it had written its line
