@@ -1197,8 +1197,8 @@ class RunSettings:
     )
     compile: str = setting(
         "auto",
-        "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, if there is a compiler; "
-        "on: all elementwise work but LayerNorm and GELU; off: nothing.",
+        "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, with a compiler; "
+        "on: all elementwise work but LayerNorm, GELU; off: nothing.",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(
