@@ -62,6 +62,7 @@ _MOST_TOKENS = 10**9
 # Of the table of a search: the columns with words, and that of GiB per node.
 _WORDS = ("schedule x chunks", "vocab", "recompute", "optim")
 _HOST_MEMORY = "host RAM"
+_NOT_ALONE = ", which is not enough alone"
 
 
 _EXAMPLES = """\
@@ -690,7 +691,7 @@ def _may_fit(choice: Choice, config: RunConfig) -> str:
 def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     """Return the changes that save memory on the worst rank of `config`, the largest saving first.
 
-    Every change is tried on its own.
+    Every change is tried on its own, and the words say where it is not enough.
     """
     replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
     # What waits in host memory, and so is not saved on the GPU, only a simulation says.
@@ -736,7 +737,9 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     saved, words = _saved_by_offloading(config, report)
     if saved > 0.01 * before:
         found.append((saved, words))
-    ordered = [words for _, words in sorted(found, reverse=True)]
+    ordered = [
+        words + _NOT_ALONE * (saved < report.excess) for saved, words in sorted(found, reverse=True)
+    ]
     return [*ordered, _more_gpus_words(config, replicas)]
 
 
@@ -771,7 +774,7 @@ def host_remedies(
             continue
         words += f": {human_bytes(saved)} less in host memory per node"
         if then.host_excess > 0:
-            words += ", which is not enough alone"
+            words += _NOT_ALONE
         if then.excess > 0:
             words += f"; but then a GPU {then.memory_words}"
         found.append((then.excess > 0, -saved, words))
