@@ -40,7 +40,7 @@ from vp_train.planning.placement import (
     offloaded_layers,
     split_layers,
 )
-from vp_train.planning.plan import SEARCHING
+from vp_train.planning.plan import SEARCHING, in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport, make_report
 from vp_train.planning.search import (
     Estimate,
@@ -259,7 +259,7 @@ def plan_lines(
         f"MFU {report.mfu:.1%} of {_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
         f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, "
-        f"{report.bound_reason}",
+        f"{report.bound_reason}{in_its_memory_words(report.gap, report.gap_in_its_memory)}",
         f"exposed   communication, {report.exposed_words}",
         f"binds     {report.binds}",
     ]
@@ -269,9 +269,11 @@ def plan_lines(
     if report.work.on_cuda and report.degrees.num_ranks > 1:
         lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:
+        held = report.gap_in_its_memory
+        cause = "" if held is None or held > report.gap / 2 else " because it keeps so little"
         lines.append(
-            f"          on {report.degrees.pp} ranks {report.schedule} is far above it; try other "
-            "schedules, or vp-plan --search"
+            f"          on {report.degrees.pp} ranks {report.schedule} is far above it{cause}; try "
+            "other schedules, or vp-plan --search"
         )
     if not report.fits:
         progress("planning what would help")
