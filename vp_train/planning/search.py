@@ -215,6 +215,7 @@ class _Queue:
     drafted: those that were drafted since something fits.
     next_drafts: how many of these there are when one is estimated, see `_Search._estimate`.
     doubtful: those that wait until all others were estimated.
+    looks_at_all: whether these have their turn now.
     passed_over: those that the best of that time were faster than.
     """
 
@@ -223,6 +224,7 @@ class _Queue:
     drafted: list[int] = field(default_factory=list)
     next_drafts: int = _FIRST_DRAFTS
     doubtful: list[int] = field(default_factory=list)
+    looks_at_all: bool = False
     passed_over: list[int] = field(default_factory=list)
 
     def put(self, number: int, seconds: float, num_bytes: float) -> None:
@@ -236,6 +238,7 @@ class _Queue:
         self.drafted += other.drafted
         self.next_drafts = 2 * max(_FIRST_DRAFTS, len(self.drafted))
         self.doubtful += other.doubtful
+        self.looks_at_all = False
         self.passed_over += other.passed_over
 
     @property
@@ -270,7 +273,6 @@ class _Search:
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
         self._done: set[int] = set()
-        self._looks_at_all = False  # at what seems not to fit, too
         self._excluded = Counter(space.excluded)
         self._refused: list[Refusal] = []
         self._estimates: list[Estimate] = []
@@ -434,7 +436,7 @@ class _Search:
                         queue.drafted.append(number)
                         self._progress(f"{len(queue.drafted):,} looked at, {self._words()}")
                         continue
-                if self._is_doubtful(item):
+                if self._is_doubtful(item, queue):
                     queue.doubtful.append(number)
                     continue
                 self._done.add(number)
@@ -523,7 +525,7 @@ class _Search:
     def _look_at_doubtful(self, queue: _Queue) -> None:
         for place, number in enumerate(queue.doubtful):
             queue.put(number, self._key(number), float(place))
-        queue.doubtful, self._looks_at_all = [], True
+        queue.doubtful, queue.looks_at_all = [], True
 
     def _key(self, number: int) -> float:
         """Return about the least seconds of a choice: its bound and what others are above it."""
@@ -545,17 +547,17 @@ class _Search:
             waiting = [
                 (self._key(number), number)
                 for number in queue.drafted
-                if number not in seen and not self._is_doubtful(self._items[number])
+                if number not in seen and not self._is_doubtful(self._items[number], queue)
             ]
             if waiting:
                 return min(waiting)[1]
         return self._lowest(queue, top)
 
-    def _is_doubtful(self, item: Candidate | None) -> bool:
+    def _is_doubtful(self, item: Candidate | None, queue: _Queue) -> bool:
         """Return whether a draft waits until all others were estimated."""
         assert item is not None, "it was drafted"
         is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
-        return (is_dear or not item.seems_to_fit) and not self._looks_at_all
+        return (is_dear or not item.seems_to_fit) and not queue.looks_at_all
 
     def _lowest(self, queue: _Queue, top: int) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the `top`."""
