@@ -130,6 +130,7 @@ class Choice:
         return " ".join(f"{name}={_word(_value(chosen, name))}" for name in (*_ALWAYS, *other))
 
 
+KEPT_WHERE_TYPED = "vocab.balance"  # by a search, also without --keep
 # What a search may keep, and the value of a choice.
 _KEPT: Mapping[str, Callable[[Choice], Any]] = {
     "parallel.dp": lambda choice: choice.degrees.dp,
