@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -18,8 +19,13 @@ from vp_train.planning.plan import plan_step
 from vp_train.profile.costs import measured_cost, with_cost
 from vp_train.profile.measure import receive_noise
 from vp_train.settings import load_config
-from vp_train.tensors.collectives import all_gather_single
+from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
 
+COMMUNICATIONS = {
+    *("irecv", "broadcast", "all_to_all_single", "all_reduce", "reduce"),
+    *("all_gather_single", "all_gather_into_tensor"),
+    *("reduce_scatter_single", "reduce_scatter_tensor"),
+}
 NANO = [
     "model=nano",
     "model.num_layers=8",
@@ -190,42 +196,62 @@ def test_a_file_that_cannot_be_written_is_known_before_the_work(vp_profile, opti
 
 
 def receive(rank, seed):
-    """Receive a hop, a broadcast and an all-to-all of seeded noise into memory full of NaN."""
-    received = [torch.full((64, 64), math.nan) for _ in range(4)]
-    with pytest.MonkeyPatch.context() as restored:
-        for name in {
-            "irecv",
-            "broadcast",
-            "all_to_all_single",
-            "all_gather_single",
-            "all_gather_into_tensor",
-        } & set(dir(dist)):
-            restored.setattr(dist, name, getattr(dist, name))
-        receive_noise(torch.Generator().manual_seed(seed))
+    """Receive messages of every kind, with seeded noise, into memory full of NaN."""
+    received = [torch.full((64, 64), math.nan) for _ in range(6)]
+    with noise(torch.Generator().manual_seed(seed)):
         dist.irecv(received[0], 1 - rank)
         dist.broadcast(received[1], 0, async_op=True)
         dist.all_to_all_single(
             received[2], torch.empty(0, 64), [32, 32], [0, 0], group=dist.group.WORLD, async_op=True
         )
-        all_gather_single(
-            received[3], torch.arange(32.0 * 64).view(32, 64), dist.group.WORLD, async_op=True
-        )
+        numbers = torch.arange(32.0 * 64).view(32, 64)
+        all_gather_single(received[3], numbers, dist.group.WORLD, async_op=True)
+        reduce_scatter_single(received[4][:16], numbers, dist.group.WORLD, async_op=True)
+        received[5].copy_(numbers.repeat(2, 1))
+        received[5][32:] += 1
+        all_gather_single(received[5], received[5][32 * rank :][:32], dist.group.WORLD)
     return received
+
+
+@contextmanager
+def noise(generator):
+    """Within this context let communications deliver noise."""
+    with pytest.MonkeyPatch.context() as restored:
+        for name in COMMUNICATIONS & set(dir(dist)):
+            restored.setattr(dist, name, getattr(dist, name))
+        receive_noise(generator)
+        yield
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_nobody_sends_is_seeded_noise_of_unit_scale(rank):
     with fake_world(rank, 2):
-        hop, broadcast, exchanged, gathered = receive(rank, seed=3)
+        hop, broadcast, exchanged, gathered, scattered, in_place = receive(rank, seed=3)
         again = receive(rank, seed=3)
     for tensor in [hop, exchanged, *([broadcast] if rank else [])]:
         assert tensor.isfinite().all()
         assert abs(tensor.mean()) < 0.1
         assert 0.9 < tensor.std() < 1.1
     assert broadcast.isnan().all() == (rank == 0)  # what the root sends stays what it is
-    assert torch.equal(gathered, torch.arange(32.0 * 64).view(32, 64).repeat(2, 1))
+    numbers = torch.arange(32.0 * 64).view(32, 64)
+    assert torch.equal(gathered, numbers.repeat(2, 1))
+    assert torch.equal(scattered[:16], numbers[:16])
+    assert torch.equal(in_place, torch.cat([numbers, numbers + 1]))
     assert not torch.equal(hop, exchanged)
     assert torch.equal(again[0], hop)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_what_waits_for_a_sum_reads_what_was_formed():
+    with fake_world(0, 2), noise(torch.Generator("cuda").manual_seed(0)):
+        summed = torch.zeros(1000, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)  # some 50 ms
+            summed.fill_(1)
+            work = dist.all_reduce(summed, async_op=True)
+        work.wait()
+        assert summed.min() == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -19,7 +19,7 @@ from vp_train.data.synthetic import SyntheticText
 from vp_train.inference import layout
 from vp_train.inference.opening import opened
 from vp_train.model import float8, shape
-from vp_train.model.float8 import FORWARD, GRADIENT, Float8Products, rounded, scaled_product
+from vp_train.model.float8 import PRECISE, WIDE, Float8Products, rounded, scaled_product
 from vp_train.model.linear import (
     PLAIN,
     ColumnLinear,
@@ -71,7 +71,7 @@ def exact(matrix):
     return matrix.values.double() * matrix.scale.double()
 
 
-@pytest.mark.parametrize("dtype", [FORWARD, GRADIENT])
+@pytest.mark.parametrize("dtype", [PRECISE, WIDE])
 @pytest.mark.parametrize("by_row", [True, False])
 def test_a_matrix_is_rounded_to_the_nearest_values_times_the_least_power_of_two(dtype, by_row):
     matrix = normal(64, 48, spread=30.0)
@@ -97,11 +97,11 @@ def test_outputs_and_input_gradients_are_exact_products_rounded_once(by_row, num
     weight = nn.Parameter(normal(48, 32, seed=2, spread=4))
     products = Float8Products(by_row=by_row)
     pairs = (
-        (products.output(x, weight), x, FORWARD, weight.detach()),
-        (products.input_gradient(dy, weight), dy, GRADIENT, weight.detach().T),
+        (products.output(x, weight), x, PRECISE, weight.detach()),
+        (products.input_gradient(dy, weight), dy, products.gradient_dtype, weight.detach().T),
     )
     for found, left, dtype, right in pairs:
-        a, b = rounded(left, dtype, by_row=by_row), rounded(right, FORWARD, by_row=by_row)
+        a, b = rounded(left, dtype, by_row=by_row), rounded(right, PRECISE, by_row=by_row)
         wanted, terms = exact(a) @ exact(b).T, exact(a).abs() @ exact(b).abs().T
         assert found.dtype is torch.bfloat16
         assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-6 * terms).all()
@@ -113,8 +113,8 @@ def test_products_of_values_that_float8_has_are_exact():
     x, weight = (
         torch.randint(-8, 9, (size, 32), generator=generator).bfloat16() for size in (5, 16)
     )
-    a, b = (rounded(matrix, FORWARD, by_row=True) for matrix in (x, weight))
-    found = scaled_product(a, b, fast=True)
+    a, b = (rounded(matrix, PRECISE, by_row=True) for matrix in (x, weight))
+    found = scaled_product(a, b)
     assert torch.equal(found.double(), (x.double() @ weight.double().T).bfloat16().double())
 
 
@@ -123,7 +123,7 @@ def test_forward_and_backward_read_the_same_rounded_weights():
     weight = normal(64, 48, spread=3)
     large = weight.abs() > 2**-3
     of_rows, of_columns = (
-        exact(rounded(matrix, FORWARD, by_row=True)) for matrix in (weight, weight.T)
+        exact(rounded(matrix, PRECISE, by_row=True)) for matrix in (weight, weight.T)
     )
     assert torch.equal(of_rows[large], of_columns.T[large])
 
@@ -137,18 +137,16 @@ def test_with_a_scale_for_each_row_the_rounding_of_a_token_does_not_depend_on_ot
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [FORWARD, GRADIENT])
+@pytest.mark.parametrize("dtype", [PRECISE, WIDE])
 def test_a_value_that_is_not_finite_stays_visible(wrong, dtype):
     x, weight = normal(6, 32), normal(48, 32, seed=1)
     x[2, 5] = wrong
-    b = rounded(weight, FORWARD, by_row=True)
-    y = scaled_product(rounded(x, dtype, by_row=True), b, fast=False)
+    b = rounded(weight, PRECISE, by_row=True)
+    y = scaled_product(rounded(x, dtype, by_row=True), b)
     finite = y.isfinite().all(1)
     assert not finite[2]
     assert finite.sum() == 5
-    y = scaled_product(
-        rounded(x, dtype, by_row=False), rounded(weight, FORWARD, by_row=False), fast=False
-    )
+    y = scaled_product(rounded(x, dtype, by_row=False), rounded(weight, PRECISE, by_row=False))
     assert not y[2].isfinite().any()
 
 

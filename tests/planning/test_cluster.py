@@ -388,7 +388,7 @@ def test_all_that_is_left_open_follows_from_the_cluster_and_what_is_chosen_stays
         "tensor_bytes_per_second": 3.5e11,
         "lookup_seconds": 2 * message / 8 / 2.8e12,
         "lookup_grad_seconds": 4 * message / 8 / 2.8e12,
-        "layer_launch_seconds": 4e-3,
+        "layer_launch_seconds": 3.2e-3,
         "contention": 0.061,
     }
     assert chosen_costs(found).keys() - CPU_COSTS.keys() <= expected.keys() | rates.keys()

@@ -145,13 +145,13 @@ def test_layers_take_no_less_than_the_cpu_needs_to_issue_them():
 
 
 def test_on_h100s_a_microbatch_of_gpt_4b_waits_for_the_host_and_one_of_llama3_8b_does_not():
-    """Measured so: benchmarks/results/gpu_check_nvidia_h100_80gb_hbm3.json, step 7."""
+    """Measured so: benchmarks/results/gpu_check_nvidia_h100_80gb_hbm3*.json, step 7."""
     words = ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]
     found, alone = (
         make_report(load_config(["model=gpt_4b", *words, *more]))
         for more in ([], ["cluster.sustained=1", "cluster.contention=0"])
     )
-    assert found.launch_words
+    assert alone.launch_words
     kept = found.layer_seconds * found.cluster.sustained
     assert kept == pytest.approx(alone.layer_seconds, rel=0.02), "all but kernel_seconds"
     assert alone.layer_seconds == pytest.approx(2.77e-3, rel=0.05)

@@ -554,7 +554,7 @@ def _host_memory_lines(best: Sequence[Found]) -> list[str]:
     else:
         line = f"host RAM: {need}, of the {known:g} GiB that cluster.host_memory_gib says there are"
     if any(found.report.host.activations for found in best):
-        line += "; offloaded activations have not run on a GPU yet"
+        line += "; no training on GPUs has offloaded activations yet"
     return [line]
 
 

@@ -106,6 +106,13 @@ def show_profile(
             f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind)
         )
         print(f"rank {profile.rank}: {seconds}", flush=True)
+        if not profile.is_real:
+            values = ", ".join(f"{name} {value:.2g}" for name, value in profile.deviations.items())
+            print(
+                f"warning: rank {profile.rank} computed with values that no run has (standard "
+                f"deviations {values}), and a GPU does so faster: do not trust its times",
+                flush=True,
+            )
     cost = measured_cost(step, passes) | {"measured_on": words["device"]}
     report = make_report(with_cost(config, cost))
     _print(config, step, profiles, report)

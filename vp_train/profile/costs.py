@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ class RankProfile:
     `passes` are median seconds of a pass by kind and stage, or by kind and rank for vocabulary
     passes.  `program_seconds` is the time of all passes of a step without waiting and without
     timing every pass.  `state_bytes` are allocated by torch between steps, `peak_bytes` at most.
+    `deviations` are standard deviations of what every stage reads (x0), computes (y0) and gets for
+    its backward (dy0).
     """
 
     rank: int
@@ -42,6 +45,15 @@ class RankProfile:
     optimizer_seconds: float
     state_bytes: int
     peak_bytes: int
+    deviations: dict[str, float]
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the passes computed with values as a run has them.
+
+        Products of zeros, infinities or NaN take less power, so a GPU runs faster.
+        """
+        return all(0 < deviation < math.inf for deviation in self.deviations.values())
 
     def of(self, kind: Kind) -> float:
         """Return the seconds of one pass of this kind on every stage of the rank, summed."""

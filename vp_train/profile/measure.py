@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -114,6 +114,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
         for key, seconds in steps.timed().items():
             passes.setdefault(key, []).extend(seconds)
     state, peak = steps.bytes_on_cuda() if on_cuda else steps.bytes_on_cpu()
+    deviations = steps.deviations()
     medians = {key: median(seconds) for key, seconds in passes.items()}
     return RankProfile(
         pipeline_rank,
@@ -122,22 +123,29 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
         optimizer_seconds=median(optimizers),
         state_bytes=state,
         peak_bytes=peak,
+        deviations=deviations,
     )
 
 
 def receive_noise(generator: torch.Generator) -> None:
     """Let hops, broadcasts and all-to-alls of this process deliver noise from `generator`.
 
-    The noise is normal with unit variance.  An all-gather delivers copies of what this rank sends.
+    The noise is normal with unit variance.  An all-gather delivers copies of what this rank sends,
+    and a reduce-scatter a part of it.  In memory that they share with it nothing changes.
     Without this, torch's fake group would leave the old content of the memory, in which NaN,
     infinity and denormals are slow, or refuse to receive.  `generator` is on the device of the
     messages.
+
+    On a GPU a stream that waits for one of these, or for a sum, waits for what the issuing stream
+    did before, as with NCCL.  The fake group waits for nothing: passes would read what a side
+    stream has not formed yet.
     """
     receive, broadcast = dist.irecv, dist.broadcast
-    gather_name = (
-        "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather_name, scatter_name = (
+        ("all_gather_single", "reduce_scatter_single")
+        if hasattr(dist, "all_gather_single")
+        else ("all_gather_into_tensor", "reduce_scatter_tensor")
     )
-    gather = getattr(dist, gather_name)
 
     def irecv(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         tensor.normal_(generator=generator)
@@ -153,13 +161,57 @@ def receive_noise(generator: torch.Generator) -> None:
         return dist.barrier(group=group, async_op=async_op)
 
     def gather_own(
-        output: torch.Tensor, tensor: torch.Tensor, *arguments: Any, **options: Any
+        output: torch.Tensor, tensor: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool
     ) -> Any:
-        output.view(-1, *tensor.shape).copy_(tensor)
-        return gather(output, tensor, *arguments, **options)
+        if not _share(output, tensor):
+            output.view(-1, *tensor.shape).copy_(tensor)
+        return dist.barrier(group=group, async_op=async_op)
 
-    dist.irecv, dist.broadcast, dist.all_to_all_single = irecv, broadcast_noise, exchange  # type: ignore[assignment]
-    setattr(dist, gather_name, gather_own)
+    def scatter_own(
+        output: torch.Tensor, tensor: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool
+    ) -> Any:
+        if not _share(output, tensor):
+            output.copy_(tensor.view(-1, *output.shape)[0])
+        return dist.barrier(group=group, async_op=async_op)
+
+    delivering: dict[str, Callable[..., Any]] = {
+        "irecv": irecv,
+        "broadcast": broadcast_noise,
+        "all_to_all_single": exchange,
+        gather_name: gather_own,
+        scatter_name: scatter_own,
+        "all_reduce": dist.all_reduce,
+        "reduce": dist.reduce,
+    }
+    for name, function in delivering.items():
+        setattr(dist, name, _in_order(function) if generator.device.type == "cuda" else function)
+
+
+def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _in_order(communicate: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the work that `communicate` returns wait as `_Ordered` does."""
+
+    def issue(*arguments: Any, **options: Any) -> Any:
+        return None if communicate(*arguments, **options) is None else _Ordered()
+
+    return issue
+
+
+class _Ordered:
+    """The work of a communication that ends with what its stream did before."""
+
+    def __init__(self) -> None:
+        self._end = torch.cuda.current_stream().record_event()
+
+    def wait(self) -> bool:
+        torch.cuda.current_stream().wait_event(self._end)
+        return True
+
+    def is_completed(self) -> bool:
+        return bool(self._end.query())
 
 
 def _when_computed() -> float:
@@ -199,6 +251,30 @@ class _Steps:
         for span in recorder.spans:
             found.setdefault((Kind(span.kind), span.stage), []).append(span.end - span.start)
         return found
+
+    def deviations(self) -> dict[str, float]:
+        """Run a step; return the deviations of its last microbatch (`RankProfile.deviations`)."""
+        found: dict[str, torch.Tensor] = {}
+
+        def note(name: str, tensor: torch.Tensor) -> None:
+            found[name] = tensor.detach().float().std()
+
+        def watch(number: int, x: torch.Tensor, y: torch.Tensor) -> None:
+            note(f"x{number}", x)
+            note(f"y{number}", y)
+            if y.requires_grad:
+                y.register_hook(lambda dy: note(f"dy{number}", dy))  # type: ignore[no-untyped-call]
+
+        hooks = [
+            stage.register_forward_hook(lambda _, given, y, n=number: watch(n, given[0], y))
+            for number, stage in self._model.stages.items()
+        ]
+        try:
+            self.run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: deviation.item() for name, deviation in found.items()}
 
     def bytes_on_cuda(self) -> tuple[int, int]:
         """Return the bytes allocated between steps and at the peak of a step, on a GPU."""
