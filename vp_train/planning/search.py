@@ -160,12 +160,9 @@ class Estimate:
         return counted(self.candidate.choice, self.seconds)
 
     @property
-    def key(self) -> tuple[float, bool, float]:
-        """The sort key: faster first.
-
-        If times agree in three digits, what offloads nothing comes first, and then less memory.
-        """
-        return float(f"{self.counted:.3g}"), self.candidate.choice.offload > 0, self.memory
+    def key(self) -> tuple[float, float]:
+        """The sort key: faster first, and less memory first if times agree in three digits."""
+        return counted(self.candidate.choice, float(f"{self.seconds:.3g}")), self.memory
 
     def as_planned(self, report: PlanReport) -> Estimate:
         memory = report.ranks[report.worst].memory.total
@@ -825,10 +822,10 @@ def _seconds_of(found: Found) -> float:
     return counted(found.choice, found.report.step_seconds)
 
 
-def _order(found: Found) -> tuple[float, bool, float]:
-    """Return the sort key: as `Estimate.key`, where times agree in four digits."""
+def _order(found: Found) -> tuple[float, float]:
+    """Return the sort key: faster first, and less memory first if times agree in four digits."""
     memory = found.report.ranks[found.report.worst].memory.total
-    return float(f"{_seconds_of(found):.4g}"), found.choice.offload > 0, memory
+    return counted(found.choice, float(f"{found.report.step_seconds:.4g}")), memory
 
 
 def limit_of(config: RunConfig, margin: float) -> float:
