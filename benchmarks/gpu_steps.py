@@ -206,7 +206,7 @@ def first_layers(
         seed=1,
         products=products or PLAIN,
         fuse=choose_fuse(
-            compiles, where.device, where.dtype, model.seq_length * model.ffn_hidden_size
+            compiles, model, where.device, where.dtype, model.seq_length * model.ffn_hidden_size
         ),
         num_offloaded=num_offloaded,
     )

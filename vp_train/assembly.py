@@ -16,12 +16,13 @@ from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import (
     BUCKETS_PER_STAGE,
     ConfigError,
+    ModelConfig,
     OptimConfig,
     RunConfig,
     RunSettings,
 )
 from vp_train.mesh import Mesh, starting
-from vp_train.model.elementwise import Fuse, choose_fuse, pays, plain
+from vp_train.model.elementwise import Fuse, choose_fuse, is_worth_compiling, plain
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.stage import Stage, init_rows
@@ -151,12 +152,16 @@ def compiled_parts(config: RunConfig) -> tuple[str, ...]:
 
 
 def _missing(config: RunConfig) -> str:
-    """Return in words what to do so that run.compile=auto compiles all that pays, "" if it does."""
-    if config.run.compile != "auto" or is_turned_off():
+    """Return in words what to do so that a run compiles all that pays, "" if it does.
+
+    Where run.compile is on, `fuse_of_layers` has refused what layers miss.
+    """
+    settings, device = config.run, torch.device(config.run.device)
+    if settings.compile == "off" or is_turned_off():
         return ""
-    if pays(*_elementwise_work(config)):
-        return remedy_for(torch.device(config.run.device))
-    return "" if has_cpp_compiler() or not _has_kernels(config.run) else "install a C++ compiler"
+    if device.type == "cuda" or is_worth_compiling(*_elementwise_work(config)):
+        return remedy_for(device)
+    return "" if has_cpp_compiler() or not _has_kernels(settings) else "install a C++ compiler"
 
 
 def _warm_up(
@@ -567,15 +572,20 @@ def _build_stages(
 
 def fuse_of_layers(config: RunConfig) -> Fuse:
     """Return how the elementwise work of layers runs.  Raises ConfigError like `choose_fuse`."""
-    return choose_fuse(config.run.compile, *_elementwise_work(config))
+    return choose_fuse(*_elementwise_work(config))
 
 
-def _elementwise_work(config: RunConfig) -> tuple[torch.device, torch.dtype, int]:
-    """Return device, dtype and number of values of the feed-forward width of a microbatch."""
-    elements = config.micro_batch_size * config.model.seq_length * config.model.ffn_hidden_size
+def _elementwise_work(
+    config: RunConfig,
+) -> tuple[str, ModelConfig, torch.device, torch.dtype, int]:
+    """Return the arguments of `choose_fuse`, and of `is_worth_compiling`."""
+    settings, model = config.run, config.model
+    elements = config.micro_batch_size * model.seq_length * model.ffn_hidden_size
     return (
-        torch.device(config.run.device),
-        DTYPES[config.run.dtype],
+        settings.compile,
+        model,
+        torch.device(settings.device),
+        DTYPES[settings.dtype],
         elements // config.parallel.tp,
     )
 

@@ -1198,7 +1198,7 @@ class RunSettings:
     compile: str = setting(
         "auto",
         "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, if there is a compiler; "
-        "on: all elementwise work; off: nothing.",
+        "on: all elementwise work but LayerNorm and GELU; off: nothing.",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(

@@ -16,7 +16,13 @@ from tests.local import run_locally
 from tests.meshes import fake_world
 from tests.model.conftest import compiled_by
 from tests.pipeline.truth import random_batch
-from vp_train.assembly import build_rank, compile_layers, compiled_parts, fuse_of_layers
+from vp_train.assembly import (
+    _missing,
+    build_rank,
+    compile_layers,
+    compiled_parts,
+    fuse_of_layers,
+)
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig, RunSettings
 from vp_train.mesh import build_mesh
 from vp_train.model import shape
@@ -37,6 +43,8 @@ CONFIG = RunConfig(
     num_microbatches=2,
     micro_batch_size=2,
 )
+# Nothing of its layers can be compiled.
+BARE = replace(CONFIG.model, normalisation="layernorm", activation="gelu", positions="learned")
 
 
 def test_neither_a_step_nor_a_validation_compiles(traced):
@@ -239,25 +247,33 @@ def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(
     if settings.compile == "on":
         with pytest.raises(ConfigError, match=r"install the headers of Python, or set run\."):
             fuse_of_layers(config)
+    for finds in (False, True):
+        monkeypatch.setattr(compiling, "_finds_headers", lambda finds=finds: finds)
+        of_kernels = without_headers if not finds else [part for part in parts if part != "layers"]
+        bare = replace(config, model=BARE)
+        assert [*compiled_parts(bare)] == of_kernels
+        assert bool(_missing(bare)) == (not finds and "kernels of a GPU" in parts)
 
 
 @pytest.mark.parametrize(
-    ("missing", "pays_from", "words"),
+    ("missing", "pays_from", "setting", "model", "words"),
     [
-        (["_finds_compiler"], 1, "install a C++ compiler"),
-        (["_finds_compiler"], 1 << 40, "install a C++ compiler"),  # the kernels need it
-        (["_finds_headers"], 1, "install the headers of Python"),
-        (["_finds_headers"], 1 << 40, ""),
-        ([], 1, ""),
+        (["_finds_compiler"], 1, "auto", CONFIG.model, "install a C++ compiler"),
+        (["_finds_compiler"], 1 << 40, "auto", CONFIG.model, "install a C++ compiler"),  # kernels
+        (["_finds_compiler"], 1, "on", BARE, "install a C++ compiler"),  # and only kernels
+        (["_finds_headers"], 1, "auto", CONFIG.model, "install the headers of Python"),
+        (["_finds_headers"], 1 << 40, "auto", CONFIG.model, ""),
+        (["_finds_headers"], 1, "on", BARE, ""),
+        ([], 1, "auto", CONFIG.model, ""),
     ],
 )
 def test_a_run_says_what_to_install_to_be_faster(
-    traced, monkeypatch, capsys, missing, pays_from, words
+    traced, monkeypatch, capsys, missing, pays_from, setting, model, words
 ):
     monkeypatch.setattr(shape, "_PAYS_ON_CPU", pays_from)
     for name in missing:
         monkeypatch.setattr(compiling, name, lambda: False)
-    config = replace(CONFIG, run=replace(CONFIG.run, compile="auto"))
+    config = replace(CONFIG, model=model, run=replace(CONFIG.run, compile=setting))
     run_locally(config, make_plan(config, 1), lambda rank, model, together: None)
     said = capsys.readouterr().err
     assert said.count("to be faster, ") == bool(words)

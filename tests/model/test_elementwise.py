@@ -1,6 +1,7 @@
 """Elementwise work: compiled it computes the same, and it is compiled once for all lengths."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.model.test_stage import CPU, FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
 from vp_train.config import ConfigError
 from vp_train.model import elementwise
-from vp_train.model.elementwise import choose_fuse, plain
+from vp_train.model.elementwise import choose_fuse, is_worth_compiling, plain
 from vp_train.model.stage import Stage
 from vp_train.pipeline.offload import HostLink, storages_of
 from vp_train.tensors import compiling
@@ -113,9 +114,9 @@ def test_an_activation_gives_its_output_again_in_the_backward(activation):
     assert torch.allclose(dh, *torch.autograd.grad(x, h, dx), rtol=1e-13, atol=1e-13)
 
 
-def test_small_runs_compile_nothing(monkeypatch):
-    def found(setting, dtype, elements, device=CPU):
-        return choose_fuse(setting, device, dtype, elements)
+def test_small_runs_and_layers_of_torchs_kernels_compile_nothing(monkeypatch, group):  # noqa: F811
+    def found(setting, dtype, elements, device=CPU, model=MODEL):
+        return choose_fuse(setting, model, device, dtype, elements)
 
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: True)
     assert found("auto", torch.float32, 1 << 30) is plain
@@ -132,6 +133,16 @@ def test_small_runs_compile_nothing(monkeypatch):
     assert found("auto", torch.bfloat16, 1 << 30, cuda) is plain
     with pytest.raises(ConfigError, match=r"install a C\+\+ compiler, or set run\.c"):
         found("on", torch.bfloat16, 1)
+    for norm, activation, positions in product(
+        ("rmsnorm", "layernorm"), ("swiglu", "gelu"), ("rope", "learned")
+    ):
+        run = []
+        model = replace(MODEL, normalisation=norm, activation=activation, positions=positions)
+        stage(group, range(1), model=model, fuse=lambda f, run=run: run.append(f) or f).warm_up(1)
+        for device, setting in product((CPU, cuda), ("on", "auto")):
+            work = (setting, model, device, torch.bfloat16, 1 << 30)
+            assert is_worth_compiling(*work) == bool(run)
+    assert found("on", torch.bfloat16, 1, model=model) is plain  # nobody asks for a compiler
 
 
 def test_a_gated_mlp_keeps_no_output_of_its_activation(group):  # noqa: F811

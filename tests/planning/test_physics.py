@@ -107,6 +107,7 @@ def test_elementwise_work_moves_what_its_kernels_read_and_write():
         "qk_norm": (True, (-2 * kv, turned), (2 * slow * q, 3 * slow * turned)),
         "qkv_bias": (True, (0, slow * qkv), (0, slow * qkv)),
         "activation": ("gelu", (-f, -3 * f), (2 * f - 10 * f, 3 * f - 28 * f)),
+        "normalisation": ("layernorm", (h, 4 * h), (0, 0)),
         "positions": ("learned", (-2 * qkv, 0), (-rotation - 2 * slow * kv, -rotation)),
     }
     only_after = replace(model, pre_norms=False, post_norms=True)

@@ -53,11 +53,26 @@ def is_gated(model: ModelConfig) -> bool:
 _PAYS_ON_CPU, _PAYS_ON_CUDA = 1 << 19, 42_000_000
 
 
-def compiling_pays(num_values: int, item_bytes: int, *, on_cuda: bool) -> bool:
-    """Return whether compiled elementwise work takes less time.
+def can_compile(model: ModelConfig) -> bool:
+    """Return whether layers have elementwise work that can be compiled.
 
+    LayerNorm and GELU are torch's own kernels.
+    """
+    return model.normalisation == "rmsnorm" or model.positions == "rope" or is_gated(model)
+
+
+def compiles_layers(
+    setting: str, model: ModelConfig, num_values: int, item_bytes: int, *, on_cuda: bool
+) -> bool:
+    """Return whether elementwise work of layers is compiled, if there is a compiler.
+
+    setting: a value of run.compile; `auto` compiles where that takes less time.
     num_values: of the feed-forward width in a microbatch, on one tensor-parallel rank.
     """
+    if setting == "off" or not can_compile(model):
+        return False
+    if setting == "on":
+        return True
     if on_cuda:
         return num_values >= _PAYS_ON_CUDA
     return item_bytes == 2 and num_values >= _PAYS_ON_CPU

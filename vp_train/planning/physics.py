@@ -217,18 +217,17 @@ def elementwise_bytes(
 def _moved_values(model: ModelConfig, compiled: bool, sequence_ranks: int) -> tuple[float, float]:
     """Return the values per token that elementwise kernels move in a forward and in a backward.
 
-    They are those of `model/elementwise.py`, but that a LayerNorm is not compiled there any more.
-    A norm reads x and writes y, and its backward reads dy and x and writes dx.  A residual sum
-    reads two and writes one.  Compiled, one kernel forms the first sum and the norm after it,
-    another a norm's gradient and the sum with that from elsewhere, and one kernel each splits and
-    rotates heads, and opens gates.
+    They are those of `model/elementwise.py`.  A norm reads x and writes y, and its backward reads
+    dy and x and writes dx.  A residual sum reads two and writes one.  Compiled, one kernel forms
+    the first sum and the RMSNorm after it, another its gradient and the sum with that from
+    elsewhere, and one kernel each splits and rotates heads, and opens gates.
     """
     h, f = model.hidden_size / sequence_ranks, model.ffn_hidden_size
     q, kv = shape.query_size(model), shape.kv_size(model)
     turned, qkv, gated = q + kv, q + 2 * kv, shape.is_gated(model)
     there = 2 * h * shape.num_norms(model) + 2 * 3 * h
     back = 3 * h * shape.num_norms(model) + 2 * 3 * h
-    if compiled and model.pre_norms:
+    if compiled and model.pre_norms and model.normalisation == "rmsnorm":
         there, back = there - h, back - 2 * 2 * h
     splits, norms = model.positions == "rope" or model.qk_norm, model.qk_norm
     back += 2 * qkv  # of queries, keys and values together

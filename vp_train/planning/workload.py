@@ -76,10 +76,10 @@ class Workload:
     @property
     def compiles_layers(self) -> bool:
         """Whether elementwise work of layers is compiled, if there is a compiler."""
-        if self.compile == "auto":
-            values = self.num_tokens * self.share.ffn_hidden_size
-            return shape.compiling_pays(values, self.item_bytes, on_cuda=self.on_cuda)
-        return self.compile == "on"
+        values = self.num_tokens * self.share.ffn_hidden_size
+        return shape.compiles_layers(
+            self.compile, self.model, values, self.item_bytes, on_cuda=self.on_cuda
+        )
 
     @property
     def num_tokens(self) -> int:
