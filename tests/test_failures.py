@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from tests.programs import finished
 from vp_train.commands import launch
+from vp_train.commands.nodes import OneNode
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import require_gpu, set_environment, take_gpu, watch
 from vp_train.config import ConfigError, RunSettings
@@ -25,6 +27,7 @@ from vp_train.failures import (
     EXIT_HANG,
     EXIT_INTERNAL,
     EXIT_IO,
+    EXIT_OK,
     EXIT_TIME,
     Ending,
     RankEnd,
@@ -220,6 +223,14 @@ def test_a_failure_is_one_line_and_its_traceback_goes_into_the_log(error, words)
     assert ending.log.startswith("Traceback")
 
 
+def test_a_folder_in_the_place_of_a_file_is_for_the_user_to_mend(tmp_path):
+    with pytest.raises(IsADirectoryError) as caught:
+        tmp_path.write_text("")
+    ending = ending_of_rank(caught.value, SETTINGS, 0, 1)
+    assert ending.code == EXIT_IO
+    assert f"Is a directory: '{tmp_path}', at step 1; once that is mended" in ending.words
+
+
 def test_no_terminal_obeys_what_a_failure_says():
     ending = ending_of_rank(raised(ValueError("\x1b[2Jgone\x07")), SETTINGS, 0, 1)
     assert "\\x1b[2Jgone\\x07" in ending.words
@@ -241,6 +252,36 @@ def launch_scripts():
     launch.starts_by_fork = lambda config: False
     place = launch.Place(host="here")
     raise SystemExit(launch.launch(load_config(overrides), overrides, None, place))
+
+
+def launch_stopped():
+    """Be a launcher that gets a SIGTERM before its ranks start."""
+    launch._in_copy = lambda body: os.kill(os.getpid(), signal.SIGTERM)
+    launch_scripts()
+
+
+def test_a_signal_before_ranks_start_leaves_no_directory(tmp_path):
+    overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path / 'runs'}"]
+    done = finished(launch_stopped, "none", *overrides)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "vp-train: stopped by SIGTERM before ranks started\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_preflight_says_that_a_directory_has_a_run_and_a_start_refuses_it(
+    tmp_path, monkeypatch, capsys
+):
+    config = load_config(["model=nano", "data=synthetic", f"run.root={tmp_path}"])
+    config.run.directory.mkdir()
+    (config.run.directory / "metrics.jsonl").write_text("{}")
+    monkeypatch.setattr(launch, "import_for_ranks", lambda config: None)
+    monkeypatch.setattr(launch, "_in_copy", lambda body: Ending(EXIT_OK, ""))
+    prepare = partial(launch._prepare, OneNode(launch.Place(host="here")), config, 4)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        prepare(trains=True)
+    assert prepare(trains=False) == []
+    assert "already holds a run" in capsys.readouterr().err
+    assert [path.name for path in config.run.directory.iterdir()] == ["metrics.jsonl"]
 
 
 RANK = """#!/bin/sh

@@ -15,7 +15,7 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from tests.programs import finished
 from tests.ranks import free_port, ready_context
@@ -294,14 +294,20 @@ JOB = job_of(lambda resumes: rank_that(""), 1)
 def soon(monkeypatch):
     """Let agents wait for a short time only."""
     monkeypatch.setattr(agent, "_TOLD_SECONDS", 0.05)
+    monkeypatch.setattr(agent, "_LEAVING_SECONDS", 0.05)
     monkeypatch.setattr(agent, "_POLL_SECONDS", 0.01)
 
 
 @pytest.mark.parametrize("own", [(), (0,), (3,)])
 @pytest.mark.parametrize(
     ("end", "patience"),
-    [(FAILING, 60), ({**STORE, "saves": False}, 60), ({**STORE, "saves": True}, 0.05)],
-    ids=["failure", "store", "its agent hangs as ranks save"],
+    [
+        (FAILING, 60),
+        ({**STORE, "saves": False}, 60),
+        ({**STORE, "saves": True}, 0.05),
+        ({"kind": "asked", "node": 1}, 60),
+    ],
+    ids=["failure", "store", "its agent hangs as ranks save", "its agent hangs after a request"],
 )
 def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, own, end, patience):
     log = Script(ends_fact(0, *own), end)
@@ -556,6 +562,50 @@ def test_what_a_messenger_has_read_reaches_its_agent_even_if_the_store_ends(
     with pytest.raises(RuntimeError, match="Connection reset"):
         reader.run({})
     assert json.loads(stream.recv(1000)) == failed
+
+
+def test_node_0_hears_at_once_who_came_for_another_run(monkeypatch, capsys):
+    monkeypatch.setattr(messenger.signal, "alarm", lambda seconds: None)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set(messenger.IDENTITY, json.dumps({"run": "ours", "nodes": 2, "nonce": ""}))
+    streams = [socket.socketpair() for _ in range(2)]
+    head, other = (
+        Messenger(theirs, os.getppid(), Place(2, node, f"host\x1b{node}", "127.0.0.1", store.port))
+        for node, (_, theirs) in enumerate(streams)
+    )
+    assert other._connect({"run": "theirs", "nodes": 2}) is None
+    head._door = store
+    for _ in range(2):
+        head._hear_strangers()
+    (fact,) = map(json.loads, streams[0][0].recv(10_000).splitlines())
+    words = "node 1 (host\\x1b1) came for another run and was refused; start it again with the run."
+    assert fact["kind"] == "stranger"
+    assert fact["words"].startswith(words)
+    log = Script(fact, node=0)
+    log._log.pop(1)
+    with pytest.raises(ConfigError, match="did not come"):
+        nodes._meet(log, {}, 0.0)
+    assert capsys.readouterr().err == f"vp-train: node 0 (host0): {fact['words']}\n"
+    for pair in streams:
+        for stream in pair:
+            stream.close()
+
+
+def test_layers_are_compiled_before_other_nodes_wait_for_the_start(tmp_path, monkeypatch):
+    """Other nodes wait for the start as long as for a message, and no longer."""
+    done = []
+
+    class Noting(OneNode):
+        def tell(self, kind, **values):
+            done.append(kind)
+            super().tell(kind, **values)
+
+    monkeypatch.setattr(launch, "import_for_ranks", lambda config: None)
+    monkeypatch.setattr(launch, "_in_copy", lambda body: launch.Ending(0, ""))
+    monkeypatch.setattr("vp_train.assembly.compile_layers", lambda _: done.append("compiled"))
+    config = load_config(["model=nano", "data=synthetic", f"run.root={tmp_path}"])
+    launch._checked(Noting(Place()), config, 4, trains=True)
+    assert done == ["compiled", "checked"]
 
 
 def test_an_agent_leaves_when_its_messenger_has_written_all(monkeypatch, tmp_path):

@@ -53,11 +53,14 @@ def test_what_says_nothing_for_long_is_named_and_leaves_no_thread(clock, capsys)
     assert threading.active_count() == before
 
 
-def test_a_best_above_the_cap_says_so(clock, capsys):
+def test_a_best_above_the_cap_says_so_and_orders_of_several_searches_all_count(clock, capsys):
     with Searching() as searching:
+        searching.watch(BEST)
         clock[0] += 3
         searching.watch(SoFar("gpipe", "none", makespan=2.0, excess=3 * 2**20, tried=2))
-    assert "takes 2.00 s (gpipe with none) but keeps 3.0 MiB more" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "takes 2.00 s (gpipe with none) but keeps 3.0 MiB more" in said
+    assert "1,202 orders tried" in said
 
 
 def test_a_terminal_gets_one_line_that_is_gone_at_the_end(clock, capsys, monkeypatch):

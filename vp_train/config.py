@@ -1197,8 +1197,8 @@ class RunSettings:
     )
     compile: str = setting(
         "auto",
-        "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, if there is a compiler; "
-        "on: all elementwise work but LayerNorm and GELU; off: nothing.",
+        "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, with a compiler; "
+        "on: all elementwise work but LayerNorm, GELU; off: nothing.",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(
@@ -1291,10 +1291,14 @@ class RunSettings:
         choices=("apply", "stop", "skip", "go_back"),
     )
     spike_loss_factor: float = setting(
-        2.0, "Times the median of the last 64 steps from which a loss is a spike.", above=1
+        2.0,
+        "Times the median of the last 64 steps from which a loss is a spike, after 16 steps.",
+        above=1,
     )
     spike_norm_factor: float = setting(
-        10.0, "Times the median of the last 64 steps from which a gradient norm is one.", above=1
+        10.0,
+        "Times the median of the last 64 steps from which a gradient norm is one, after as many.",
+        above=1,
     )
     timeout_seconds: float = setting(
         300.0,

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import astuple, replace
 from datetime import timedelta
 from functools import cached_property
@@ -63,7 +63,7 @@ from vp_train.metrics.header import introduce
 from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter, write_report
-from vp_train.metrics.run_directory import RunDirectory
+from vp_train.metrics.run_directory import RunDirectory, removed_if_unused
 from vp_train.metrics.step_times import RankTimes, pass_seconds
 from vp_train.metrics.trackers import require_trackers
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
@@ -133,6 +133,7 @@ def run_rank(
             heartbeat.follow(lambda: Place(doing, waits))
 
     directory: RunDirectory | None = None
+    unused = ExitStack()  # removes the directory of a run that does not start
     try:
         place("planning")
         plan = make_plan(config, num_ranks)
@@ -142,7 +143,11 @@ def run_rank(
         place("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
-            directory = RunDirectory(config.run)
+            if only_preflight:
+                unused.enter_context(removed_if_unused(config.run))
+            else:
+                directory = RunDirectory(config.run)
+                unused.callback(directory.forsake)
         if only_preflight or spans_nodes(os.environ):
             preflight = Preflight(
                 config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
@@ -154,8 +159,7 @@ def run_rank(
         if only_preflight:
             watcher.stop()
             dist.destroy_process_group()
-            if directory is not None:
-                directory.forsake()
+            unused.close()
             leave(Ending(EXIT_OK, ""))
         if rank == 0 and not is_introduced:
             introduce(config, plan, source)
@@ -179,8 +183,7 @@ def run_rank(
             run.give_up(str(error), reporter)
             raise
     except ConfigError:
-        if directory is not None:
-            directory.forsake()
+        unused.close()
         raise
     except (Exception, SystemExit) as error:
         watcher.leave(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ import vp_train
 from tests.inference.trained import SENTENCE, command, records
 from tests.programs import finished
 from vp_train.commands.generate import main
+from vp_train.commands.score import _print_scores
 from vp_train.config import ConfigError
+from vp_train.data.documents import Document
 from vp_train.inference.generation import generate
 from vp_train.inference.layout import opening_of
 from vp_train.inference.opening import opened
@@ -94,20 +98,33 @@ def test_vp_generate_refuses_what_makes_no_sense(trained, capsys, words, message
     assert len(said.splitlines()) == 1
 
 
-def test_a_run_without_a_tokenizer_wants_one(trained):
+def test_a_run_without_a_tokenizer_wants_one(trained, capsys):
     run = vp_train.open_run(trained)
     without = replace(run, tokenizer=None)
     with pytest.raises(ConfigError, match=r"give one with data.tokenizer=PATH"):
         list(generate(without, "the cat", 1))
+    documents, options = [Document("a", ("the cat",))], SimpleNamespace(json=False, context=1)
+    with pytest.raises(ConfigError, match=r"give one with data.tokenizer=PATH"):
+        _print_scores(without, documents, options, is_first=True)
+    assert capsys.readouterr().out == "", "no table before the error"
 
 
-def test_the_command_starts_the_ranks_of_a_layout(trained, capsys):
+def main_without_threads():
+    """Run the command, which must leave no thread of gloo to Python's shutdown."""
+    try:
+        main()
+    finally:
+        threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        assert not [name for name in threads if "gloo" in name]
+
+
+def test_the_command_starts_the_ranks_of_a_layout(trained):
     """Four draws on two pipeline ranks and on one process are the same."""
     words = [str(trained), "--prompt", PROMPT, "--tokens", "4", "--temperature", "1", "--json"]
     words += ["--dtype", "float64"]
-    _, here, _ = generate_command(capsys, *words)
+    here = finished(main_without_threads, *words)
     done = finished(main, *words, "parallel.pp=2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == here
+    assert here.returncode == done.returncode == 0, here.stderr + done.stderr
+    assert done.stdout == here.stdout
     assert "dp=1 x pp=2 x tp=1" in done.stderr
-    assert len(json.loads(here)["tokens"]) == 4
+    assert len(json.loads(here.stdout)["tokens"]) == 4

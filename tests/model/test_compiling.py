@@ -297,9 +297,14 @@ def test_compiling_is_announced_if_it_takes_long_and_leaves_no_thread(monkeypatc
     with compiling.announced([]):
         pass
     assert not capsys.readouterr().out
+    monkeypatch.setattr(compiling, "_EVERY_SECONDS", {False: 0.01})
+    out = ""
     with compiling.announced(["layers", "kernels in C++"]):
-        time.sleep(0.05)
-    said, took = capsys.readouterr().out.splitlines()
+        while "so far" not in out:
+            time.sleep(0.01)
+            out += capsys.readouterr().out
+    said, *alive, took = (out + capsys.readouterr().out).splitlines()
     assert said.startswith("compile   layers, kernels in C++: ")
+    assert all(re.fullmatch(r"compile   \d+ s so far", line) for line in alive)
     assert re.fullmatch(r"compile   took \d+\.\d s", took)
     assert threading.active_count() == threads

@@ -19,9 +19,9 @@ NAN = health(math.nan, math.nan, ((5, "loss"), (7, "gradient")))
 
 
 def experienced(replica_size=None, **settings):
-    """A judge that has seen 20 ordinary steps."""
+    """A judge that has seen 64 ordinary steps."""
     judge = Judge(RunSettings(**settings), replica_size)
-    for step in range(1, 21):
+    for step in range(-43, 21):
         assert judge.judge(step, health()).verdict is Verdict.APPLY
     return judge
 
@@ -50,8 +50,8 @@ def test_ranks_with_the_same_fault_are_named_together():
 @pytest.mark.parametrize(
     ("spike", "words"),
     [
-        (health(loss=4.1), "loss 4.1, 2.0 times the median 2 of the last 20 steps"),
-        (health(norm=10.1), "gradient norm 10.1, 10.1 times the median 1 of the last 20 steps"),
+        (health(loss=4.1), "loss 4.1, 2.0 times the median 2 of the last 64 steps"),
+        (health(norm=10.1), "gradient norm 10.1, 10.1 times the median 1 of the last 64 steps"),
     ],
 )
 def test_a_spike_is_said_counted_and_treated_as_asked(verdict, spike, words):
@@ -69,17 +69,22 @@ def test_what_is_not_above_its_factor_is_no_spike(usual):
 
 
 def test_the_first_steps_have_no_spikes():
+    """A loss is one after 16 steps, a norm after 64: as a run begins its norms vary."""
     judge = Judge(RunSettings(on_spike="stop"))
-    for step in range(1, 17):
-        assert judge.judge(step, health(norm=10.0**step)).verdict is Verdict.APPLY
-    assert judge.judge(17, health(norm=1e20)).verdict is Verdict.STOP
+    for step in range(1, 65):
+        loss = 10.0**step if step < 17 else 1.0
+        assert judge.judge(step, health(loss, 10.0**step)).verdict is Verdict.APPLY
+    assert judge.judge(65, health(norm=1e70)).verdict is Verdict.STOP
+    judge.restore(range(1, 17), range(1, 17), 0, 0)
+    assert judge.judge(66, health(norm=1e70)).verdict is Verdict.APPLY
+    assert judge.judge(67, health(loss=20)).verdict is Verdict.STOP
 
 
 def test_a_spike_that_was_not_applied_does_not_move_the_median():
     judge = experienced(on_spike="skip")
     for step in range(21, 30):
         assert judge.judge(step, health(norm=50)).verdict is Verdict.SKIP
-        assert judge.history[1] == (1.0,) * 20
+        assert judge.history[1] == (1.0,) * 64
     assert judge.judge(30, health(norm=50)).verdict is Verdict.STOP, "the tenth in a row"
 
 

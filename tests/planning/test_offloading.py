@@ -264,14 +264,19 @@ def test_more_offloading_is_among_what_would_help():
 
 def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
     """Recomputation saves the difference of two plans where activations are offloaded."""
-    typed = [*LLAMA, "parallel.offload_activations=1", "cluster.memory_gib=15"]
+    typed = [*LLAMA, "parallel.offload_activations=1", "cluster.memory_gib=25"]
     config = load_config(typed)
     report = make_report(config)
-    (line,) = (line for line in remedies(config, report) if "recompute=full" in line)
+    whole, selective = (
+        next(line for line in remedies(config, report) if f"recompute={value}:" in line)
+        for value in ("full", "selective")
+    )
     again = make_report(load_config([*typed, "parallel.recompute=full"]))
     saved = report.excess - again.excess
-    assert line == f"parallel.recompute=full: about {human_bytes(saved)} less"
+    assert whole == f"parallel.recompute=full: about {human_bytes(saved)} less"
+    assert saved > report.excess
     assert saved < report.ranks[report.worst].memory.activations
+    assert selective.endswith(" less, which is not enough alone")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +364,11 @@ def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
     config = load_config([*words, "num_microbatches=32", "cluster.host_memory_gib=200"])
     names = ("micro_batch_size", "parallel.tp", "parallel.sequence_parallel", "vocab")
     space = space_of(config, Kept.of(config, names))
-    (first,) = search(config, Limits(1, effort=80_000), lambda: True, str, space).best
+    said = []
+    (first,) = search(config, Limits(1, effort=80_000), lambda: True, said.append, space).best
+    counts = [int(words.split()[0]) for words in said if "looked at" in words]
+    assert counts == list(range(1, len(counts) + 1)), "also what offloads, in a queue of its own"
+    assert counts
     plain = ["num_microbatches=8", "parallel.pp=4", "schedule=interleaved", "schedule.num_chunks=5"]
     plain += ["parallel.dp=4", "optim.name=zero1", "parallel.recompute=selective"]
     known = make_report(load_config([*words, *plain]))

@@ -23,6 +23,8 @@ of a job:
                                                its own ranks, or node 0 has not told "start"
              an agent, in its own log alone    its messenger has ended
     reason   a messenger, to its agent alone   why the head is lost: words
+    stranger the messenger of node 0,          a node of another run has come: words
+             to its agent alone
     failed   an agent                          it leaves by an error: code, words
     bye      every agent                       it leaves; its last fact
 """
@@ -74,6 +76,7 @@ _GRACE_SECONDS = 1.0  # after a failure, for the messages of other ranks: theirs
 _LOOKING_SECONDS = 4.0
 _TOLD_SECONDS = 15.0  # after a failure, for the ends of ranks on other nodes
 _REPORT_SECONDS = 300.0  # for what rank 0 does when all ranks have agreed that the run has ended
+_LEAVING_SECONDS = 60.0  # for what other ranks do then: their processes give memory back
 # Two signals that arrive together are one request: Slurm signals a step and its batch script.
 _TOGETHER_SECONDS = 1.0
 # A new start cannot mend these, or is not needed.
@@ -228,15 +231,19 @@ def _when_decided(news: News, attempt: int, signals: Signals, patience_seconds: 
     """Wait until all nodes have told how their ranks ended, and return the log until then.
 
     All ranks agree that they have done their last step and save, so those elsewhere end within
-    `patience_seconds` of those here, and after a failure much sooner.  A node that has told nothing
-    by then, as one whose agent is stopped, is told of as lost, so that all nodes agree on that.
+    `patience_seconds` of those here, and after a failure or a request much sooner.  A node that has
+    told nothing by then, as one whose agent is stopped, is told of as lost, so that all nodes agree
+    on that.
     """
-    until, has_failed = time.monotonic() + patience_seconds, False
+    until, has_failed, has_asked = time.monotonic() + patience_seconds, False, False
     while (past := when_all_told(news, "ends", attempt)) is None:
         _tell_requests(news, signals)
         now = time.monotonic()
         if not has_failed and (_failures(news, attempt) or _ends_at_once(news, attempt)):
             until, has_failed = min(until, now + _TOLD_SECONDS), True
+        if not has_asked and _wants_end(news):
+            leaving = _REPORT_SECONDS if news.place.node else _LEAVING_SECONDS
+            until, has_asked = min(until, now + leaving), True
         if now > until:
             until = now + _TOLD_SECONDS
             for node in untold(news, "ends", attempt):

@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from vp_train.commands.agent import Job, noting_signals, run_job, say
@@ -61,7 +62,7 @@ from vp_train.planning.memory import check_host, check_machine
 from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config, override
-from vp_train.supervision.requests import SIGNALS
+from vp_train.supervision.requests import SIGNALS, is_ignored
 
 # What ranks import on their way to the first step, in the order of their needs.
 _IMPORTS = ("vp_train.train", "megatron.core.models.gpt.gpt_layer_specs")
@@ -130,19 +131,14 @@ def _launch(
     trains: bool,
 ) -> int:
     """Run the ranks of this node; all agents that have joined call this together."""
-    found, unfit = _checked(news, config, num_local, trains=trains)
-    if unfit is not None:
-        return _left(news, unfit)
-    if found:
-        overrides = [*overrides, *found]
-        schedule = load_config(overrides)
-        config = replace(config, schedule=schedule.schedule, vocab=schedule.vocab)
-    if trains and starts_by_fork(config):
-        from vp_train.assembly import compile_layers
-        from vp_train.tensors.compiling import announced
-
-        with announced(("layers",) if news.place.node == 0 else ()):
-            compile_layers(config)
+    with _stopped_by_signals(news.place):
+        found, unfit = _checked(news, config, num_local, trains=trains)
+        if unfit is not None:
+            return _left(news, unfit)
+        if found:
+            overrides = [*overrides, *found]
+            schedule = load_config(overrides)
+            config = replace(config, schedule=schedule.schedule, vocab=schedule.vocab)
     started = time.time()
 
     def starter(resumes: bool) -> Starter:
@@ -306,10 +302,40 @@ def _wait_for_checks(news: News) -> None:
     with noting_signals() as signals:
         wait_until(is_over)
     if signals.has_request:
-        number = signal.Signals(signals.noted[0][0])
-        place = news.place
-        words = f"stopped by {number.name} on node {place.node} ({place.host}) before ranks started"
-        raise JobEnded(Ending(128 + number, words))
+        raise _stopped(signals.noted[0][0], news.place)
+
+
+def _stopped(number: int, place: Place) -> JobEnded:
+    """Return the end of a job by a signal that this node got before ranks started."""
+    node = "" if place.is_alone else f" on node {place.node} ({place.host})"
+    words = f"stopped by {signal.Signals(number).name}{node} before ranks started"
+    return JobEnded(Ending(128 + number, words))
+
+
+class _Signalled(BaseException):
+    """A signal that asks this process to end; libraries catch what is an Exception."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _stopped_by_signals(place: Place) -> Iterator[None]:
+    """Raise JobEnded after a signal that would end this process; Ctrl-C raises as elsewhere."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Signalled(number)
+
+    numbers = [n for n in SIGNALS if n != signal.SIGINT and not is_ignored(n)]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except _Signalled as error:
+        raise _stopped(error.number, place) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Unprepared(Exception):
@@ -321,7 +347,7 @@ class _Unprepared(Exception):
 
 
 def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> list[str]:
-    """Check the plan and the run directory, import what ranks need and prepare the data.
+    """Check the plan and the directory, import what ranks need, prepare the data, compile layers.
 
     Node 0 prints what will run where if the run `trains`.  Returns the overrides that the search of
     a schedule adds.  Raises ConfigError for what the user must change.
@@ -342,7 +368,12 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
         require_trackers(config.run)
         make_directory(config.run)
         refuse_running(config.run)
-        refuse_used(config.run)
+        try:
+            refuse_used(config.run)
+        except ConfigError as error:
+            if trains or plan is None:  # a search leaves its schedule there
+                raise
+            say(f"{error}; the preflight changes nothing there")
     origin = config.run.init_from
     if origin is not None and not Path(origin).expanduser().is_dir():
         raise ConfigError(
@@ -367,6 +398,12 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
     ending = _in_copy(lambda: _prepare_data(config, introduced))
     if ending.code:
         raise _Unprepared(ending)
+    if trains and starts_by_fork(config):  # now, as other nodes wait less long for a start
+        from vp_train.assembly import compile_layers
+        from vp_train.tensors.compiling import announced
+
+        with announced(("layers",) if news.place.node == 0 else ()):
+            compile_layers(config)
     return found
 
 
@@ -420,9 +457,14 @@ def _in_copy(body: Callable[[], None]) -> Ending:
     if not process:
         _end_copy(agent, body, theirs)
     os.close(theirs)
-    with open(ours, "rb") as pipe:
-        line = pipe.read()
-    _, status = os.waitpid(process, 0)
+    try:
+        with open(ours, "rb") as pipe:
+            line = pipe.read()
+    except BaseException:  # a signal, after which this process may take seconds to end
+        os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(process, 0)
     try:
         return Ending(*json.loads(line))
     except ValueError:  # it was killed before it had written its line

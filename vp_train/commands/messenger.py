@@ -7,6 +7,7 @@ messenger write lines of JSON to each other, one per fact.
 Keys.  RUN is the id of the run; who does not know it writes elsewhere.  Nothing is unpickled.
 
     vp-train      the job that the store belongs to: its run, its number of nodes, a nonce
+    vp-train/N    node N of those that came for another run, in words; their number is in vp-train/
     RUN/node/K    how many messengers have come as node K; all but the first are refused
     RUN/fact/N    fact N of the log
     RUN/beat/K    how many signs of life node K has given
@@ -45,6 +46,7 @@ from typing import Any, NoReturn
 
 from vp_train.commands.place import Place
 from vp_train.commands.titles import entitle
+from vp_train.config import printable
 from vp_train.supervision.requests import SIGNALS
 
 _POLL_SECONDS = 0.05
@@ -53,6 +55,8 @@ _SILENT_SECONDS = 10.0  # without a beat a node is lost
 STORE_SECONDS = 15  # for one exchange with the store; then the kernel ends the messenger
 _CONNECT_SECONDS = 8  # likewise, for the first one
 IDENTITY = "vp-train"  # the key that says which job a store belongs to
+_STRANGERS = f"{IDENTITY}/"
+_MOST_STRANGERS, _MOST_CHARACTERS = 8, 200  # that are heard, and of what each says
 
 Fact = dict[str, Any]  # has "kind" and "node"
 
@@ -95,11 +99,12 @@ class Messenger:
         self._stream, self._agent, self._place = stream, agent, place
         self._prefix = f"{place.run_id}/"
         self._store: Any = None
+        self._door: Any = None  # the store without the prefix of this run
         self._received = b""  # what the agent has told and is not in the log
         self._unsent = b""  # what was read and the agent has not got: it may be busy for minutes
         self._agent_left = False
         self._has_said_bye = False
-        self._num_read = 0
+        self._num_read = self._num_strangers = 0
         self._joined: set[int] = set()
         self._gone: set[int] = set()  # nodes that have said "bye"
 
@@ -136,6 +141,7 @@ class Messenger:
             if self._agent_left:
                 break
             self._read()
+            self._hear_strangers()
             self._deliver()
             signal.alarm(0)
         if not self._has_said_bye:
@@ -152,7 +158,7 @@ class Messenger:
         store = self._connect(identity)
         if store is None:
             return False
-        self._store = PrefixStore(self._prefix, store)
+        self._store, self._door = PrefixStore(self._prefix, store), store
         return True
 
     def _connect(self, identity: Fact) -> Any:
@@ -188,6 +194,8 @@ class Messenger:
                 "--node differs on every node"
             )
         elif found.get("run") != identity["run"]:
+            if "run" in found:
+                _give_name(store, place)
             self._refuse(_stranger(place))
         elif found.get("nodes") != identity["nodes"]:
             words = (
@@ -214,6 +222,22 @@ class Messenger:
         """Tell the agent, and nothing else, that it does not belong here."""
         self._unsent = b""  # who does not belong here learns nothing of the others
         self._tell_agent("refused", words)
+
+    def _hear_strangers(self) -> None:
+        """Tell the agent of node 0 who has come for another run, until all nodes are here."""
+        if self._place.node or len(self._joined) == self._place.num_nodes:
+            return
+        while self._num_strangers < _MOST_STRANGERS:
+            key = f"{_STRANGERS}{self._num_strangers + 1}"
+            if not self._door.check([key]):
+                break
+            self._num_strangers += 1
+            who = printable(self._door.get(key)[:_MOST_CHARACTERS].decode(errors="replace"))
+            self._tell_agent(
+                "stranger",
+                f"{who} came for another run and was refused; start it again with the run.root and "
+                "run.name of this run",
+            )
 
     def give_reason(self, words: str) -> None:
         """Tell the agent, and nothing else, why the store is lost."""
@@ -273,6 +297,13 @@ class Messenger:
         with contextlib.suppress(OSError):  # the stream is full, or has ended: see `_receive`
             while self._unsent:
                 self._unsent = self._unsent[self._stream.send(self._unsent) :]
+
+
+def _give_name(store: Any, place: Place) -> None:
+    """Write the name of this node where the head of another run hears it, if there is one."""
+    with contextlib.suppress(RuntimeError):  # the head has ended
+        number = store.add(_STRANGERS, 1)
+        store.set(f"{_STRANGERS}{number}", f"node {place.node} ({place.host})")
 
 
 def _stranger(place: Place) -> str:

@@ -296,7 +296,7 @@ def _failure(error: BaseException, place: Place) -> Ending:
 
 def _meet(news: SeveralNodes, options: Mapping[str, int | bool], patience_seconds: float) -> None:
     """Wait until every node has joined; see `joined` for what is raised."""
-    place, began, has_said = news.place, time.monotonic(), False
+    place, began, has_said, num_strangers = news.place, time.monotonic(), False, 0
     news.tell("joined", host=place.host, options=dict(options))
     while True:
         here = _joined_nodes(news.facts(), place.num_nodes)
@@ -309,6 +309,10 @@ def _meet(news: SeveralNodes, options: Mapping[str, int | bool], patience_second
             )
         if lost := losses(news):
             raise JobEnded(lost[0].ending)
+        strangers = [fact["words"] for fact in news.facts() if fact["kind"] == "stranger"]
+        for words in strangers[num_strangers:]:
+            _print(f"node 0 ({place.host}): {words}")
+        num_strangers = len(strangers)
         waited = time.monotonic() - began
         missing = [str(node) for node in range(place.num_nodes) if node not in here]
         words = f"node(s) {', '.join(missing)} of --nodes {place.num_nodes}"
@@ -364,7 +368,11 @@ def _shown(value: int | bool) -> str:
 def say_waiting(news: News, words: str) -> None:
     """Print that this node waits, and for what."""
     place = news.place
-    sys.stderr.write(f"vp-train: node {place.node} ({place.host}) waits for {words}\n")
+    _print(f"node {place.node} ({place.host}) waits for {words}")
+
+
+def _print(words: str) -> None:
+    sys.stderr.write(f"vp-train: {words}\n")
     sys.stderr.flush()
 
 

@@ -104,7 +104,10 @@ def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]
         _be_rank(work, opening)
     if opening.degrees.num_ranks > 1:
         return _on_ranks(work, opening, arguments)
-    _open_and_do(work, opening)
+    from vp_train.inference.opening import leaving_no_group
+
+    with leaving_no_group():
+        _open_and_do(work, opening)
     return EXIT_OK
 
 

@@ -48,7 +48,7 @@ from vp_train.planning.placement import (
     offloaded_layers,
     split_layers,
 )
-from vp_train.planning.plan import SEARCHING
+from vp_train.planning.plan import SEARCHING, in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport, make_report
 from vp_train.planning.search import (
     Estimate,
@@ -70,6 +70,7 @@ _MOST_TOKENS = 10**9
 # Of the table of a search: the columns with words, and that of GiB per node.
 _WORDS = ("schedule x chunks", "vocab", "recompute", "optim")
 _HOST_MEMORY = "host RAM"
+_NOT_ALONE = ", which is not enough alone"
 
 
 _EXAMPLES = """\
@@ -270,7 +271,7 @@ def plan_lines(
         f"MFU {report.mfu:.1%} of {_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
         f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, "
-        f"{report.bound_reason}",
+        f"{report.bound_reason}{in_its_memory_words(report.gap, report.gap_in_its_memory)}",
         f"exposed   communication, {report.exposed_words}",
         f"binds     {report.binds}",
     ]
@@ -280,9 +281,11 @@ def plan_lines(
     if report.work.on_cuda and report.degrees.num_ranks > 1:
         lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
     if report.gap > _LARGE_GAP:
+        held = report.gap_in_its_memory
+        cause = "" if held is None or held > report.gap / 2 else " because it keeps so little"
         lines.append(
-            f"          on {report.degrees.pp} ranks {report.schedule} is far above it; try other "
-            "schedules, or vp-plan --search"
+            f"          on {report.degrees.pp} ranks {report.schedule} is far above it{cause}; try "
+            "other schedules, or vp-plan --search"
         )
     if not report.fits:
         progress("planning what would help")
@@ -703,7 +706,7 @@ def _may_fit(choice: Choice, config: RunConfig) -> str:
 def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     """Return the changes that save memory on the worst rank of `config`, the largest saving first.
 
-    Every change is tried on its own.
+    Every change is tried on its own, and the words say where it is not enough.
     """
     replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
     # What waits in host memory, and so is not saved on the GPU, only a simulation says.
@@ -749,7 +752,9 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     saved, words = _saved_by_offloading(config, report)
     if saved > 0.01 * before:
         found.append((saved, words))
-    ordered = [words for _, words in sorted(found, reverse=True)]
+    ordered = [
+        words + _NOT_ALONE * (saved < report.excess) for saved, words in sorted(found, reverse=True)
+    ]
     return [*ordered, _more_gpus_words(config, replicas)]
 
 
@@ -784,7 +789,7 @@ def host_remedies(
             continue
         words += f": {human_bytes(saved)} less in host memory per node"
         if then.host_excess > 0:
-            words += ", which is not enough alone"
+            words += _NOT_ALONE
         if then.excess > 0:
             words += f"; but then a GPU {then.memory_words}"
         found.append((then.excess > 0, -saved, words))

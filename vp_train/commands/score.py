@@ -118,10 +118,10 @@ def _print_scores(
         if is_first:
             print(score.as_json() if options.json else score.line(), flush=True)
 
-    if is_first and not options.json:
-        print(_HEADING, flush=True)
     total = Score("all", 0, 0, 0.0)
-    for found in score_documents(run, documents, options.context):
+    for number, found in enumerate(score_documents(run, documents, options.context)):
+        if is_first and not options.json and not number:
+            print(_HEADING, flush=True)
         show(found)
         total = Score(
             total.document,

@@ -43,6 +43,7 @@ class Searching:
         self._next = self._started + _SILENT_SECONDS
         self._handles = False
         self._words, self._lock = "", threading.Lock()
+        self._tried = self._tried_before = 0  # orders: in this search, and in those before it
         self._ended = threading.Event()
         self._clock: threading.Thread | None = None
 
@@ -110,12 +111,18 @@ class Searching:
                 print(line, file=sys.stderr, flush=True)
 
     def watch(self, state: SoFar) -> bool:
-        """Show the state of the search of schedule=auto; return whether it goes on."""
+        """Show the state of a search of schedule=auto; return whether it goes on.
+
+        Of several searches in a row, all orders count.
+        """
+        if state.tried < self._tried:
+            self._tried_before += self._tried
+        self._tried = state.tried
         name = f"{state.name} with {state.algorithm}"
         best = f"the best so far takes {duration(state.makespan)} ({name})"
         if state.excess > 0:
             best += f" but keeps {human_bytes(state.excess)} more than the cap"
-        return self.show(f"{state.tried:,} orders tried, {best}")
+        return self.show(f"{self._tried_before + state.tried:,} orders tried, {best}")
 
     def _redraw(self, line: str) -> None:
         if self._live is None:

@@ -36,7 +36,13 @@ from vp_train.failures import EXIT_OK
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import split_ranks, wanted_ranks
 from vp_train.planning.placement import nothing_offloaded_words
-from vp_train.planning.plan import SEARCHING, StepPlan, plan_step, row_advice
+from vp_train.planning.plan import (
+    SEARCHING,
+    StepPlan,
+    in_its_memory_words,
+    plan_step,
+    row_advice,
+)
 from vp_train.settings import config_text
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
@@ -537,7 +543,8 @@ def report(outcome: Outcome, columns: int) -> str:
             f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",
             *_offload_lines(outcome),
             f"lower bound  {duration(bound.seconds)}: {bound.reason}",
-            f"gap          {outcome.gap:.1%} above the bound",
+            f"gap          {outcome.gap:.1%} above the bound"
+            f"{in_its_memory_words(outcome.gap, outcome.plan.gap_in_its_memory())}",
             *_replay_lines(outcome),
         ]
     )

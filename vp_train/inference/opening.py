@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +87,21 @@ def opened(opening: Opening) -> OpenRun:
     load_weights(checkpoint, config, model)
     tokenizer = _tokenizer_of(opening)
     return OpenRun(config, checkpoint, tokenizer, model, mesh, _end_name(opening.run))
+
+
+@contextmanager
+def leaving_no_group() -> Iterator[None]:
+    """Destroy the default process group at the end if it was made inside, with all other groups.
+
+    Their threads end then.  As Python shuts down, gloo's threads may abort the process.
+    """
+    has_group = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not has_group:
+            dist.destroy_process_group()
+            gc.collect()  # some are in cycles
 
 
 def encode(run: OpenRun, text: str) -> Encoding:

@@ -15,7 +15,9 @@ from vp_train.optim.adamw import StepHealth
 from vp_train.units import plural
 
 _WINDOW = 64  # steps whose median is compared with
-_FEWEST = 16  # steps before which nothing is a spike
+# Steps before which a loss or a norm is no spike.  As a run begins its norms have no usual value
+# yet, and those of a healthy run vary by more than ten times.
+_FEWEST_LOSSES, _FEWEST_NORMS = 16, _WINDOW
 _MOST_SKIPS = 10  # in a row
 _MOST_RETURNS = 3  # to a checkpoint, until a later step than before is applied
 
@@ -90,11 +92,12 @@ class Judge:
     def _spike(self, health: StepHealth) -> str:
         """Return what is far above its median, in words; "" if nothing is."""
         settings = self._settings
-        for name, value, values, factor in (
-            ("loss", health.loss, self._losses, settings.spike_loss_factor),
-            ("gradient norm", health.grad_norm, self._norms, settings.spike_norm_factor),
+        loss, norm = settings.spike_loss_factor, settings.spike_norm_factor
+        for name, value, values, fewest, factor in (
+            ("loss", health.loss, self._losses, _FEWEST_LOSSES, loss),
+            ("gradient norm", health.grad_norm, self._norms, _FEWEST_NORMS, norm),
         ):
-            if len(values) >= _FEWEST and value > factor * (usual := median(values)) > 0:
+            if len(values) >= fewest and value > factor * (usual := median(values)) > 0:
                 return (
                     f"{name} {value:.4g}, {value / usual:.1f} times the median {usual:.4g} "
                     f"of the last {len(values)} steps"

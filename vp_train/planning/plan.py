@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from schedules.bound import step_bound
 from schedules.check import check_base, check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS, BaseOrderError, base_order, complete, generate
@@ -57,9 +58,17 @@ _LARGEST_SCHEDULE = 1 << 24  # bytes; a pass takes about 7
 _MOST_LINES = 1_100  # of a schedule; parallel.pp is at most 1,024
 _LARGE_SCHEDULE = 1 << 20  # bytes, which take a second to parse
 _MICROBATCH = re.compile(r"\b[0-9]{1,9}[A-Z]([0-9]{1,9})\b")  # of a pass
+_VISIBLE = 5e-4  # of a gap; less is printed as the same
 _LONGEST_NAME = 200  # characters of a schedule's name
 # Planning takes a minute at this size, which 64 ranks reach with 2,048 microbatches.
 _MOST_FORWARD_PASSES = 1 << 17
+
+
+def in_its_memory_words(gap: float, held: float | None) -> str:
+    """Return what follows a gap: `StepPlan.gap_in_its_memory`, if it is known and smaller."""
+    if held is None or gap - held < _VISIBLE:
+        return ""
+    return f", {held:.1%} above that of schedules that keep no more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,16 @@ class StepPlan:
     @property
     def degrees(self) -> Degrees:
         return self.work.degrees
+
+    def gap_in_its_memory(self) -> float | None:
+        """Return the time above the bound of schedules that keep no more on any rank, a fraction.
+
+        None where activations wait in host memory, of which the bound knows nothing.
+        """
+        if self.cost.offload_bytes:
+            return None
+        bound = step_bound(self.problem, self.cost, self.timeline.peak_bytes).seconds
+        return max(0.0, self.timeline.makespan / bound - 1) if bound else 0.0
 
     @property
     def layers_of_ranks(self) -> tuple[tuple[range, ...], ...]:

@@ -89,6 +89,7 @@ class PlanReport:
     hidden.  `messages` are the seconds of `passes` in which ranks wait for hops and collectives of
     the pipeline; None if that was not simulated.  `offloading` is None if no activations
     are to be offloaded.  `host` is what the ranks of a node keep in its memory at most.
+    `gap_in_its_memory` is that of `StepPlan`, None also if it was not looked for.
     `layer_seconds` are those of the passes of one layer on one microbatch, without recomputation,
     and `layer_launch_seconds` those of the CPU to issue them, 0 where passes were measured.
     """
@@ -110,6 +111,7 @@ class PlanReport:
     messages: float | None = None
     offloading: Offloading | None = None
     host: HostUsage = field(default_factory=HostUsage)
+    gap_in_its_memory: float | None = None
     layer_seconds: float = 0.0
     layer_launch_seconds: float = 0.0
 
@@ -292,6 +294,7 @@ class PlanReport:
             "bubble": self.bubble,
             "bound_seconds": self.bound,
             "gap": self.gap,
+            "gap_in_its_memory": self.gap_in_its_memory,
             "parts_seconds": self.parts,
             "exposed_seconds": self.exposed,
             "exchange_seconds": asdict(self.exchange),
@@ -325,7 +328,11 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
     step = plan_step(replace(config, cost=cost), num_gpus, watch)
     report = report_of(step, config.cluster, config.optim, cost=cost)
     transfers = 0.0 if report.offloading is None else report.offloading.exposed
-    return replace(report, messages=_waiting_seconds(step) - transfers)
+    return replace(
+        report,
+        messages=_waiting_seconds(step) - transfers,
+        gap_in_its_memory=step.gap_in_its_memory(),
+    )
 
 
 def _waiting_seconds(step: StepPlan) -> float:

@@ -280,7 +280,7 @@ class _Search:
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
-        self._spent = self._num_estimated = self._num_same = 0
+        self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
         self._num_layers = config.model.num_layers
         self._enough = 0.0  # effort for estimates once something fits
         self._is_on_gpus = config.run.device == "cuda"
@@ -455,7 +455,8 @@ class _Search:
                     if self._estimates:
                         heapq.heappush(queue.by_bound, (self._key(number), number))
                         queue.drafted.append(number)
-                        self._progress(f"{len(queue.drafted):,} looked at, {self._words()}")
+                        self._num_drafted += 1
+                        self._progress(f"{self._num_drafted:,} looked at, {self._words()}")
                         continue
                 if self._is_doubtful(item, queue):
                     queue.doubtful.append(number)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from threading import Event, Lock, Timer
+from threading import Event, Lock, Thread
 from typing import IO, Any
 
 import torch
@@ -31,6 +31,8 @@ _MOST_METADATA = 4_096  # entries of a table of compiled code
 _OFF = "TORCHDYNAMO_DISABLE"  # torch reads it too
 _PATIENCE_SECONDS = 120.0  # with another process that compiles
 _SILENT_SECONDS = 1.0  # of compiling, before a line says so
+# Seconds between two lines on how long it takes so far, by whether stdout is a terminal.
+_EVERY_SECONDS = {True: 1.0, False: 10.0}
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch reads it
 _compiling = Lock()  # before torch 2.13 settings of dynamo are those of all threads
 _given_up = Event()  # since torch 2.13 its own switch counts for the calling thread only
@@ -163,33 +165,39 @@ def prepare_inductor() -> None:
 
 @contextmanager
 def announced(parts: Sequence[str]) -> Iterator[None]:
-    """Print which parts of a run are compiled inside, and how long it took.
+    """Print which parts of a run are compiled inside, how long so far, and how long at the end.
 
     Nothing is printed without parts, or if it takes less than a second.  A thread prints the first
-    line; there is none any more at the end.
+    lines; there is none any more at the end.
     """
-    began, has_said = time.monotonic(), Event()
+    began, has_said, has_ended = time.monotonic(), Event(), Event()
+    is_terminal = sys.stdout.isatty()
 
     def announce() -> None:
+        if has_ended.wait(_SILENT_SECONDS):
+            return
         has_said.set()
         _say(f"compile   {', '.join(parts)}: once on this machine, later starts take less")
+        while not has_ended.wait(_EVERY_SECONDS[is_terminal]):
+            line = f"compile   {time.monotonic() - began:.0f} s so far"
+            _say(line, end="\r" if is_terminal else "\n")  # the next line takes its place
 
-    timer = Timer(_SILENT_SECONDS, announce)
+    thread = Thread(target=announce, daemon=True)
     if parts:
-        timer.start()
+        thread.start()
     try:
         yield
     finally:
-        timer.cancel()
+        has_ended.set()
         if parts:
-            timer.join()
+            thread.join()
     if has_said.is_set():
         _say(f"compile   took {time.monotonic() - began:.1f} s")
 
 
-def _say(line: str) -> None:
+def _say(line: str, end: str = "\n") -> None:
     with suppress(BrokenPipeError):  # a reader like `head`; the reporter notices it, too
-        print(line, flush=True)
+        print(line, end=end, flush=True)
 
 
 def compiles_alone() -> bool:
