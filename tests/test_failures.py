@@ -223,6 +223,14 @@ def test_a_failure_is_one_line_and_its_traceback_goes_into_the_log(error, words)
     assert ending.log.startswith("Traceback")
 
 
+def test_a_folder_in_the_place_of_a_file_is_for_the_user_to_mend(tmp_path):
+    with pytest.raises(IsADirectoryError) as caught:
+        tmp_path.write_text("")
+    ending = ending_of_rank(caught.value, SETTINGS, 0, 1)
+    assert ending.code == EXIT_IO
+    assert f"Is a directory: '{tmp_path}', at step 1; once that is mended" in ending.words
+
+
 def test_no_terminal_obeys_what_a_failure_says():
     ending = ending_of_rank(raised(ValueError("\x1b[2Jgone\x07")), SETTINGS, 0, 1)
     assert "\\x1b[2Jgone\\x07" in ending.words

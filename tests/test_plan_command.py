@@ -204,6 +204,24 @@ def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
     assert "kept: parallel.placement=redistribute, parallel.pp=2\n" in out
 
 
+def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_plan, tmp_path):
+    typed = [*NANO, "model.num_layers=5", "model.vocab_size=65536", "cluster.gpus_per_node=4"]
+    typed += ["parallel.pp=4", "schedule=1f1b"]
+    steps = []
+    for words in ([], ["vocab.balance=false"]):
+        options = ["--search", "--top", 1, "--json", tmp_path / "found.json"]
+        options += ["--keep", "micro_batch_size,schedule,parallel.pp"]
+        _, out, _ = vp_plan(*options, *typed, *words)
+        first = json.loads((tmp_path / "found.json").read_text())["best"][0]
+        again = make_report(load_config([*typed, *words, *first["overrides"].split()]))
+        assert again.step_seconds == pytest.approx(first["step_seconds"])
+        steps.append(first["step_seconds"])
+        assert ("one_barrier balanced" in out) is (not words)
+        assert (" vocab.balance=true" in first["overrides"]) is (not words)
+        assert (", vocab.balance=false\n" in out) is bool(words)
+    assert steps[0] < 0.995 * steps[1]
+
+
 def test_search_where_nothing_fits(vp_plan):
     code, out, _ = vp_plan("--search", *NANO, "cluster.memory_gib=0.001")
     assert code == EXIT_CONFIG

@@ -169,7 +169,7 @@ def trained(monkeypatch):
         ]
         lines[-1] |= {"validation_loss": 5 - config.optim.lr, "peak_bytes": 2.0**20}
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (directory / "metrics.jsonl").write_text(text + '{"step": 9, "lo')
+        (directory / "metrics.jsonl").write_text(text + '{"step": null}\n{"step": 9, "lo')
         if not code:
             place = directory / "checkpoints" / checkpoint_name(config.run.steps)
             shutil.rmtree(place, ignore_errors=True)

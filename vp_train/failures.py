@@ -64,6 +64,7 @@ _UNWRITABLE = (
     errno.EPERM,
     errno.EIO,
     errno.ESTALE,
+    errno.EISDIR,  # a folder in the place of a file
     errno.EBUSY,  # a run's directory that another process has taken
 )
 

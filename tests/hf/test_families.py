@@ -260,6 +260,25 @@ def test_llama_3_1_has_its_own_frequencies():
     parameters = scaling | {"rope_type": "llama3", "rope_theta": 500000.0}
     assert model_of(PUBLISHED["llama3_8b"] | {"rope_parameters": parameters}) == old
     assert (old.rope_scaling, old.rope_factor, old.rope_base) == ("llama3", 8.0, 500000.0)
+    # transformers prefers the same key beside these values.
+    beside = {"rope_parameters": parameters, "original_max_position_embeddings": 4096}
+    assert model_of(PUBLISHED["llama3_8b"] | beside) == replace(old, rope_original_length=4096)
+
+
+def test_both_forms_of_the_frequencies_of_gemma_3_together_are_those_of_transformers():
+    both = PUBLISHED["gemma3_1b"] | {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 50.0}},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
+    ours = model_of(both)  # first, because transformers changes what it is given
+    theirs = AutoConfig.for_model(**both).rope_parameters
+    assert ours == model_of(PUBLISHED["gemma3_1b"] | {"rope_parameters": theirs})
+
+
+def test_an_activation_that_is_left_out_is_that_of_the_family():
+    for name, published in PUBLISHED.items():
+        silent = {key: value for key, value in published.items() if key != "hidden_act"}
+        assert model_of(silent) == model_of(published), name
 
 
 @pytest.mark.parametrize("name", FAMILIES)

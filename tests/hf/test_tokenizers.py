@@ -236,6 +236,16 @@ def test_without_a_tokenizer_the_printed_command_says_what_it_needs(
     assert "has no tokenizer.json; put the path of the model's own for TOKENIZER.json" in said
 
 
+def test_a_tokenizer_that_was_cut_off_is_copied_and_named(imported, monkeypatch, capsys, tmp_path):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(imported.parent / "theirs", theirs)
+    (theirs / "tokenizer.json").write_text((theirs / "tokenizer.json").read_text()[:-9])
+    for program, target in ((import_model, "in"), (export_model, "out")):
+        said = command(monkeypatch, capsys, program, theirs, tmp_path / target)
+        assert f"{target}/tokenizer.json is not a tokenizer.json: EOF" in said
+        theirs = tmp_path / target
+
+
 def config_of(origin, corpus, cache, **data):
     return RunConfig(
         model=ModelConfig(vocab_size=VOCAB),

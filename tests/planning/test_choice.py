@@ -368,6 +368,7 @@ def test_a_choice_is_applied_whole_and_its_overrides_are_what_differs():
         *(Degrees(2, 4, 1), 3, 7, "interleaved", "one_barrier", "full"),
         num_chunks=2,
         offload=0.5,
+        balance=True,
         optimizer=replace(NANO.optim, name="zero1"),
     )
     typed = replace(
@@ -378,7 +379,7 @@ def test_a_choice_is_applied_whole_and_its_overrides_are_what_differs():
     )
     found = choice.applied(typed)
     assert (found.schedule.name, found.schedule.num_chunks) == ("interleaved", 2)
-    assert (found.schedule.file, found.vocab.shards) == (None, None)
+    assert (found.schedule.file, found.vocab.shards, found.vocab.balance) == (None, None, True)
     parallel = found.parallel
     assert (parallel.dp, parallel.pp, parallel.tp) == (2, 4, 1)
     assert (parallel.layers_per_stage, parallel.recompute) == (None, "full")
@@ -390,7 +391,7 @@ def test_a_choice_is_applied_whole_and_its_overrides_are_what_differs():
         *("vocab.algorithm=one_barrier", "parallel.recompute=full", "micro_batch_size=3"),
         *("num_microbatches=7", "schedule.num_chunks=2", "parallel.placement=balanced"),
         *("parallel.layers_per_stage=null", "parallel.offload_activations=0.5"),
-        *("optim.name=zero1", "vocab.shards=null", "schedule.file=null"),
+        *("optim.name=zero1", "vocab.shards=null", "vocab.balance=true", "schedule.file=null"),
     ]
     mixed = replace(choice, recompute_per_stage=("full", "none"), optimizer=None)
     found = mixed.applied(typed)

@@ -119,6 +119,8 @@ class World:
         return Weighed(facts.bound, facts.least, seems_to_fit=facts.least <= self.limit)
 
     def draft(self, choice):
+        if choice.balance and choice not in self.facts:
+            raise ConfigError("its rows are not balanced in this world")
         facts = self.note("draft", choice)
         if "draft" in facts.fails:
             raise facts.fails["draft"]
@@ -1005,6 +1007,65 @@ def test_what_offloads_is_planned_if_it_may_be_faster_than_the_last_of_the_best(
     assert world.asked("plan") == ([1] if short < 10 else [0, 1] if is_planned else [0])
     assert numbers(world, found.best) == [1 if is_planned else 0]
     assert number_of(world, found.with_vocabulary) == (1 if is_planned else 0)
+
+
+@pytest.mark.parametrize(("seconds", "is_first"), [(9.951, False), (9.949, True)])
+def test_what_offloads_is_preferred_if_it_is_half_a_percent_faster(enter, seconds, is_first):
+    kinds = ("none", "selective", "full")
+    others = {(0, kind, part): Facts(10.0, 1.0) for kind in kinds for part in (0.5, 1.0)} | {
+        (0, "none", 0.5): Facts(5.0, seconds, memory=1.0)
+    }
+    world = offloading_world([(0, "full", Facts(10.0, 10.0))], others)
+    enter(world)
+    found = run_offloading(world, 1, top=2)
+    assert numbers(world, found.best) == ([1, 0] if is_first else [0, 1])
+    assert found.num_open == 0
+
+
+def balanced_world(*pairs):
+    """Return a world of facts of choices without vocab.balance and, where it has them, with it."""
+    choices = [choice_of(number) for number in range(len(pairs))]
+    with_it = {n: replace(choices[n], balance=True) for n, (_, two) in enumerate(pairs) if two}
+    facts = [*(one for one, _ in pairs), *(pairs[n][1] for n in with_it)]
+    return World(facts, [*choices, *with_it.values()])
+
+
+def test_rows_are_balanced_in_the_place_of_equal_ones_where_that_is_faster(enter):
+    """Two bounds say what it may save, at least a fifth of a percent, and a short step whether."""
+    world = balanced_world(
+        (Facts(10.0, 10.0, least=0.0), Facts(9.0, 9.5)),
+        (Facts(9.7, 9.8), Facts(9.6, 9.79)),
+        (Facts(9.65, 9.9), Facts(9.633, 9.0)),
+        (Facts(9.75, 9.85), None),
+    )
+    enter(world)
+    found = run_offloading(world, 4, top=4, config=CONFIG)
+    assert sorted(world.asked("draft")) == [0, 1, 2, 3, 4, 5, 6]
+    assert world.asked("short")[4:] == [4, 5], "what may save most comes first"
+    assert numbers(world, found.best) == [4, 1, 3, 2]
+    assert found.best[0].choice.overrides(CONFIG).split()[-1] == "vocab.balance=true"
+    assert number_of(world, found.with_vocabulary) == 4
+    kept = Kept({"vocab.balance": False})
+    found = run_offloading(world, 4, top=4, config=CONFIG, kept=kept)
+    assert not any(plan.choice.balance for plan in found.best)
+
+
+def test_what_is_balanced_and_does_not_fit_when_it_is_planned_gives_its_place_back(enter):
+    world = balanced_world((Facts(10.0, 10.0), Facts(9.0, 9.5, memory=2.0 * GIB)))
+    enter(world)
+    found = run_offloading(world, 1, config=CONFIG)
+    assert world.asked("plan") == [1, 0]
+    assert numbers(world, found.best) == [0]
+    assert number_of(world, found.with_vocabulary) == 0
+
+
+def test_balanced_rows_take_a_tenth_of_the_effort(enter):
+    pairs = [(Facts(10.0, 10.0, placed=10, whole=10), Facts(9.0, 9.9)) for _ in range(9)]
+    world = balanced_world(*pairs)
+    enter(world)
+    run_offloading(world, 9, top=9, effort=3_000, config=CONFIG)
+    assert world.asked("short")[9:] == [9, 10, 11], "three of 100 each are a tenth"
+    assert run_offloading(world, 9, top=9, config=CONFIG).best[-1].choice.balance
 
 
 def test_offloading_ends_with_the_time(enter):

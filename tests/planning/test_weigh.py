@@ -23,6 +23,7 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state, state_of
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import optimizer_seconds
+from vp_train.planning.search import short_step
 from vp_train.planning.weigh import (
     LEANEST,
     STATE,
@@ -219,6 +220,21 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
                 about += max((layers - carried) * of_layer, layers * waits) * peak.kept[chunk]
             assert scales.leanest(choice) == pytest.approx(least)
             assert scales.weigh(choice).needs == pytest.approx(about)
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", None), ("interleaved", 2)])
+def test_what_offloads_seems_to_fit_if_also_what_is_on_its_way_to_the_host_does(schedule, chunks):
+    """Over a fast link a short step needs that within a tenth, whatever the micro-batch size."""
+    config = load_config([*WORDS, "parallel.pp=4"])
+    config = replace(config, cost=replace(config.cost, host_bytes_per_second=1e12))
+    for size in (1, 4):
+        settings = {"vocab": "none", "recompute": "none", "offload": 1.0, "num_chunks": chunks}
+        choice = replace(choice_of(4, schedule=schedule, **settings), micro_batch_size=size)
+        step, _, _ = short_step(Scales(config, math.inf).draft(choice).draft, schedule)
+        needs, _ = Scales(config, math.inf).needs(step, config.optim)
+        for part, fits in ((0.9, False), (1.1, True)):
+            scales = Scales(config, part * needs, (config.optim,))
+            assert scales.draft(choice).seems_to_fit is fits, (size, part)
 
 
 CHOICES = [

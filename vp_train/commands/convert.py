@@ -66,6 +66,8 @@ def _import(arguments: Sequence[str]) -> int:
             f"{_OWN_TOKENIZER} (transformers makes one: "
             "AutoTokenizer.from_pretrained(SRC).save_pretrained(DIR))"
         )
+    elif (error := _unreadable(imported.tokenizer)) is not None:
+        print(f"{error}; put the path of the model's own there")
     elif end_of(imported.tokenizer, imported.end_token) is None:
         print(
             f"{options.source} does not say which token ends a text; add data.end_token=TOKEN, a "
@@ -177,7 +179,22 @@ def _export(arguments: Sequence[str]) -> int:
         )
     if "tokenizer.json" not in exported.files and "tokenizer.model" not in exported.files:
         print("without a tokenizer; --tokenizer DIR copies one")
+    if "tokenizer.json" in exported.files:
+        error = _unreadable(options.target / "tokenizer.json")
+        if error is not None:
+            print(f"{error}; --tokenizer DIR copies another into another DST")
     return EXIT_OK
+
+
+def _unreadable(tokenizer: Path) -> str | None:
+    """Return what is wrong with a tokenizer.json that was copied, None if it can be read."""
+    from vp_train.data.tokenizer import load_tokenizer
+
+    try:
+        load_tokenizer(tokenizer, None)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _origins(source: Path) -> list[Path]:

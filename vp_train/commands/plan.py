@@ -17,7 +17,14 @@ from rich.table import Table
 
 from schedules.generators import GENERATORS
 from schedules.render import duration
-from vp_train.commands.command import Command, collect_rarely, output_of, run, whole_number
+from vp_train.commands.command import (
+    Command,
+    collect_rarely,
+    output_of,
+    run,
+    typed,
+    whole_number,
+)
 from vp_train.commands.searching import Searching
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.durable import write_output
@@ -25,6 +32,7 @@ from vp_train.failures import EXIT_CONFIG, EXIT_TIME
 from vp_train.model import shape
 from vp_train.planning.choice import (
     ALL,
+    KEPT_WHERE_TYPED,
     Choice,
     Kept,
     searched_words,
@@ -121,7 +129,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     )
     seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)
-    if "--keep" in options:
+    if "--keep" in options or kept.values:
         print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
     searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
     if searched:
@@ -136,10 +144,13 @@ def _json_file(options: Mapping[str, str]) -> Path | None:
 
 
 def kept_of(config: RunConfig, overrides: Sequence[str], names: str | None) -> Kept:
-    """Return what `--keep NAMES` keeps; `typed` are all that are typed and searched."""
-    if names is None:
-        return ALL
-    chosen = [name.strip() for name in names.split(",")]
+    """Return what `--keep NAMES` keeps; `typed` are all that are typed and searched.
+
+    A typed vocab.balance is kept in any case.
+    """
+    chosen = [] if names is None else [name.strip() for name in names.split(",")]
+    if typed(overrides, KEPT_WHERE_TYPED):
+        chosen.append(KEPT_WHERE_TYPED)
     if "typed" in chosen:
         chosen = [name for name in chosen if name != "typed"]
         chosen += [name for word in searched_words(overrides) for name in settings_of(word)]
@@ -597,7 +608,7 @@ def _choice_words(choice: Choice) -> dict[str, str]:
         "tp": str(degrees.tp),
         "microbatches": f"{choice.num_microbatches} x {choice.micro_batch_size}",
         "schedule x chunks": choice.schedule + ("" if chunks is None else f" x {chunks}"),
-        "vocab": "redistribute" if choice.placement == "redistribute" else choice.vocab,
+        "vocab": "redistribute" if choice.placement == "redistribute" else _vocab_words(choice),
         "recompute": _recompute_words(choice),
         "sp": "yes" if choice.sequence_parallel else "no",
         "optim": _optimizer_words(choice),
@@ -613,6 +624,10 @@ def _report_words(report: PlanReport) -> dict[str, str]:
         "GiB": f"{report.ranks[report.worst].memory.total / _GIB:.1f}",
         _HOST_MEMORY: f"{report.host.total / _GIB:,.0f}",
     }
+
+
+def _vocab_words(choice: Choice) -> str:
+    return choice.vocab + " balanced" * (choice.balance and choice.splits_vocabulary)
 
 
 def _recompute_words(choice: Choice) -> str:

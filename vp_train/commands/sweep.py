@@ -380,19 +380,21 @@ def result_of(run: SweptRun, config: RunConfig, exit_code: int | None) -> Result
     """Return what a run has come to, as far as its metrics.jsonl says it."""
     result = Result(run.name, run.chosen, exit_code)
     last: dict[str, float] = {}
-    speeds, peak = [], 0.0
+    speeds, peak, steps = [], 0.0, 0
     try:
         with open_regular(config.run.directory / "metrics.jsonl", follow=False) as file:
             for line in file:
                 record = _numbers_of(line)
                 last |= record
+                if math.isfinite(step := record.get("step", math.nan)):
+                    steps = int(step)
                 speeds += [record["tokens_per_second"]] if "tokens_per_second" in record else []
                 peak = max(peak, record.get("peak_bytes", 0.0))
     except (OSError, UnreadableError):
         return result
     return replace(
         result,
-        steps=int(last.get("step", 0)),
+        steps=steps,
         loss=last.get("loss"),
         validation_loss=last.get("validation_loss"),
         tokens_per_second=median(speeds) if speeds else None,

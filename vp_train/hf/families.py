@@ -225,12 +225,14 @@ def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
 
     transformers 5 has them in rope_parameters, earlier versions in rope_theta and rope_scaling.
     """
-    values = config.get("rope_parameters")
+    values, scaling = config.get("rope_parameters"), config.get("rope_scaling") or {}
+    own = config.get("original_max_position_embeddings")
     if layers is not None and values is not None:
-        values = values.get(layers)
-    else:  # where both are given, transformers reads rope_scaling
-        values = config.get("rope_scaling") or values
-    values = {"rope_theta": config["rope_theta"]} | (values or {})
+        values = (values.get(layers) or {}) | scaling  # as transformers reads both
+    else:
+        values = scaling or values or {}
+        values = values | ({} if own is None else {"original_max_position_embeddings": own})
+    values = {"rope_theta": config["rope_theta"]} | values
     kind = values.get("rope_type", values.get("type", "default"))
     _refuse(values, "partial_rotary_factor", 1.0, "only whole heads are rotated here")
     settings = {"rope_base": float(values["rope_theta"])}
@@ -582,6 +584,7 @@ _DEFAULTS: Settings = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
     "attention_bias": False,
+    "hidden_act": "silu",
 }
 _QWEN_DEFAULTS = _DEFAULTS | {
     "tie_word_embeddings": False,
@@ -641,25 +644,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        _DEFAULTS
-        | {
-            "tie_word_embeddings": False,
-            "hidden_act": "silu",
-            "sliding_window": 4096,
-        },
+        _DEFAULTS | {"tie_word_embeddings": False, "sliding_window": 4096},
         _read_mistral,
         _write_mistral,
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        _DEFAULTS | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+        _DEFAULTS | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5},
         _read_phi3,
         _write_mistral,
         PHI3,
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
-        _DEFAULTS | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+        _DEFAULTS | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5},
         _read_olmo2,
         _write_silu,
     ),

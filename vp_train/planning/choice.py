@@ -18,6 +18,7 @@ from vp_train.config import (
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    VocabConfig,
     unknown,
 )
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
@@ -39,7 +40,7 @@ _WHERE_OTHER = (
     *("schedule.num_chunks", "parallel.placement", "parallel.layers_per_stage"),
     *("parallel.recompute_per_stage", "parallel.sequence_parallel"),
     "parallel.offload_activations",
-    *("optim.name", "optim.offload", "vocab.shards"),
+    *("optim.name", "optim.offload", "vocab.shards", "vocab.balance"),
     *("schedule.file", "schedule.cap_gib", "schedule.cap_microbatches"),
 )
 
@@ -52,6 +53,7 @@ class Choice:
     recompute: what stages recompute: all of them, or with `recompute_where_needed` those that would
         need too much memory.  `recompute_per_stage` says which these are once that is known.
     offload: parallel.offload_activations.
+    balance: vocab.balance, which counts where the vocabulary is sharded.
     optimizer: None until it is known which optimizers fit.
     """
 
@@ -67,6 +69,7 @@ class Choice:
     recompute_where_needed: bool = False
     recompute_per_stage: tuple[str, ...] | None = None
     offload: float = 0.0
+    balance: bool = False
     optimizer: OptimConfig | None = None
 
     @property
@@ -94,6 +97,10 @@ class Choice:
             offload_activations=self.offload,
         )
 
+    def vocabulary(self, typed: VocabConfig) -> VocabConfig:
+        """Return `typed` with this choice."""
+        return replace(typed, algorithm=self.vocab, shards=None, balance=self.balance)
+
     def applied(self, config: RunConfig) -> RunConfig:
         """Return `config` with this choice."""
         return replace(
@@ -106,7 +113,7 @@ class Choice:
                 cap_gib=None,
                 cap_microbatches=None,
             ),
-            vocab=replace(config.vocab, algorithm=self.vocab, shards=None),
+            vocab=self.vocabulary(config.vocab),
             parallel=self.parallel(config.parallel),
             optim=self.optimizer or config.optim,
             micro_batch_size=self.micro_batch_size,
@@ -123,6 +130,7 @@ class Choice:
         return " ".join(f"{name}={_word(_value(chosen, name))}" for name in (*_ALWAYS, *other))
 
 
+KEPT_WHERE_TYPED = "vocab.balance"  # by a search, also without --keep
 # What a search may keep, and the value of a choice.
 _KEPT: Mapping[str, Callable[[Choice], Any]] = {
     "parallel.dp": lambda choice: choice.degrees.dp,
@@ -136,6 +144,7 @@ _KEPT: Mapping[str, Callable[[Choice], Any]] = {
     "parallel.recompute": lambda choice: choice.recompute,
     "parallel.sequence_parallel": lambda choice: choice.sequence_parallel,
     "parallel.offload_activations": lambda choice: choice.offload,
+    "vocab.balance": lambda choice: choice.balance,
 }
 _KEPT_OF_OPTIMIZERS = ("optim.name", "optim.offload")
 _GROUPS = {  # whose values a choice sets: what of them may be kept
@@ -432,6 +441,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
     schedules = kept.with_value("schedule.name", searched_schedules())
     algorithms = kept.with_value("vocab.algorithm", searched_algorithms())
     offload = kept.values.get("parallel.offload_activations", 0.0)
+    balance = kept.values.get("vocab.balance", False)
     for schedule in schedules if pp > 1 else ("1f1b",):
         for num_chunks in _chunks(schedule, pp, model.num_layers, kept):
             num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
@@ -455,6 +465,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
                         sequence_parallel=sequences,
                         recompute_where_needed=needed,
                         offload=offload,
+                        balance=balance,
                     )
 
 

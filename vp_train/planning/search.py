@@ -8,7 +8,11 @@ It goes from cheap to dear, and each stage sees fewer choices:
 3. Estimate them by the simulation of a short step, from which the time of a long one follows.
    While none fits, the leanest is tried first.
 4. Estimate with offloaded activations what device memory alone rules out and may be faster.
-5. Plan the best estimates as a run would plan them.
+5. Estimate vocab.balance in the place of what may be among the best with it.
+6. Plan the best estimates as a run would plan them.
+
+Links to hosts and their memory are assumed, so a step with offloaded activations counts as half a
+percent longer wherever it is compared (`counted`).
 
 Its effort is counted in passes, not in seconds, so that every machine finds the same plans.
 """
@@ -78,8 +82,17 @@ _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.5, 0.25
 # A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
+# The part by which a step with offloaded activations must be faster than another to be preferred.
+_MARGIN_OF_OFFLOADING = 0.005
+# Part of the effort for vocab.balance, and the least part of the passes that it must save.
+_FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
 _EFFORT_OF_ONE_LINE = 300_000
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
+
+
+def counted(choice: Choice, seconds: float) -> float:
+    """Return the seconds with which a choice whose step takes `seconds` is compared with others."""
+    return seconds * (1 + _MARGIN_OF_OFFLOADING) if choice.offload else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +137,7 @@ class Estimate:
     """A candidate that fits, the optimizer with which it is fastest, and its seconds and bytes.
 
     is_planned: whether these are those of the whole step, not those of a short one.
+    unbalanced: the estimate that this one with vocab.balance takes the place of, if it does.
     """
 
     candidate: Candidate
@@ -131,6 +145,7 @@ class Estimate:
     seconds: float
     memory: float
     is_planned: bool = False
+    unbalanced: Estimate | None = None
 
     @property
     def choice(self) -> Choice:
@@ -141,9 +156,13 @@ class Estimate:
         return self.candidate.choice.splits_vocabulary
 
     @property
+    def counted(self) -> float:
+        return counted(self.candidate.choice, self.seconds)
+
+    @property
     def key(self) -> tuple[float, float]:
         """The sort key: faster first, and less memory first if times agree in three digits."""
-        return float(f"{self.seconds:.3g}"), self.memory
+        return counted(self.candidate.choice, float(f"{self.seconds:.3g}")), self.memory
 
     def as_planned(self, report: PlanReport) -> Estimate:
         memory = report.ranks[report.worst].memory.total
@@ -215,6 +234,7 @@ class _Queue:
     drafted: those that were drafted since something fits.
     next_drafts: how many of these there are when one is estimated, see `_Search._estimate`.
     doubtful: those that wait until all others were estimated.
+    looks_at_all: whether these have their turn now.
     passed_over: those that the best of that time were faster than.
     """
 
@@ -223,6 +243,7 @@ class _Queue:
     drafted: list[int] = field(default_factory=list)
     next_drafts: int = _FIRST_DRAFTS
     doubtful: list[int] = field(default_factory=list)
+    looks_at_all: bool = False
     passed_over: list[int] = field(default_factory=list)
 
     def put(self, number: int, seconds: float, num_bytes: float) -> None:
@@ -236,6 +257,7 @@ class _Queue:
         self.drafted += other.drafted
         self.next_drafts = 2 * max(_FIRST_DRAFTS, len(self.drafted))
         self.doubtful += other.doubtful
+        self.looks_at_all = False
         self.passed_over += other.passed_over
 
     @property
@@ -270,10 +292,10 @@ class _Search:
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
         self._done: set[int] = set()
-        self._looks_at_all = False  # at what seems not to fit, too
         self._excluded = Counter(space.excluded)
         self._refused: list[Refusal] = []
         self._estimates: list[Estimate] = []
+        self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
         self._planned: dict[Choice, Found] = {}
 
     def run(self, *, plans: bool = True) -> Result:
@@ -290,13 +312,14 @@ class _Search:
                 offloads = False
             self._estimate_other_kind()
             if plans:
+                self._balance()
                 self._plan()
             after = self._num_estimated, len(self._estimates)
             if not plans or after == before or not self._goes_on():
                 break
         best = sorted(self._planned.values(), key=_order)
         top = tuple(best[: self._limits.top])
-        last = top[-1].report.step_seconds if len(top) == self._limits.top else float("inf")
+        last = _seconds_of(top[-1]) if len(top) == self._limits.top else float("inf")
         left = self._queue.numbers - self._done
         unplanned = [
             estimate
@@ -304,7 +327,7 @@ class _Search:
             if estimate.candidate.choice not in self._planned
         ]
         num_open = len(self._unweighed) + sum(self._key(number) < last for number in left)
-        num_open += sum(estimate.seconds * (1 - _SLACK) < last for estimate in unplanned)
+        num_open += sum(estimate.counted * (1 - _SLACK) < last for estimate in unplanned)
         refused = sorted(self._refused, key=lambda refusal: refusal.bound)
         return Result(
             best=top,
@@ -435,7 +458,7 @@ class _Search:
                         self._num_drafted += 1
                         self._progress(f"{self._num_drafted:,} looked at, {self._words()}")
                         continue
-                if self._is_doubtful(item):
+                if self._is_doubtful(item, queue):
                     queue.doubtful.append(number)
                     continue
                 self._done.add(number)
@@ -485,7 +508,7 @@ class _Search:
                 weight = self._scales.weigh(choice)
             except ConfigError:
                 continue
-            is_faster = weight.seconds < first_of[choice.splits_vocabulary]
+            is_faster = counted(choice, weight.seconds) < first_of[choice.splits_vocabulary]
             if is_faster and weight.seems_to_fit:
                 self._put(queue, len(self._choices), weight)
                 self._choices.append(choice)
@@ -524,17 +547,17 @@ class _Search:
     def _look_at_doubtful(self, queue: _Queue) -> None:
         for place, number in enumerate(queue.doubtful):
             queue.put(number, self._key(number), float(place))
-        queue.doubtful, self._looks_at_all = [], True
+        queue.doubtful, queue.looks_at_all = [], True
 
     def _key(self, number: int) -> float:
         """Return about the least seconds of a choice: its bound and what others are above it."""
-        factor = self._factors.get(_alike(self._choices[number]), 1.0)
-        return self._bounds[number] * factor
+        choice = self._choices[number]
+        return counted(choice, self._bounds[number]) * self._factors.get(_alike(choice), 1.0)
 
     def _seconds_of(self, estimate: Estimate) -> float:
-        """Return the seconds of an estimate, as planned if it was."""
+        """Return the seconds with which an estimate is compared, as planned if it was."""
         planned = self._planned.get(estimate.candidate.choice)
-        return estimate.seconds if planned is None else planned.report.step_seconds
+        return estimate.counted if planned is None else _seconds_of(planned)
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
@@ -546,17 +569,17 @@ class _Search:
             waiting = [
                 (self._key(number), number)
                 for number in queue.drafted
-                if number not in seen and not self._is_doubtful(self._items[number])
+                if number not in seen and not self._is_doubtful(self._items[number], queue)
             ]
             if waiting:
                 return min(waiting)[1]
         return self._lowest(queue, top)
 
-    def _is_doubtful(self, item: Candidate | None) -> bool:
+    def _is_doubtful(self, item: Candidate | None, queue: _Queue) -> bool:
         """Return whether a draft waits until all others were estimated."""
         assert item is not None, "it was drafted"
         is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
-        return (is_dear or not item.seems_to_fit) and not self._looks_at_all
+        return (is_dear or not item.seems_to_fit) and not queue.looks_at_all
 
     def _lowest(self, queue: _Queue, top: int) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the `top`."""
@@ -635,6 +658,42 @@ class _Search:
             found = most_host_bytes(step, optim, self._cluster.gpus_per_node)
             check_hosts(found.total, self._cluster)
 
+    def _balance(self) -> None:
+        """Estimate vocab.balance in the place of estimates that may be among the best with it.
+
+        It gives rows to ranks with less other work.  Two bounds say how much that saves at most.
+        """
+        if "vocab.balance" in self._space.kept.values:
+            return
+        promising: list[tuple[float, int, Candidate]] = []
+        for place, estimate in enumerate(self._estimates):
+            choice = estimate.candidate.choice
+            if not choice.splits_vocabulary or choice in self._balanced or not self._in_time():
+                continue
+            self._balanced.add(choice)
+            try:
+                item = self._scales.draft(replace(choice, balance=True))
+            except ConfigError:
+                continue
+            self._spent += _draft_nodes(item)
+            saved = estimate.candidate.passes - item.passes
+            if saved > _LEAST_BALANCED * estimate.candidate.passes:
+                promising.append((counted(choice, estimate.seconds - saved), place, item))
+        estimates, enough = list(self._estimates), self._spent + _FOR_BALANCE * self._limits.effort
+        for seconds, place, item in sorted(promising, key=lambda found: found[:2]):
+            last, first_of = self._to_beat(self._limits.top)
+            if seconds >= max(last, first_of[True]) or self._spent >= enough or not self._in_time():
+                return
+            try:
+                found = self._estimate_of(item)
+            except ConfigError:
+                continue
+            estimate = estimates[place]
+            self._balanced.add(found.candidate.choice)
+            if found.seconds < (1 - _LEAST_BALANCED) * estimate.seconds:
+                self._replace(estimate, replace(found, unbalanced=estimate))
+            self._progress(self._words())
+
     def _plan(self) -> None:
         """Plan the best estimates, as far as the effort suffices."""
         queue = sorted(self._estimates, key=lambda estimate: estimate.key)
@@ -644,9 +703,9 @@ class _Search:
         ]
         ahead = sorted((e for e in firsts if e is not None), key=lambda estimate: estimate.key)
         for estimate in [*ahead, *(e for e in queue if e not in ahead)]:
-            times = sorted(found.report.step_seconds for found in self._planned.values())
+            times = sorted(map(_seconds_of, self._planned.values()))
             enough = len(times) >= self._limits.top and estimate not in ahead
-            if enough and estimate.seconds * (1 - _SLACK) >= times[self._limits.top - 1]:
+            if enough and estimate.counted * (1 - _SLACK) >= times[self._limits.top - 1]:
                 break
             if estimate.candidate.choice in self._planned:
                 continue
@@ -675,10 +734,17 @@ class _Search:
                 raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
         except ConfigError as error:
             self._refuse(choice, error, estimate.seconds)
-            self._estimates = [other for other in self._estimates if other is not estimate]
+            self._replace(estimate, estimate.unbalanced)
+            if estimate.unbalanced is not None:
+                self._plan_one(estimate.unbalanced)
         else:
             chosen = replace(choice, optimizer=estimate.optim)
             self._planned[choice] = Found(chosen, report)
+
+    def _replace(self, estimate: Estimate, other: Estimate | None) -> None:
+        """Put `other` in the place of an estimate; None: drop the estimate."""
+        place = next(n for n, one in enumerate(self._estimates) if one is estimate)
+        self._estimates[place : place + 1] = [] if other is None else [other]
 
     def _words(self) -> str:
         best = min((e.seconds for e in self._estimates), default=None)
@@ -752,10 +818,15 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, choice.num_microbatches
 
 
+def _seconds_of(found: Found) -> float:
+    """Return the seconds with which a plan is compared."""
+    return counted(found.choice, found.report.step_seconds)
+
+
 def _order(found: Found) -> tuple[float, float]:
     """Return the sort key: faster first, and less memory first if times agree in four digits."""
     memory = found.report.ranks[found.report.worst].memory.total
-    return float(f"{found.report.step_seconds:.4g}"), memory
+    return counted(found.choice, float(f"{found.report.step_seconds:.4g}")), memory
 
 
 def limit_of(config: RunConfig, margin: float) -> float:

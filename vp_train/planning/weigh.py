@@ -260,6 +260,14 @@ class Candidate:
     seems_to_fit: bool
 
 
+def _on_device(choice: Choice) -> int:
+    """Return about how many microbatches of a stage that offloads are on the device at once.
+
+    One runs backward, and one is on its way to the host.  Of several stages one more comes back.
+    """
+    return 2 if choice.layout.num_chunks == 1 else 3
+
+
 def _looked_at(step: Draft | StepPlan) -> list[int]:
     """Return the ranks whose memory is looked at: of many the ends, the middle, and the largest."""
     layout = step.problem.layout
@@ -451,16 +459,20 @@ class Scales:
             raise refusal
         passes = self._bound_of(choice, drafted)
         after = min(self.after(minimum, optim) for optim in fitting)
-        kept = _at_peak(drafted, choice.schedule, peaks, least=False, ranks=ranks)
-        # What moves to the host only a simulation says, and about that the weight.
-        seems_to_fit = (
-            self.weigh(choice).seems_to_fit if choice.offload else self._fits(kept, fitting)
-        )
+        kept = drafted.without_offloaded()
+        moving = _on_device(choice) * max(drafted.cost.offload_bytes, default=0.0)
+        peak = _at_peak(kept, choice.schedule, peaks, least=False, ranks=ranks)
+        seems_to_fit = self._fits(peak, fitting, moving)
+        if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
+            seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
         return Candidate(choice, drafted, passes, passes + after, tuple(fitting), seems_to_fit)
 
-    def _fits(self, step: StepPlan, optimizers: Iterable[OptimConfig]) -> bool:
-        """Return whether a step at its peak and a held shard fit with one of the optimizers."""
-        held = max(step.cost.shard_bytes)
+    def _fits(self, step: StepPlan, optimizers: Iterable[OptimConfig], moving: float) -> bool:
+        """Return whether a step at its peak fits with one of the optimizers.
+
+        A held shard comes on top, and bytes that are `moving` to the host and back.
+        """
+        held = max(step.cost.shard_bytes) + moving
         for optim in optimizers:
             try:
                 self._check_memory(step, optim, held)
@@ -487,7 +499,8 @@ class Scales:
 
     def _draft(self, choice: Choice) -> Draft:
         split, family = self._split_of(choice), GENERATORS[choice.schedule]
-        work = replace(split.work, num_microbatches=choice.num_microbatches)
+        vocab = choice.vocabulary(split.work.vocab)
+        work = replace(split.work, num_microbatches=choice.num_microbatches, vocab=vocab)
         return draft(
             work,
             split.cost,
