@@ -15,7 +15,7 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore
 
 from tests.programs import finished
 from tests.ranks import free_port, ready_context
@@ -566,11 +566,15 @@ def test_what_a_messenger_has_read_reaches_its_agent_even_if_the_store_ends(
 
 def test_node_0_hears_at_once_who_came_for_another_run(monkeypatch, capsys):
     monkeypatch.setattr(messenger.signal, "alarm", lambda seconds: None)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = HashStore()  # the threads of a TCPStore would not survive a fork of this process
+    monkeypatch.setattr("torch.distributed.TCPStore", lambda *_, **options: store)
+    monkeypatch.setattr(
+        messenger.socket, "create_connection", lambda *_: SimpleNamespace(close=int)
+    )
     store.set(messenger.IDENTITY, json.dumps({"run": "ours", "nodes": 2, "nonce": ""}))
     streams = [socket.socketpair() for _ in range(2)]
     head, other = (
-        Messenger(theirs, os.getppid(), Place(2, node, f"host\x1b{node}", "127.0.0.1", store.port))
+        Messenger(theirs, os.getppid(), Place(2, node, f"host\x1b{node}", "head"))
         for node, (_, theirs) in enumerate(streams)
     )
     assert other._connect({"run": "theirs", "nodes": 2}) is None
