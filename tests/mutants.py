@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import gc
 import json
 import os
 import random
@@ -280,6 +281,7 @@ def _run(
         status = 3
         try:
             os.setsid()
+            gc.freeze()  # what ends threads would wait for some that a fork does not have
             status = _tested(scratch, tests, plugins)
         finally:
             os._exit(status)
