@@ -8,7 +8,7 @@ products reach, and the part by which layers take longer beside the collectives 
 vocabulary.  The others are of the published implementation: the bytes that it moves per logit, the
 fixed time of its S and T, and its lookups.  A prediction without a method takes constants that were
 fitted without the runs of that method.  cluster=h100_80g_node has constants of our own measurements
-of one H100 (benchmarks/results/gpu_check_nvidia_h100_80gb_hbm3.json).
+of one H100 (benchmarks/results/gpu_check_nvidia_h100_80gb_hbm3_third.json).
 
 One more constant of each cluster, `sustained`, says by what whole runs of many GPUs are slower than
 kernels alone.  On A100 it is what published.py misses when it simulates the pass times.  On H100 it

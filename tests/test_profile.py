@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
 
 from schedules.ir import Kind
 from tests.meshes import fake_world
@@ -125,6 +126,8 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
     assert "predicted for all 4 ranks: a step of" in out
     record = json.loads((tmp_path / "p.json").read_text())
     (rank,) = record["ranks"]
+    assert rank["deviations"].keys() == {"x1", "y1", "dy1"}
+    assert all(0 < deviation < math.inf for deviation in rank["deviations"].values())
     assert {"F1", "I1", "W1", "S1", "T1", "E1", "G1"} == set(rank["passes"])
     assert all(0 < seconds < rank["program_seconds"] for seconds in rank["passes"].values())
     assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.1)
@@ -219,6 +222,8 @@ def noise(generator):
     with pytest.MonkeyPatch.context() as restored:
         for name in COMMUNICATIONS & set(dir(dist)):
             restored.setattr(dist, name, getattr(dist, name))
+        for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+            restored.setattr(mappings, name, getattr(mappings, name))
         receive_noise(generator)
         yield
 

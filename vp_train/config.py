@@ -1297,7 +1297,7 @@ class RunSettings:
     )
     spike_norm_factor: float = setting(
         10.0,
-        "Times the median of the last 64 steps from which a gradient norm is one, after as many.",
+        "Times the median of the last 64 steps that a norm of gradients must be to be a spike.",
         above=1,
     )
     timeout_seconds: float = setting(

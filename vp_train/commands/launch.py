@@ -21,7 +21,14 @@ from types import FrameType
 from typing import NoReturn
 
 from vp_train.commands.agent import Job, noting_signals, run_job, say
-from vp_train.commands.local_ranks import Starter, fork, forked, new_process, search_options
+from vp_train.commands.local_ranks import (
+    Starter,
+    default_signals,
+    fork,
+    forked,
+    new_process,
+    search_options,
+)
 from vp_train.commands.nodes import (
     WORDS_SECONDS,
     JobEnded,
@@ -480,6 +487,7 @@ def _end_copy(agent: int, body: Callable[[], None], pipe: int) -> NoReturn:
     try:
         ending = Ending(EXIT_OK, "")
         try:
+            default_signals()
             die_with_launcher(agent)
             body()
         except BaseException as error:  # also SystemExit, and a panic of a library in Rust

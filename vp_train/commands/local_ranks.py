@@ -74,7 +74,7 @@ def forked(body: Callable[[], None]) -> Starter:
             with contextlib.suppress(OSError):  # the child may have done so, or be gone
                 os.setpgid(process, process)
             return process
-        _default_signals()
+        default_signals()
         _run_child(lambda: os.setpgid(0, 0), lambda: die_with_launcher(agent), _unbuffer)
         os.environ.update(variables)
         _run_child(body)
@@ -131,7 +131,7 @@ def _unbuffer() -> None:
             stream.reconfigure(write_through=True, line_buffering=True)
 
 
-def _default_signals() -> None:
+def default_signals() -> None:
     """Undo the handlers of the agent in a copy of it."""
     for number in SIGNALS:
         if not is_ignored(number):

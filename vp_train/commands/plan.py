@@ -270,8 +270,8 @@ def plan_lines(
         f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, "
         f"MFU {report.mfu:.1%} of {_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
-        f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound, "
-        f"{report.bound_reason}{in_its_memory_words(report.gap, report.gap_in_its_memory)}",
+        f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound"
+        f"{in_its_memory_words(report.gap, report.gap_in_its_memory)}, {report.bound_reason}",
         f"exposed   communication, {report.exposed_words}",
         f"binds     {report.binds}",
     ]

@@ -106,7 +106,7 @@ def show_profile(
             f"{kind} {duration(profile.of(kind))}" for kind in _SHOWN if profile.of(kind)
         )
         print(f"rank {profile.rank}: {seconds}", flush=True)
-        if not profile.is_real:
+        if config.run.device == "cuda" and not profile.is_real:
             values = ", ".join(f"{name} {value:.2g}" for name, value in profile.deviations.items())
             print(
                 f"warning: rank {profile.rank} computed with values that no run has (standard "

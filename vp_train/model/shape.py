@@ -48,8 +48,8 @@ def is_gated(model: ModelConfig) -> bool:
 
 
 # The fewest values of the feed-forward width in a microbatch for which compiled code pays.  On an
-# H100 it saves 14 % of a layer of llama3_8b (117 million values), which then takes 18.9 ms.  The
-# host takes 6.8 ms to issue that layer, so those below about a third would wait for the host.
+# H100 it saves 12 % of a layer of llama3_8b (117 million values), which then takes 18.7 ms.  The
+# host takes up to 6.3 ms to issue that layer, so those below about a third would wait for the host.
 _PAYS_ON_CPU, _PAYS_ON_CUDA = 1 << 19, 42_000_000
 
 

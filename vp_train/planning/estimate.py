@@ -20,10 +20,10 @@ from vp_train.planning.workload import Workload
 from vp_train.vocab.shard import Shard
 
 # Products of float8 with the rounding of their factors, against bfloat16.  On one H100 y and dx of
-# four shapes were 1.39 to 1.52 times as fast with scales of rows (the second step 13 of the file
-# that configs/cluster/h100_80g_node.yaml names).  1.4 follows from 7,186 against 5,760 tokens/s of
-# torchtitan's 8B model (its commit 7a04053, per-tensor scales) if the linear layers take 70 % of
-# the time.  Data sheets name twice as many FLOP/s.
+# four shapes were 1.39 to 1.52 times as fast with scales of rows (the second step 13 of
+# benchmarks/results/gpu_check_nvidia_h100_80gb_hbm3.json).  1.4 follows from 7,186 against 5,760
+# tokens/s of torchtitan's 8B model (its commit 7a04053, per-tensor scales) if the linear layers
+# take 70 % of the time.  Data sheets name twice as many FLOP/s.
 _FLOAT8_SPEED = 1.45
 
 _OTHER_RUN = (

@@ -661,7 +661,7 @@ class _Search:
     def _balance(self) -> None:
         """Estimate vocab.balance in the place of estimates that may be among the best with it.
 
-        It gives rows to ranks with less other work.  Two bounds say how much that saves at most.
+        It gives rows to ranks with less other work.  Two bounds say about how much that saves.
         """
         if "vocab.balance" in self._space.kept.values:
             return

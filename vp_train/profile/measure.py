@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from megatron.core.tensor_parallel import mappings
 
 from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank, rank_device
@@ -161,14 +162,22 @@ def receive_noise(generator: torch.Generator) -> None:
         return dist.barrier(group=group, async_op=async_op)
 
     def gather_own(
-        output: torch.Tensor, tensor: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        *,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
     ) -> Any:
         if not _share(output, tensor):
             output.view(-1, *tensor.shape).copy_(tensor)
         return dist.barrier(group=group, async_op=async_op)
 
     def scatter_own(
-        output: torch.Tensor, tensor: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        *,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
     ) -> Any:
         if not _share(output, tensor):
             output.copy_(tensor.view(-1, *output.shape)[0])
@@ -185,6 +194,8 @@ def receive_noise(generator: torch.Generator) -> None:
     }
     for name, function in delivering.items():
         setattr(dist, name, _in_order(function) if generator.device.type == "cuda" else function)
+    # megatron-core has taken these two from torch when it was imported.
+    mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func = gather_own, scatter_own
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -192,7 +203,7 @@ def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _in_order(communicate: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the work that `communicate` returns wait as `_Ordered` does."""
+    """Return `communicate`, but its work lets a stream wait for what the issuing stream did."""
 
     def issue(*arguments: Any, **options: Any) -> Any:
         return None if communicate(*arguments, **options) is None else _Ordered()
