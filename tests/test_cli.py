@@ -220,6 +220,11 @@ FLOAT8 = ["model=nano", "run.dtype=bfloat16", "run.linear_dtype=float8"]
             "run.linear_dtype=float8 needs run.dtype=bfloat16, not float32",
         ),
         (
+            ["cluster=a100_80g_node", "run.linear_dtype=float8"],
+            8,
+            "run.linear_dtype=float8 needs GPUs that have it, such as an H100",
+        ),
+        (
             [*FLOAT8, "model.ffn_hidden_size=72", "parallel.tp=1"],
             4,
             "model.ffn_hidden_size is 72, and a scaled product needs a multiple of 16; change",

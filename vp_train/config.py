@@ -1046,6 +1046,7 @@ class ClusterConfig:
     float16_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
     float32_flops_per_second: float = setting(1e11, "Peak of a GPU.", unit="FLOP/s", least=1)
     float64_flops_per_second: float = setting(5e10, "Peak of a GPU.", unit="FLOP/s", least=1)
+    float8: bool = setting(True, "Whether GPUs have products in float8, as from an H100 on.")
     efficiency: float = setting(
         0.5,
         "Part of the peak that large matrix products reach, unless cost has measured times.",
@@ -1430,6 +1431,11 @@ class RunConfig:
                 object.__setattr__(self, item.name, value)
                 setting_of(item).check(item.name, value, item.default)
         self._check_ramp()
+        if self.run.linear_dtype == "float8" and not self.cluster.float8:
+            raise ConfigError(
+                "run.linear_dtype=float8 needs GPUs that have it, such as an H100, and those of "
+                "this cluster do not (cluster.float8=false); drop run.linear_dtype"
+            )
         if self.loss.label_smoothing and self.model.logit_softcap is not None:
             raise ConfigError(
                 f"loss.label_smoothing={self.loss.label_smoothing} and "

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,13 @@ def main() -> None:
     )
 
 
+def _keeps_typed(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> bool:
+    """Return whether `--keep typed` would be new, and allowed."""
+    with suppress(ConfigError):
+        return "--keep" not in options and bool(kept_of(config, overrides, "typed").values)
+    return False
+
+
 def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     if "--search" not in options:
         for name in ("--top", "--tokens", "--keep", "--margin", "--effort", "--seconds"):
@@ -133,7 +141,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
     searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
     if searched:
-        hint = "" if "--keep" in options else "; --keep typed keeps them"
+        hint = "; --keep typed keeps them" if _keeps_typed(config, overrides, options) else ""
         print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
     return show_search(config, limits, seconds, path, kept)
 
@@ -483,6 +491,7 @@ def search_lines(
         lines += [*_best_lines(result), ""]
         lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
         lines += _host_memory_lines(result.best)
+        lines += _slow_link_lines(config, first)
         lines += _vocabulary_lines(config, result)
         if first.report.work.on_cuda and first.report.degrees.num_ranks > 1:
             lines += [f"fsdp: {_fsdp_words(config, first.report)}"]
@@ -532,7 +541,8 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
         return []
     splits = first.choice.splits_vocabulary
     other = result.without_vocabulary if splits else result.with_vocabulary
-    kind = f"the best {'without' if splits else 'with'} vocabulary parallelism, on any split"
+    kind = f"{'without' if splits else 'with'} vocabulary parallelism, on any split"
+    kind = f"the best {'found ' if result.num_open and other is not None else ''}{kind}"
     if other is None:
         left = result.num_unseen[not splits]
         found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
@@ -559,6 +569,25 @@ def _host_memory_lines(best: Sequence[Found]) -> list[str]:
     if any(found.report.host.activations for found in best):
         line += "; no training on GPUs has offloaded activations yet"
     return [line]
+
+
+def _slow_link_lines(config: RunConfig, first: Found) -> list[str]:
+    """Return a line with what the first plan takes if the link to the host has half of its speed.
+
+    Nothing goes late, so a slower link does not take longer: it carries less.
+    """
+    link = config.cluster.host_bytes_per_second / 2
+    if not first.choice.offload:
+        return []
+    chosen = first.choice.applied(config)
+    slower = replace(chosen, cluster=replace(chosen.cluster, host_bytes_per_second=link))
+    found = make_report(slower)
+    fits = "" if found.fits else ", which does not fit"
+    return [
+        f"link: with half of cluster.host_bytes_per_second, {link / 1e9:.3g} GB/s, the first takes "
+        f"{duration(found.step_seconds)} and {found.ranks[found.worst].memory.total / _GIB:.1f} GiB"
+        f"{fits}"
+    ]
 
 
 def _best_lines(result: Result) -> list[str]:

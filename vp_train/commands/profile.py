@@ -6,6 +6,7 @@ It prints the measurements and the prediction, and writes the measured costs as 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -89,6 +90,8 @@ def show_profile(
     num_ranks = config.cluster.num_gpus
     step = plan_step(config, num_ranks)
     chosen = _chosen(ranks, step.num_ranks)
+    if config.run.device == "cpu":
+        _check_memory(config, step, chosen)
     from vp_train.profile.measure import device_words, measure_ranks
 
     words = device_words(config)
@@ -140,6 +143,17 @@ def _same_job(config: RunConfig, step: StepPlan) -> str:
         f"cluster.num_nodes=1 cluster.gpus_per_node={num_ranks} is the job that vp-train starts "
         "without torchrun"
     )
+
+
+def _check_memory(config: RunConfig, step: StepPlan, chosen: Sequence[int]) -> None:
+    """Raise ConfigError if one of the ranks needs more memory than this machine has."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needs, rank = max((rank_memory(step, config.optim, rank).total, rank) for rank in chosen)
+    if needs > there:
+        raise ConfigError(
+            f"rank {rank} takes {human_bytes(needs)}, and this machine has {human_bytes(there)}; "
+            "choose a smaller model, more stages or other --ranks"
+        )
 
 
 def _chosen(ranks: str | None, num_ranks: int) -> list[int]:

@@ -56,12 +56,17 @@ def measure_ranks(
         try:
             status, value = ours.recv()
         except EOFError:
-            status, value = "failed", "its process died; the system may have run out of memory"
+            status, value = "died", "its process was killed"
         process.join()
         if status == "full":
             raise ConfigError(
                 f"rank {pipeline_rank} does not fit on this device: {value}; "
                 "vp-plan tells what would help"
+            )
+        if status == "died":
+            raise ConfigError(
+                f"rank {pipeline_rank} does not fit on this machine: {value}, as the system does "
+                "where memory ends; choose a smaller model, or fewer microbatches"
             )
         if status == "failed":
             raise RuntimeError(f"rank {pipeline_rank}: {value}")
