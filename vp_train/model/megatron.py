@@ -520,3 +520,10 @@ def join_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
         x, tensor_parallel_output_grad=False, group=group
     )
     return whole
+
+
+def set_collectives(all_gather: Callable[..., Any], reduce_scatter: Callable[..., Any]) -> None:
+    """Let megatron-core use these collectives; it has taken torch's when it was imported."""
+    from megatron.core.tensor_parallel import mappings
+
+    mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func = all_gather, reduce_scatter

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from megatron.core.tensor_parallel import mappings
 
 from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.communication.nccl import require_float8, require_gpu, set_environment
 from vp_train.config import ConfigError, RunConfig
 from vp_train.mesh import build_mesh
+from vp_train.model import megatron
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
@@ -199,8 +199,7 @@ def receive_noise(generator: torch.Generator) -> None:
     }
     for name, function in delivering.items():
         setattr(dist, name, _in_order(function) if generator.device.type == "cuda" else function)
-    # megatron-core has taken these two from torch when it was imported.
-    mappings.dist_all_gather_func, mappings.dist_reduce_scatter_func = gather_own, scatter_own
+    megatron.set_collectives(gather_own, scatter_own)
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
