@@ -166,28 +166,22 @@ def receive_noise(generator: torch.Generator) -> None:
         output.normal_(generator=generator)
         return dist.barrier(group=group, async_op=async_op)
 
-    def gather_own(
-        output: torch.Tensor,
-        tensor: torch.Tensor,
-        *,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> Any:
-        if not _share(output, tensor):
-            output.view(-1, *tensor.shape).copy_(tensor)
-        return dist.barrier(group=group, async_op=async_op)
+    def local(fill: Callable[[torch.Tensor, torch.Tensor], object]) -> Callable[..., Any]:
+        def run(
+            output: torch.Tensor,
+            tensor: torch.Tensor,
+            *,
+            group: dist.ProcessGroup,
+            async_op: bool = False,
+        ) -> Any:
+            if output.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                fill(output, tensor)
+            return dist.barrier(group=group, async_op=async_op)
 
-    def scatter_own(
-        output: torch.Tensor,
-        tensor: torch.Tensor,
-        *,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> Any:
-        if not _share(output, tensor):
-            output.copy_(tensor.view(-1, *output.shape)[0])
-        return dist.barrier(group=group, async_op=async_op)
+        return run
 
+    gather_own = local(lambda output, own: output.view(-1, *own.shape).copy_(own))
+    scatter_own = local(lambda output, own: output.copy_(own.view(-1, *output.shape)[0]))
     delivering: dict[str, Callable[..., Any]] = {
         "irecv": irecv,
         "broadcast": broadcast_noise,
@@ -200,10 +194,6 @@ def receive_noise(generator: torch.Generator) -> None:
     for name, function in delivering.items():
         setattr(dist, name, _in_order(function) if generator.device.type == "cuda" else function)
     megatron.set_collectives(gather_own, scatter_own)
-
-
-def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _in_order(communicate: Callable[..., Any]) -> Callable[..., Any]:
