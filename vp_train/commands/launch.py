@@ -65,7 +65,7 @@ from vp_train.metrics.run_directory import (
 )
 from vp_train.metrics.trackers import end_failed, require_trackers
 from vp_train.planning.degrees import check_node, wanted_ranks
-from vp_train.planning.memory import check_host, check_machine
+from vp_train.planning.memory import check_host, check_machine, machine_bytes
 from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config, override
@@ -363,13 +363,12 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
     plan = None if config.schedule.is_solved else make_plan(config, num_ranks)
     if plan is not None:
         check_ramp(config, plan)
-        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if config.run.device == "cuda":
             num_local = num_ranks // news.place.num_nodes
             first = news.place.node * num_local
-            check_host(plan, config.optim, range(first, first + num_local), machine_bytes)
+            check_host(plan, config.optim, range(first, first + num_local), machine_bytes())
         elif news.place.is_alone:
-            check_machine(plan, config.optim, machine_bytes)
+            check_machine(plan, config.optim, machine_bytes())
     found: list[str] = []
     if news.place.node == 0:
         require_trackers(config.run)

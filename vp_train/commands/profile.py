@@ -6,7 +6,6 @@ It prints the measurements and the prediction, and writes the measured costs as 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from vp_train.commands.command import Command, output_of, run, whole_number
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_OK
-from vp_train.planning.memory import rank_memory
+from vp_train.planning.memory import machine_bytes, rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.profile.costs import (
@@ -147,7 +146,7 @@ def _same_job(config: RunConfig, step: StepPlan) -> str:
 
 def _check_memory(config: RunConfig, step: StepPlan, chosen: Sequence[int]) -> None:
     """Raise ConfigError if one of the ranks needs more memory than this machine has."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = machine_bytes()
     needs, rank = max((rank_memory(step, config.optim, rank).total, rank) for rank in chosen)
     if needs > there:
         raise ConfigError(

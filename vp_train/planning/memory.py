@@ -6,6 +6,7 @@ Pure arithmetic over the order of the passes.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -111,6 +112,11 @@ def state_of(
         vocabulary=0.0,
         working=0.0,
     )
+
+
+def machine_bytes() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_machine(step: StepPlan, optim: OptimConfig, num_bytes: int) -> None:
