@@ -85,8 +85,20 @@ def rank_memory(
 
     If these differ by a vocabulary row, it is that of the larger.
     """
-    activations, vocabulary, working = step_peak(step, optim, rank)
-    kept = rank_state(step, optim, rank, state)
+    return _with_peak(rank_state(step, optim, rank, state), step_peak(step, optim, rank))
+
+
+def total_bytes(step: StepPlan, optimizers: Sequence[OptimConfig], rank: int) -> list[float]:
+    """Return the `total` of `rank_memory` for each of the optimizers."""
+    peak = passes_peak(step, rank)
+    return [
+        _with_peak(rank_state(step, optim, rank), _with_update(peak, step, optim, rank)).total
+        for optim in optimizers
+    ]
+
+
+def _with_peak(kept: RankMemory, peak: tuple[float, float, float]) -> RankMemory:
+    activations, vocabulary, working = peak
     return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
 
 
@@ -240,19 +252,47 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
     While a pass runs, both what it adds and what it frees at its end are allocated.  After the
     passes the optimizer needs working memory too.
     """
+    return _with_update(passes_peak(step, rank), step, optim, rank)
+
+
+def _with_update(
+    peak: tuple[float, float, float], step: StepPlan, optim: OptimConfig, rank: int
+) -> tuple[float, float, float]:
+    """Return the higher of the peak of the passes and that of the optimizer."""
+    pool = _pool_bytes(step, rank)
+    update = (0.0, pool, _kept_bytes(step, rank) + _update_bytes(step, optim, rank))
+    return max(peak, update, key=sum)
+
+
+def _kept_bytes(step: StepPlan, rank: int) -> float:
+    """Return the bytes of work that a rank keeps during the whole step."""
+    work = step.work
+    batches = 2 if work.on_cuda else 1  # a GPU has the next one, too
+    per_token = _TOKEN_BYTES + batches * _INDEX_BYTES
+    return _scratch_bytes(step, rank) + per_token * work.num_microbatches * work.num_tokens
+
+
+def _exponentials_bytes(step: StepPlan, rank: int) -> float:
+    """Return the bytes of the exponentials among what S holds for T; the rest is x."""
+    return max(0.0, step.cost.shard_bytes[rank] - step.work.message_bytes)
+
+
+def _pool_bytes(step: StepPlan, rank: int) -> float:
+    """Return the bytes of exponentials that a CPU keeps for reuse and never frees."""
+    if step.work.on_cuda:
+        return 0.0
+    return _exponentials_bytes(step, rank) * _most_held(step.schedule.ranks[rank])
+
+
+def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
+    """Return what `step_peak` does, but of the passes alone."""
     work, order, cost = step.work, step.schedule.ranks[rank], step.cost
     message, on_cpu = float(work.message_bytes), not work.on_cuda
-    batches = 1 if on_cpu else 2  # a GPU has the next one, too
-    per_token = _TOKEN_BYTES + batches * _INDEX_BYTES
-    kept = _scratch_bytes(step, rank) + per_token * work.num_microbatches * work.num_tokens
-    always = kept + _MESSAGES * message + _rounded_weight_bytes(step, rank)
-    exponentials = max(0.0, cost.shard_bytes[rank] - message)  # the rest is x
-    # On a CPU the output layer keeps its buffers of exponentials for reuse and never frees them.
-    pool = exponentials * _most_held(order) if on_cpu else 0.0
-    activations, held, working = 0.0, pool, always
-    peak = max(
-        (activations, held, working), (0.0, pool, kept + _update_bytes(step, optim, rank)), key=sum
-    )
+    exponentials = _exponentials_bytes(step, rank)
+    activations, held = 0.0, _pool_bytes(step, rank)
+    working = _kept_bytes(step, rank) + _MESSAGES * message + _rounded_weight_bytes(step, rank)
+    peak = activations, held, working
+    highest = sum(peak)
     stages = step.problem.layout.stages_of(rank)
     offloads = [one for one in step.schedule.offloads if one.item.stage in stages]
     hosted = HostBytes.of(offloads, cost).away(order) if offloads else repeat((0.0, 0.0))
@@ -270,14 +310,17 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
             effects[key] = (layers, shards, left, _working_bytes(item, step))
         layers, shards, left, meanwhile = effects[key]
         during = (
-            activations + max(0.0, layers) - away,
-            held + max(0.0, shards),
+            activations + (layers if layers > 0.0 else 0.0) - away,
+            held + (shards if shards > 0.0 else 0.0),
             working + left + meanwhile,
         )
-        peak = max(peak, during, key=sum)
+        if sum(during) > highest:
+            peak, highest = during, sum(during)
         activations, held, working = activations + layers, held + shards, working + left
         if offloads:  # reloads take their memory before the next pass
-            peak = max(peak, (activations - away_after, held, working), key=sum)
+            after = activations - away_after, held, working
+            if sum(after) > highest:
+                peak, highest = after, sum(after)
     return peak
 
 

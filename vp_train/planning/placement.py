@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 
 from schedules.layout import Layout
 from schedules.problem import Problem
@@ -66,6 +67,7 @@ def _ways_to_split(num_layers: int, layout: Layout) -> list[str]:
     ]
 
 
+@cache
 def offloaded_layers(num_layers: int, part: float) -> int:
     """Return how many of a stage's layers keep their activations on the host.
 

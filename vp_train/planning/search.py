@@ -635,8 +635,8 @@ class _Search:
         self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
         refusal: ConfigError | None = None
         found: list[Estimate] = []
-        for optim in candidate.optimizers:
-            needs, rank = self._scales.needs(step, optim)
+        totals = self._scales.needs(step, candidate.optimizers)
+        for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue

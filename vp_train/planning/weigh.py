@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -32,6 +32,7 @@ from vp_train.planning.memory import (
     rank_memory,
     rank_state,
     state_of,
+    total_bytes,
 )
 from vp_train.planning.overlap import exchange
 from vp_train.planning.placement import balance, offloaded_layers, redistribute, split_vocabulary
@@ -299,7 +300,7 @@ class Scales:
         self._optimizers: dict[int, list[OptimConfig]] = {}
         self._splits: dict[tuple[Degrees, int, bool], _Split] = {}
         self._placed: dict[tuple[str, Layout], _Placed] = {}
-        self._peaks: dict[tuple[str, Layout, str, int], tuple[Peak, ...]] = {}
+        self._peaks: dict[tuple[str, Layout, int, int], tuple[Peak, ...]] = {}
         self._after: dict[tuple[Degrees, OptimConfig, int], float] = {}
         self._bounds: dict[tuple[object, ...], float] = {}
 
@@ -446,40 +447,23 @@ class Scales:
         drafted = self._draft(choice)
         peaks, ranks = self._peaks_of(choice, choice.layout), _looked_at(drafted)
         minimum = _at_peak(drafted.without_offloaded(), choice.schedule, peaks, ranks=ranks)
-        fitting, refusal = [], None
-        for optim in optimizers:
-            try:
-                self._check_memory(minimum, optim)
-            except TooLargeError as error:
-                refusal = min(refusal or error, error, key=lambda error: error.needs)
-            else:
-                fitting.append(optim)
+        needs = list(zip(optimizers, self.needs(minimum, optimizers), strict=True))
+        fitting = tuple(optim for optim, (num_bytes, _) in needs if num_bytes <= self.limit)
         if not fitting:
-            assert refusal is not None
-            raise refusal
+            optim, (least, rank) = min(needs, key=lambda one: one[1])
+            is_state = rank_state(minimum, optim, rank).state > self.limit
+            raise TooLargeError(least, self.limit, STATE if is_state else LEANEST, rank)
         passes = self._bound_of(choice, drafted)
         after = min(self.after(minimum, optim) for optim in fitting)
         kept = drafted.without_offloaded()
         moving = _on_device(choice) * max(drafted.cost.offload_bytes, default=0.0)
         peak = _at_peak(kept, choice.schedule, peaks, least=False, ranks=ranks)
-        seems_to_fit = self._fits(peak, fitting, moving)
+        held = max(peak.cost.shard_bytes) + moving
+        least, _ = min(self.needs(peak, fitting))
+        seems_to_fit = least + held <= self.limit
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
-        return Candidate(choice, drafted, passes, passes + after, tuple(fitting), seems_to_fit)
-
-    def _fits(self, step: StepPlan, optimizers: Iterable[OptimConfig], moving: float) -> bool:
-        """Return whether a step at its peak fits with one of the optimizers.
-
-        A held shard comes on top, and bytes that are `moving` to the host and back.
-        """
-        held = max(step.cost.shard_bytes) + moving
-        for optim in optimizers:
-            try:
-                self._check_memory(step, optim, held)
-            except TooLargeError:
-                continue
-            return True
-        return False
+        return Candidate(choice, drafted, passes, passes + after, fitting, seems_to_fit)
 
     def after(self, step: StepPlan, optim: OptimConfig) -> float:
         """Return the seconds of a step after its passes, the least if it was not simulated."""
@@ -510,16 +494,11 @@ class Scales:
             split_backward=family.split_backward,
         )
 
-    def needs(self, step: StepPlan, optim: OptimConfig) -> tuple[float, int]:
-        """Return the bytes of the rank that needs most, and that rank; of many look at a few."""
-        return max((rank_memory(step, optim, rank).total, rank) for rank in _looked_at(step))
-
-    def _check_memory(self, step: StepPlan, optim: OptimConfig, held: float = 0.0) -> None:
-        """Raise TooLargeError if a rank needs more than the limit, with `held` bytes on top."""
-        needs, rank = self.needs(step, optim)
-        if needs + held > self.limit:
-            is_state = rank_state(step, optim, rank).state > self.limit
-            raise TooLargeError(needs + held, self.limit, STATE if is_state else LEANEST, rank)
+    def needs(self, step: StepPlan, optimizers: Sequence[OptimConfig]) -> list[tuple[float, int]]:
+        """Return the most bytes of a rank for each optimizer, and that rank; of many try a few."""
+        ranks = _looked_at(step)
+        found = [total_bytes(step, optimizers, rank) for rank in ranks]
+        return [max(zip(of_ranks, ranks, strict=True)) for of_ranks in zip(*found, strict=True)]
 
     def _bound_of(self, choice: Choice, drafted: Draft) -> float:
         """Return the lower bound of the passes, which several schedules share."""
@@ -566,33 +545,35 @@ class Scales:
         everything.
         """
         layout, peaks = choice.layout, self._peaks_of(choice, choice.layout)
+        kept, fewer = without.cost.stage_bytes, saving.cost.stage_bytes
         kinds = ["none"] * layout.num_stages
-        kept = list(without.cost.stage_bytes)
+
+        def fits(rank: int, recomputing: Collection[int]) -> bool:
+            found, held = list(without.recompute), list(kept)
+            for stage in recomputing:
+                found[stage], held[stage] = choice.recompute, fewer[stage]
+            cost = replace(without.cost, stage_bytes=tuple(held))
+            mixed = replace(without, recompute=tuple(found), cost=cost)
+            step = _at_peak(mixed, choice.schedule, peaks, ranks=[rank])
+            return rank_memory(step, optim, rank).total + cost.shard_bytes[rank] <= self.limit
+
+        count = 0  # of stages that recompute, at first as many as on the rank before
         for rank, peak in enumerate(peaks):
-            held = zip(layout.stages_of(rank), peak.counts, strict=True)
-            by_saving = sorted(
-                held, key=lambda pair: -pair[1] * (kept[pair[0]] - saving.cost.stage_bytes[pair[0]])
-            )
-            waiting = [stage for stage, _ in by_saving]
-            while waiting:
-                mixed = replace(
-                    without,
-                    recompute=tuple(kinds),
-                    cost=replace(without.cost, stage_bytes=tuple(kept)),
-                )
-                step = _at_peak(mixed, choice.schedule, peaks, ranks=[rank])
-                needs = rank_memory(step, optim, rank).total + mixed.cost.shard_bytes[rank]
-                if needs <= self.limit:
-                    break
-                stage = waiting.pop(0)
-                kinds[stage], kept[stage] = choice.recompute, saving.cost.stage_bytes[stage]
+            flying = dict(zip(layout.stages_of(rank), peak.counts, strict=True))
+            order = sorted(flying, key=lambda n: -flying[n] * (kept[n] - fewer[n]))
+            while count > 0 and fits(rank, order[: count - 1]):
+                count -= 1
+            while count < len(order) and not fits(rank, order[:count]):
+                count += 1
+            for stage in order[:count]:
+                kinds[stage] = choice.recompute
         return tuple(kinds)
 
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
         count = _enough(choice.schedule, choice.num_microbatches, layout)
-        key = (choice.schedule, layout, choice.vocab, count)
+        algorithm = VOCAB_ALGORITHMS[choice.vocab]
+        key = (choice.schedule, layout, algorithm.extra_in_flight, count)
         if key not in self._peaks:
-            algorithm = VOCAB_ALGORITHMS[choice.vocab]
             split_backward = GENERATORS[choice.schedule].split_backward
             problem = Problem(layout, count, algorithm, split_backward)
             self._peaks[key] = peaks_of(choice.schedule, problem, check=False)
