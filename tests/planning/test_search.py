@@ -236,7 +236,7 @@ def test_recomputation_where_needed_fits_and_is_faster_than_everywhere():
     )
     roomy, everywhere = Scales(config, 75 * GIB), replace(choice, recompute_where_needed=False)
     least, most = (
-        roomy.needs(step.draft.with_named("v_half"), config.optim)[0]
+        roomy.needs(step.draft.with_named("v_half"), [config.optim])[0][0]
         for step in (
             roomy.draft(everywhere),
             roomy.draft(replace(everywhere, recompute="none")),
@@ -289,7 +289,7 @@ def test_a_short_step_gives_the_time_and_the_memory_of_a_long_one(schedule, voca
     whole = drafted.with_named(schedule)
     assert seconds == pytest.approx(whole.timeline.makespan, rel=0.02)
     scales = Scales(config, 75 * GIB)
-    needs, needed = (scales.needs(one, config.optim)[0] for one in (step, whole))
+    needs, needed = (scales.needs(one, [config.optim])[0][0] for one in (step, whole))
     assert needs == pytest.approx(needed, rel=0.05)
 
 

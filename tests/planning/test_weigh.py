@@ -137,7 +137,7 @@ def test_a_choice_may_need_all_the_memory_and_no_byte_more(choice):
         assert (found is None) == (words is None), limit
         assert found is None or found.constraint.endswith(words)
     step = minimum_step(choice.schedule, roomy.draft(choice).draft)
-    needs = min(roomy.needs(step, optim)[0] for optim in optimizers_of(config, choice.degrees.dp))
+    needs = min(roomy.needs(step, optimizers_of(config, choice.degrees.dp)))[0]
     assert Scales(config, needs).draft(choice)
     with pytest.raises(TooLargeError):
         Scales(config, math.nextafter(needs, 0)).draft(choice)
@@ -231,7 +231,7 @@ def test_what_offloads_seems_to_fit_if_also_what_is_on_its_way_to_the_host_does(
         settings = {"vocab": "none", "recompute": "none", "offload": 1.0, "num_chunks": chunks}
         choice = replace(choice_of(4, schedule=schedule, **settings), micro_batch_size=size)
         step, _, _ = short_step(Scales(config, math.inf).draft(choice).draft, schedule)
-        needs, _ = Scales(config, math.inf).needs(step, config.optim)
+        ((needs, _),) = Scales(config, math.inf).needs(step, [config.optim])
         for part, fits in ((0.9, False), (1.1, True)):
             scales = Scales(config, part * needs, (config.optim,))
             assert scales.draft(choice).seems_to_fit is fits, (size, part)

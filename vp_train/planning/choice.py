@@ -78,6 +78,16 @@ class Choice:
         return self.degrees.pp > 1 and VOCAB_ALGORITHMS[self.vocab].sharded
 
     @property
+    def redistributes(self) -> bool:
+        """Return whether the last stage has fewer layers, since it has the output layer."""
+        return self.placement == "redistribute"
+
+    @property
+    def recomputes_partly(self) -> bool:
+        """Return whether only some of the stages recompute."""
+        return self.recompute_where_needed or self.recompute_per_stage is not None
+
+    @property
     def layout(self) -> Layout:
         return GENERATORS[self.schedule].layout_of(self.degrees.pp, self.num_chunks)
 
@@ -395,6 +405,41 @@ def offloading(choice: Choice, num_layers: int) -> list[Choice]:
         for recompute in RECOMPUTE[: strongest + 1]
         for part in parts
     ]
+
+
+def neighbours(choice: Choice, others: Iterable[Choice]) -> list[Choice]:
+    """Return those of the `others` that differ from `choice` in one thing, offloading as much.
+
+    These things are the degrees, the size of a microbatch, the schedule with its chunks, the
+    vocabulary algorithm, the placement, what is recomputed, and sequence parallelism.  With the
+    degrees the chunks and sequence parallelism may change, and with the algorithm the placement.
+    """
+    return [
+        replace(other, offload=choice.offload)
+        for other in others
+        if _differences(choice, other) == 1
+        and not (choice.offload and other.recompute_where_needed)
+    ]
+
+
+def _differences(choice: Choice, other: Choice) -> int:
+    """Return in how many things two choices differ, see `neighbours`."""
+    splits, moves = choice.degrees != other.degrees, choice.vocab != other.vocab
+    return (
+        splits
+        + moves
+        + (choice.micro_batch_size != other.micro_batch_size)
+        + (
+            choice.schedule != other.schedule
+            or (choice.num_chunks != other.num_chunks and not splits)
+        )
+        + (choice.redistributes != other.redistributes and not moves)
+        + (
+            choice.recompute != other.recompute
+            or choice.recomputes_partly != other.recomputes_partly
+        )
+        + (choice.sequence_parallel != other.sequence_parallel and not splits)
+    )
 
 
 def splits_of(config: RunConfig) -> list[Degrees]:

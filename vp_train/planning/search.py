@@ -8,8 +8,9 @@ It goes from cheap to dear, and each stage sees fewer choices:
 3. Estimate them by the simulation of a short step, from which the time of a long one follows.
    While none fits, the leanest is tried first.
 4. Estimate with offloaded activations what device memory alone rules out and may be faster.
-5. Estimate vocab.balance in the place of what may be among the best with it.
-6. Plan the best estimates as a run would plan them.
+5. Estimate what differs in one setting from the best with and without vocabulary parallelism.
+6. Estimate vocab.balance in the place of what may be among the best with it.
+7. Plan the best estimates as a run would plan them.
 
 Links to hosts and their memory are assumed, so a step with offloaded activations counts as half a
 percent longer wherever it is compared (`counted`).
@@ -37,6 +38,7 @@ from vp_train.planning.choice import (
     Space,
     batch_of,
     fitting_batches,
+    neighbours,
     offloading,
     replicas_of,
     space_of,
@@ -68,7 +70,7 @@ _WEIGH_NODES, _DRAFT_NODES = 4, 12
 # Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
 _FIRST_DRAFTS = 32
 _DEAR = 0.1  # part of the effort that one estimate may take before others had their turn
-_FOR_ESTIMATES = 0.6  # part of the effort; the rest is for whole plans
+_FOR_ESTIMATES = 0.5  # part of the effort; the rest is for whole plans
 # A whole step may take so much less than its estimate.
 _SLACK = 0.01
 # Choices of the same schedule and step exceed their lower bounds by similar factors, at least by
@@ -78,7 +80,8 @@ _MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND = 20
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
-_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.5, 0.25
+_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
+_FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
 # A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
@@ -288,6 +291,7 @@ class _Search:
         self._unweighed: list[int] = []
         # By number of the choice: itself, the lower bound of its step, and what was drafted.
         self._choices = list(space.choices)
+        self._numbers = {choice: number for number, choice in enumerate(self._choices)}
         self._bounds: dict[int, float] = {}
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
@@ -296,6 +300,7 @@ class _Search:
         self._refused: list[Refusal] = []
         self._estimates: list[Estimate] = []
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
+        self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
 
     def run(self, *, plans: bool = True) -> Result:
@@ -312,6 +317,7 @@ class _Search:
                 offloads = False
             self._estimate_other_kind()
             if plans:
+                self._look_around()
                 self._balance()
                 self._plan()
             after = self._num_estimated, len(self._estimates)
@@ -500,23 +506,66 @@ class _Search:
 
         They have a queue of their own, in which only the best of each kind is looked for.
         """
-        _, first_of = self._to_beat(1)
         queue = _Queue()
         for choice in self._offloading():
-            self._spent += _WEIGH_NODES
-            try:
-                weight = self._scales.weigh(choice)
-            except ConfigError:
-                continue
-            is_faster = counted(choice, weight.seconds) < first_of[choice.splits_vocabulary]
-            if is_faster and weight.seems_to_fit:
-                self._put(queue, len(self._choices), weight)
-                self._choices.append(choice)
-                self._items.append(None)
+            self._weigh_into(queue, choice)
         effort = self._limits.effort
         self._enough = max(_FOR_ESTIMATES * effort, self._spent + _FOR_OFFLOADING * effort)
         self._estimate(queue, 1)
         self._queue.add(queue)
+
+    def _weigh_into(self, queue: _Queue, choice: Choice) -> None:
+        """Put a choice that is not in the space into a queue if it may be the best of its kind."""
+        self._spent += _WEIGH_NODES
+        try:
+            weight = self._scales.weigh(choice)
+        except ConfigError:
+            return
+        _, first_of = self._to_beat(1)
+        is_faster = counted(choice, weight.seconds) < first_of[choice.splits_vocabulary]
+        if is_faster and weight.seems_to_fit:
+            number = self._numbers[choice] = len(self._choices)
+            self._put(queue, number, weight)
+            self._choices.append(choice)
+            self._items.append(None)
+
+    def _look_around(self) -> None:
+        """Estimate what differs in one thing from the best of each kind, as long as that helps.
+
+        The effort ends before many bounds are tight, and what is offloaded was weighed for some of
+        the choices only.  What is next to the best is the likeliest to be better.
+        """
+        before, part = self._enough, _FOR_NEIGHBOURS * self._limits.effort
+        until = self._spent + part
+        while self._spent < until and self._in_time():
+            firsts = [self._first(splits_vocabulary=splits) for splits in (True, False)]
+            new = [first.candidate.choice for first in firsts if first is not None]
+            new = [choice for choice in new if choice not in self._looked_around]
+            if not new:
+                break
+            self._looked_around.update(new)
+            found = list(dict.fromkeys(other for one in new for other in self._around(one)))
+            for splits in (True, False):
+                queue = _Queue()
+                for choice in found:
+                    number = self._numbers.get(choice)
+                    if choice.splits_vocabulary is not splits or number in self._done:
+                        continue
+                    if number is None:
+                        self._weigh_into(queue, choice)
+                    elif number in self._bounds:
+                        queue.put(number, self._bounds[number], 0.0)
+                self._enough = min(until, self._spent + part / 2)
+                self._estimate(queue, 1)
+                self._queue.add(queue)
+        self._enough = max(before, self._spent)
+
+    def _around(self, choice: Choice) -> list[Choice]:
+        """Return the choices that `_look_around` tries."""
+        found = neighbours(choice, self._space.choices)
+        if self._is_on_gpus:
+            found += offloading(choice, self._num_layers)
+        return [one for one in found if self._space.kept.against(one) is None]
 
     def _offloading(self) -> list[Choice]:
         """Return the choices with offloaded activations to try.
@@ -535,13 +584,12 @@ class _Search:
         ]
         least = self._space.kept.values.get("parallel.recompute", "none")
         binding += [choice for choice in larger if not best or choice.recompute == least]
-        known = set(self._choices)
         return [
             choice
             for choice in dict.fromkeys(
                 other for bound in binding for other in offloading(bound, self._num_layers)
             )
-            if choice not in known and self._space.kept.against(choice) is None
+            if choice not in self._numbers and self._space.kept.against(choice) is None
         ]
 
     def _look_at_doubtful(self, queue: _Queue) -> None:

@@ -341,11 +341,13 @@ class Scales:
         if split.host_state > self._host_limit:
             fitting = [(state, optim) for state, optim in fitting if not optim.offload]
         moved = self._moved_bytes(choice, split, placed)
-        seems_to_fit = any(
-            state + expected <= self.limit
-            and moved + split.host_state * optim.offload <= self._host_limit
+        likely = [
+            (state, optim)
             for state, optim in fitting
-        )
+            if state + expected <= self.limit
+            and moved + split.host_state * optim.offload <= self._host_limit
+        ]
+        seems_to_fit, fitting = bool(likely), likely or fitting
         after = [self._after_of(split.work, optim, parameters) for _, optim in fitting]
         # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
         # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
@@ -454,13 +456,17 @@ class Scales:
             is_state = rank_state(minimum, optim, rank).state > self.limit
             raise TooLargeError(least, self.limit, STATE if is_state else LEANEST, rank)
         passes = self._bound_of(choice, drafted)
-        after = min(self.after(minimum, optim) for optim in fitting)
         kept = drafted.without_offloaded()
         moving = _on_device(choice) * max(drafted.cost.offload_bytes, default=0.0)
         peak = _at_peak(kept, choice.schedule, peaks, least=False, ranks=ranks)
         held = max(peak.cost.shard_bytes) + moving
-        least, _ = min(self.needs(peak, fitting))
-        seems_to_fit = least + held <= self.limit
+        likely = [
+            optim
+            for optim, (num_bytes, _) in zip(fitting, self.needs(peak, fitting), strict=True)
+            if num_bytes + held <= self.limit
+        ]
+        seems_to_fit = bool(likely)
+        after = min(self.after(minimum, optim) for optim in likely or fitting)
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
         return Candidate(choice, drafted, passes, passes + after, fitting, seems_to_fit)
