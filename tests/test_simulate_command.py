@@ -123,7 +123,7 @@ def test_rows_that_would_balance_the_work_are_proposed_and_do(vp_simulate):
     assert code == 0
     assert (
         "vocab.balance=true would take 5.8% off the work of the busiest rank, "
-        "with 7,296 to 10,880 rows per rank" in out
+        "with 7,296 to 10,880 rows" in out
     )
     even, balanced = (
         simulate_step(load_config([*uneven, f"vocab.balance={words}"])).timeline

@@ -158,10 +158,10 @@ def _batch_words(config: RunConfig, tokens: int | None, *, is_default: bool) -> 
     words = f"batch: {count:,} {plural(count, 'sequence')} of {length:,} tokens"
     words += f", {count * length:,} tokens in a step"
     if is_default:
-        return f"{words}, by default; --tokens N or num_microbatches=N sets another"
+        return f"{words}, by default; --tokens N sets another"
     if tokens is None or tokens == count * length:
         return words
-    return f"{words}; --tokens {tokens:,} is rounded to a number of sequences that many dp divide"
+    return f"{words}, rounded from --tokens {tokens:,}"
 
 
 def _json_file(options: Mapping[str, str]) -> Path | None:
