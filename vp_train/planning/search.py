@@ -300,6 +300,7 @@ class _Search:
         self._refused: list[Refusal] = []
         self._estimates: list[Estimate] = []
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
+        self._offloads: set[Choice] = set()  # those of them that were weighed
         self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
 
@@ -516,6 +517,9 @@ class _Search:
 
     def _weigh_into(self, queue: _Queue, choice: Choice) -> None:
         """Put a choice that is not in the space into a queue if it may be the best of its kind."""
+        if choice in self._offloads:
+            return
+        self._offloads.add(choice)
         self._spent += _WEIGH_NODES
         try:
             weight = self._scales.weigh(choice)
@@ -558,12 +562,12 @@ class _Search:
                 self._enough = min(until, self._spent + part / 2)
                 self._estimate(queue, 1)
                 self._queue.add(queue)
-        self._enough = max(before, self._spent)
+        self._enough = before
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
         found = neighbours(choice, self._space.choices)
-        if self._is_on_gpus:
+        if self._is_on_gpus and (choice.offload or choice.recompute != "none"):
             found += offloading(choice, self._num_layers)
         return [one for one in found if self._space.kept.against(one) is None]
 

@@ -42,6 +42,9 @@ from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 _MOST_RANKS = 16  # of which the memory is looked at one by one
+# What would need so many times the limit as the base order says is refused without a simulation,
+# which has been seen to need two thirds of that.
+_FAR_TOO_LARGE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,10 +463,13 @@ class Scales:
         moving = _on_device(choice) * max(drafted.cost.offload_bytes, default=0.0)
         peak = _at_peak(kept, choice.schedule, peaks, least=False, ranks=ranks)
         held = max(peak.cost.shard_bytes) + moving
+        expected = [num_bytes + held for num_bytes, _ in self.needs(peak, fitting)]
+        if min(expected) > _FAR_TOO_LARGE * self.limit:
+            raise TooLargeError(min(expected), self.limit, SIMULATED)
         likely = [
             optim
-            for optim, (num_bytes, _) in zip(fitting, self.needs(peak, fitting), strict=True)
-            if num_bytes + held <= self.limit
+            for optim, num_bytes in zip(fitting, expected, strict=True)
+            if num_bytes <= self.limit
         ]
         seems_to_fit = bool(likely)
         after = min(self.after(minimum, optim) for optim in likely or fitting)
