@@ -28,8 +28,8 @@ from schedules.cost import CostModel
 from schedules.ir import Kind, Offload, Pass, Schedule
 from schedules.network import Network, Orders
 from schedules.problem import Problem
-from schedules.simulate import peak, simulate_order, sweep
-from schedules.transfers import HostBytes
+from schedules.simulate import peak, sweep
+from schedules.transfers import HostLinks, device_peak
 
 _SLACK = 0.1  # part of a transfer's time by which its end is early
 _WAITS = (0.0, 0.5, 1.0, 2.0, math.inf)  # for the link to the host, in transfers
@@ -55,12 +55,22 @@ def place_transfers(schedule: Schedule, problem: Problem, cost: CostModel) -> Sc
     def try_at(ends: list[list[float]]) -> None:
         """Keep what is placed at these ends of the passes of every rank if it is better."""
         nonlocal best, lowest, following
-        found = replace(schedule, offloads=_placed_at(ends, schedule, problem, cost))
-        timeline = simulate_order(found, problem, cost)
-        peaks = list(timeline.peak_bytes)
-        if timeline.makespan <= swept.makespan * (1 + _LONGER) and _is_lower(peaks, lowest):
+        placed = [
+            _Rank.of(order, of_rank, problem, cost).best()
+            for order, of_rank in zip(schedule.ranks, ends, strict=True)
+        ]
+        peaks = [of_rank for _, of_rank in placed]
+        if not _is_lower(peaks, lowest):
+            return
+        offloads = tuple(offload for of_rank, _ in placed for offload in of_rank)
+        found = replace(schedule, offloads=offloads)
+        again = sweep(network, orders, HostLinks.of(found, problem, cost, network))
+        if again.makespan <= swept.makespan * (1 + _LONGER):
             best, lowest = found, peaks
-            following = [[span.end for span in spans] for spans in timeline.compute]
+            following = [
+                [again.start[number] + network.seconds[number % network.size] for number in order]
+                for order in orders
+            ]
 
     for ends in (late, early):
         if not following:
@@ -68,17 +78,6 @@ def place_transfers(schedule: Schedule, problem: Problem, cost: CostModel) -> Sc
     if following:
         try_at(following)
     return best
-
-
-def _placed_at(
-    ends: list[list[float]], schedule: Schedule, problem: Problem, cost: CostModel
-) -> tuple[Offload, ...]:
-    """Return what is offloaded if the passes of every rank end at `ends`."""
-    ranks = (
-        _Rank.of(order, of_rank, problem, cost)
-        for order, of_rank in zip(schedule.ranks, ends, strict=True)
-    )
-    return tuple(offload for rank in ranks for offload in rank.best())
 
 
 def _with_late_forwards(
@@ -128,6 +127,15 @@ class _Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class _Away:
+    """Activations that are away from the pass at the place `first` to that at `last`."""
+
+    kept: _Kept
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Rank:
     """The passes of one rank with their times, and what it may offload."""
 
@@ -155,20 +163,35 @@ class _Rank:
         starts = [end - cost.seconds(item) for end, item in zip(ends, order, strict=True)]
         return cls(order, starts, ends, kept, cost)
 
-    def best(self) -> list[Offload]:
-        """Return what is offloaded with the lowest peak, the fewest of that, in their order."""
-        found: list[Offload] = []
+    def best(self) -> tuple[list[Offload], float]:
+        """Return what is offloaded with the lowest peak, the fewest of that, and that peak."""
+        found: list[_Away] = []
         changes = list(map(self.cost.byte_change, self.order))
         lowest = peak(changes)
         for wait in _WAITS:
-            offloads = self._placed(wait)
-            held = HostBytes.of(offloads, self.cost).peak(self.order, changes)
-            if held < lowest * (1 - 1e-9) or (held <= lowest and len(offloads) < len(found)):
-                found, lowest = offloads, held
-        return found
+            placed = self._placed(wait)
+            held = self._peak(placed, changes)
+            if held < lowest * (1 - 1e-9) or (held <= lowest and len(placed) < len(found)):
+                found, lowest = placed, held
+        offloads = [
+            Offload(one.kept.item, self.order[one.first], self.order[one.last]) for one in found
+        ]
+        return offloads, lowest
 
-    def _placed(self, wait: float) -> list[Offload]:
-        """Return what can be offloaded that leaves within `wait` transfers after its forward."""
+    def _peak(self, placed: list[_Away], changes: list[float]) -> float:
+        """Return the most bytes on the device, where passes add `changes`."""
+        before, after = [0.0] * len(changes), [0.0] * len(changes)
+        for one in placed:
+            num_bytes, _ = self.cost.offload(one.kept.item.stage)
+            before[one.first] += num_bytes
+            after[one.last] += num_bytes
+        return device_peak(changes, before, after)
+
+    def _placed(self, wait: float) -> list[_Away]:
+        """Return what can be offloaded that leaves within `wait` transfers after its forward.
+
+        It is in the order of the forward passes.
+        """
         free = 0.0
         leaving: list[tuple[_Kept, int]] = []  # with the first pass during which it is away
         for kept in self.kept:
@@ -181,15 +204,15 @@ class _Rank:
             if first <= self._last(kept, self.starts[kept.read]):
                 free = start + kept.seconds
                 leaving.append((kept, first))
-        found: list[tuple[int, Offload]] = []
+        found: list[_Away] = []
         busy = math.inf  # from then on the way back is taken
         for kept, first in sorted(leaving, key=lambda pair: -pair[0].read):
             until = min(busy, self.starts[kept.read] - _SLACK * kept.seconds)
             last = self._last(kept, until)
             if first <= last:
-                found.append((last, Offload(kept.item, self.order[first], self.order[last])))
+                found.append(_Away(kept, first, last))
                 busy = until - kept.seconds
-        return [offload for _, offload in reversed(found)]
+        return found[::-1]
 
     def _last(self, kept: _Kept, until: float) -> int:
         """Return the place of the last pass after which a reload ends by `until`."""

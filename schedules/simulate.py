@@ -174,12 +174,13 @@ def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
     comm: list[Span] = []
     orders: Orders = [[] for _ in range(num_ranks)]
     roots = [problem.root(end) for end in End]
+    kinds = [node.kind.value if isinstance(node, Pass) else "" for node in network.nodes]
     for number in swept.order:
         microbatch, k = divmod(number, size)
         node, lane, start = network.nodes[k], network.lanes[k], swept.start[number]
         end = start + network.seconds[k]
         if isinstance(node, Pass):
-            kind, stage = node.kind.value, node.stage
+            kind, stage = kinds[k], node.stage
             name = f"{stage}{kind}{microbatch}"
             compute[lane].append(Span(lane, name, kind, stage, microbatch, start, end))
             orders[lane].append(number)

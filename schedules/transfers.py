@@ -60,24 +60,26 @@ class Moves:
 
 @dataclass(slots=True)
 class Link:
-    """The link of one rank: when each direction is free, and what has been offloaded when.
-
-    `transfers` are the copies so far, in the order of their issue.
-    """
+    """The link of one rank: when each direction is free, and what has been copied when."""
 
     rank: int
     cost: CostModel
     free: dict[str, float] = field(default_factory=lambda: {OFFLOAD: 0.0, RELOAD: 0.0})
-    transfers: list[Transfer] = field(default_factory=list)
+    _run: list[tuple[Pass, str, float, float, float]] = field(default_factory=list)
 
     def issue(self, item: Pass, kind: str, now: float) -> float:
         """Run a transfer of what `item` keeps that is issued `now`, and return its end."""
-        num_bytes, seconds = self.cost.offload(item.stage)
         start = max(now, self.free[kind])
-        end = self.free[kind] = start + seconds
-        span = Span(self.rank, f"{kind}:{item}", kind, item.stage, item.microbatch, start, end)
-        self.transfers.append(Transfer(span, now, num_bytes))
+        end = self.free[kind] = start + self.cost.offload(item.stage)[1]
+        self._run.append((item, kind, now, start, end))
         return end
+
+    @property
+    def transfers(self) -> Iterator[Transfer]:
+        """The copies so far, in the order of their issue."""
+        for item, kind, now, start, end in self._run:
+            span = Span(self.rank, f"{kind}:{item}", kind, item.stage, item.microbatch, start, end)
+            yield Transfer(span, now, self.cost.offload(item.stage)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,27 @@ class HostBytes:
 
         `byte_changes` are what its passes add at their start, or free at their end if below 0.
         """
-        held = highest = 0.0
-        for change, (during, after) in zip(byte_changes, self.away(order), strict=True):
-            highest = max(highest, held + max(0.0, change) - during, held + change - after)
-            held += change
-        return highest
+        before = [self.before.get(item, 0.0) for item in order]
+        after = [self.after.get(item, 0.0) for item in order]
+        return device_peak(byte_changes, before, after)
+
+
+def device_peak(
+    byte_changes: Iterable[float], before: Iterable[float], after: Iterable[float]
+) -> float:
+    """Return the most bytes that a rank keeps on its device at any time.
+
+    `byte_changes` are what its passes add at their start, or free at their end if below 0. `before`
+    and `after` are the bytes that go to host memory before each pass, and that come back after it.
+    """
+    held = highest = away = 0.0
+    for change, leaving, returning in zip(byte_changes, before, after, strict=True):
+        away += leaving
+        during = held - away if change < 0.0 else held + change - away
+        if during > highest:
+            highest = during
+        away -= returning
+        held += change
+        if held - away > highest:
+            highest = held - away
+    return highest

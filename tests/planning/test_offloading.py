@@ -365,7 +365,7 @@ def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
     names = ("micro_batch_size", "parallel.tp", "parallel.sequence_parallel", "vocab")
     space = space_of(config, Kept.of(config, names))
     said = []
-    (first,) = search(config, Limits(1, effort=80_000), lambda: True, said.append, space).best
+    (first,) = search(config, Limits(1, effort=100_000), lambda: True, said.append, space).best
     counts = [int(words.split()[0]) for words in said if "looked at" in words]
     assert counts == list(range(1, len(counts) + 1)), "also what offloads, in a queue of its own"
     assert counts
