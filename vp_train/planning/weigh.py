@@ -42,6 +42,7 @@ from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 _MOST_RANKS = 16  # of which the memory is looked at one by one
+_ABOUT = 1.05  # times the limit are bytes with which an optimizer may still fit
 # What would need so many times the limit as the base order says is refused without a simulation,
 # which has been seen to need two thirds of that.
 _FAR_TOO_LARGE = 2
@@ -347,10 +348,11 @@ class Scales:
         likely = [
             (state, optim)
             for state, optim in fitting
-            if state + expected <= self.limit
+            if state + expected <= _ABOUT * self.limit
             and moved + split.host_state * optim.offload <= self._host_limit
         ]
-        seems_to_fit, fitting = bool(likely), likely or fitting
+        seems_to_fit = any(state + expected <= self.limit for state, _ in likely)
+        fitting = likely or fitting
         after = [self._after_of(split.work, optim, parameters) for _, optim in fitting]
         # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
         # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
@@ -466,12 +468,12 @@ class Scales:
         expected = [num_bytes + held for num_bytes, _ in self.needs(peak, fitting)]
         if min(expected) > _FAR_TOO_LARGE * self.limit:
             raise TooLargeError(min(expected), self.limit, SIMULATED)
+        seems_to_fit = min(expected) <= self.limit
         likely = [
             optim
             for optim, num_bytes in zip(fitting, expected, strict=True)
-            if num_bytes <= self.limit
+            if num_bytes <= _ABOUT * self.limit
         ]
-        seems_to_fit = bool(likely)
         after = min(self.after(minimum, optim) for optim in likely or fitting)
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
