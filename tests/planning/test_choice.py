@@ -17,6 +17,7 @@ from vp_train.planning.choice import (
     Kept,
     batch_of,
     fitting_batches,
+    neighbours,
     offloading,
     optimizers_of,
     replicas_of,
@@ -195,6 +196,35 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
         assert offloading(one, layers) == [
             replace(plain, recompute=kind, offload=part) for kind in kinds for part in parts
         ]
+
+
+def test_neighbours_differ_in_one_thing_and_lead_from_any_choice_to_all_others():
+    choices = space_of(config_of(per_node=2, batch=2)).choices
+    (start,) = (
+        choice
+        for choice in choices
+        if (choice.degrees.pp, choice.schedule, choice.num_chunks) == (2, "interleaved", 3)
+        and (choice.vocab, choice.recompute, choice.placement) == ("none", "full", "even")
+        and (choice.micro_batch_size, choice.recompute_where_needed) == (1, False)
+    )
+    near = neighbours(start, choices)
+    assert start not in near
+    assert replace(start, recompute="none") in near
+    assert replace(start, placement="redistribute") in near
+    assert replace(start, vocab="one_barrier", placement="redistribute") not in choices
+    assert replace(start, vocab="one_barrier") in near
+    assert replace(start, num_chunks=2, placement="balanced") in near
+    assert replace(start, num_chunks=2, placement="balanced", recompute="none") not in near
+    for other in near:
+        assert start in neighbours(other, choices)
+    moving = neighbours(replace(start, offload=0.5), choices)
+    assert moving == [replace(one, offload=0.5) for one in near if not one.recompute_where_needed]
+    reached, waiting = {start}, [start]
+    while waiting:
+        new = set(neighbours(waiting.pop(), choices)) - reached
+        reached |= new
+        waiting += new
+    assert reached == set(choices)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -588,6 +588,58 @@ def test_what_was_drafted_before_is_not_drafted_again_for_the_other_kind(enter):
         assert number_of(world, found.without_vocabulary) == 1
 
 
+def test_what_is_next_to_the_best_is_tried_though_the_effort_for_others_is_spent(enter):
+    """Bounds far too low come first.  What is better has neighbours of its own."""
+    decoys = [Facts(1.0, 30.0) for _ in range(40)]
+    facts = [Facts(9.0, 9.0, least=0.0), *decoys, Facts(8.0, 8.5), Facts(7.5, 8.2), Facts(8.1, 9.0)]
+    for near, found in (({}, 0), ({0: [41]}, 41), ({0: [41], 41: [42, 43, 0], 42: [43]}, 42)):
+        world = World(facts)
+        world.near = near
+        enter(world)
+        result = run(world, effort=6_000)
+        assert numbers(world, result.best) == [found]
+        assert result.num_unseen[True] > 10
+
+
+def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_that(enter):
+    """As long as bounds are low, what is dear is estimated; both kinds have their turn."""
+    facts = [Facts(9.0, 9.0, least=0.0), Facts(9.0, 9.0, placed=10**6)]
+    facts += [Facts(1.0, 30.0, placed=100, stages=0) for _ in range(40)]
+    choices = [choice_of(number, splits=number < 20) for number in range(len(facts))]
+    world = World(facts, choices)
+    world.near = {0: range(2, 42)}
+    enter(world)
+    searching = _Search(
+        CONFIG, Limits(1, 0.0, 4_000), lambda: True, len, Space((), Counter(), (ADAMW,))
+    )
+    searching._estimates.append(searching._estimate_of(world.draft(choices[0])))
+    searching._num_estimated = 0
+    world.log.clear()
+    for number in range(2, 42):
+        searching._bounds[number] = 1.0
+    searching._choices, searching._items = choices, [None] * len(choices)
+    searching._numbers = {choice: number for number, choice in enumerate(choices)}
+    searching._look_around()
+    tried = world.asked("short")
+    assert [sum(number < 20 for number in tried), sum(number >= 20 for number in tried)] == [3, 3]
+
+
+@pytest.mark.parametrize(("least", "leaner"), [(0.9, 3), (0.91, None)])
+def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothing(
+    enter, least, leaner
+):
+    """At most a hundredth slower, with a tenth less memory; all are planned and that counts."""
+    seconds, sizes = (10.0, 10.09, 10.2, 10.1), (1.0, 0.95, 0.1, least)
+    facts = [Facts(1.0, s, memory=size * GIB) for s, size in zip(seconds, sizes, strict=True)]
+    choices = [choice_of(number, offload=part) for number, part in enumerate((1.0, 0.0, 0.0, 1.0))]
+    world = World(facts, choices)
+    enter(world)
+    found = run(world, top=4)
+    assert numbers(world, found.best) == [0, 1, 3, 2]
+    assert number_of(world, found.without_offloading) == 1
+    assert number_of(world, found.leaner) == leaner
+
+
 def test_estimates_are_planned_while_they_may_be_among_the_best(enter):
     """A plan may take a hundredth less than its estimate, and no more."""
     facts = [

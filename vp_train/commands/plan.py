@@ -53,6 +53,7 @@ from vp_train.planning.placement import (
 from vp_train.planning.plan import SEARCHING, in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport, make_report
 from vp_train.planning.search import (
+    MARGIN_OF_OFFLOADING,
     Estimate,
     Found,
     Limits,
@@ -234,6 +235,8 @@ def search_record(config: RunConfig, result: Result) -> dict[str, Any]:
     firsts = {
         "with_vocabulary_parallelism": result.with_vocabulary,
         "without_vocabulary_parallelism": result.without_vocabulary,
+        "without_offloading": result.without_offloading,
+        "leaner": result.leaner,
     }
     return {
         "best": [
@@ -513,6 +516,7 @@ def search_lines(
         lines += _host_memory_lines(result.best)
         lines += _slow_link_lines(config, first)
         lines += _vocabulary_lines(config, result)
+        lines += _other_lines(config, result)
         if first.report.work.on_cuda and first.report.degrees.num_ranks > 1:
             lines += [f"fsdp: {_fsdp_words(config, first.report)}"]
         lines += [""]
@@ -567,12 +571,32 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
         left = result.num_unseen[not splits]
         found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
         return [f"{kind}: {found}"]
+    return [f"{kind}: {_other_words(config, first, other)}"]
+
+
+def _other_lines(config: RunConfig, result: Result) -> list[str]:
+    """Return lines with what is worth a look beside the first plan: leaner, and simpler to run."""
+    first, others = result.best[0], dict[str, Estimate | None]()
+    others["about as fast with less memory"] = result.leaner
+    if first.choice.offload:
+        much = f"{MARGIN_OF_OFFLOADING:.1%}"
+        head = f"the best found without offloaded activations, first if it is at most {much} slower"
+        others[head] = result.without_offloading
+    return [
+        f"{head}: {_other_words(config, first, other)}"
+        for head, other in others.items()
+        if other is not None
+    ]
+
+
+def _other_words(config: RunConfig, first: Found, other: Estimate) -> str:
+    """Return time and memory of another choice than the first plan, and its overrides."""
     compared = _compared(other, first.report.step_seconds)
     optimizer = other.choice.optimizer
     uses_hosts = other.choice.offload > 0 or (optimizer is not None and optimizer.offload)
     if uses_hosts and config.cluster.host_memory_gib is None:
         compared += ", with host memory that is not checked"
-    return [f"{kind}: {compared}: {other.choice.overrides(config)}"]
+    return f"{compared}: {other.choice.overrides(config)}"
 
 
 def _host_memory_lines(best: Sequence[Found]) -> list[str]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from schedules.generators import generate
@@ -86,7 +86,10 @@ _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
 # The part by which a step with offloaded activations must be faster than another to be preferred.
-_MARGIN_OF_OFFLOADING = 0.005
+MARGIN_OF_OFFLOADING = 0.005
+# Parts of the best plan: a step that takes so much longer is about as fast, and memory that is so
+# much less is worth a line.
+_ABOUT_AS_FAST, _MUCH_LEANER = 0.01, 0.1
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
 _EFFORT_OF_ONE_LINE = 300_000
@@ -95,7 +98,7 @@ WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
 def counted(choice: Choice, seconds: float) -> float:
     """Return the seconds with which a choice whose step takes `seconds` is compared with others."""
-    return seconds * (1 + _MARGIN_OF_OFFLOADING) if choice.offload else seconds
+    return seconds * (1 + MARGIN_OF_OFFLOADING) if choice.offload else seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,9 @@ class Result:
 
     best: the fastest choices that were planned, sorted.
     with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
+    without_offloading: the fastest that offloads no activations.
+    leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
+        it needs at least a tenth less.
     estimated: the fastest of those that were not planned, as many as `best` lacks.
     leanest: the choice that needs least memory of those that need too much.  Those that only lack
         host memory come first.
@@ -195,6 +201,8 @@ class Result:
     best: tuple[Found, ...]
     with_vocabulary: Estimate | None
     without_vocabulary: Estimate | None
+    without_offloading: Estimate | None
+    leaner: Estimate | None
     estimated: tuple[Estimate, ...]
     leanest: Refusal | None
     refused: tuple[Refusal, ...]
@@ -340,6 +348,8 @@ class _Search:
             best=top,
             with_vocabulary=self._first(splits_vocabulary=True),
             without_vocabulary=self._first(splits_vocabulary=False),
+            without_offloading=self._without_offloading(),
+            leaner=self._leaner(top[0] if top else None),
             estimated=tuple(sorted(unplanned, key=lambda e: e.key)[: self._limits.top - len(top)]),
             leanest=self._closest(),
             refused=tuple(refused[:_KEPT_REFUSALS]),
@@ -396,13 +406,30 @@ class _Search:
 
     def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
         """Return the fastest with or without vocabulary parallelism, as planned if it was."""
-        found = []
-        for estimate in self._estimates:
-            choice = estimate.choice
-            if choice.splits_vocabulary is splits_vocabulary:
-                planned = self._planned.get(estimate.candidate.choice)
-                found.append(estimate if planned is None else estimate.as_planned(planned.report))
+        found = (e for e in self._known() if e.splits_vocabulary is splits_vocabulary)
         return min(found, key=lambda estimate: estimate.key, default=None)
+
+    def _known(self) -> Iterator[Estimate]:
+        """Yield all estimates, as planned where they were."""
+        for estimate in self._estimates:
+            planned = self._planned.get(estimate.candidate.choice)
+            yield estimate if planned is None else estimate.as_planned(planned.report)
+
+    def _without_offloading(self) -> Estimate | None:
+        """Return the fastest that offloads no activations, as planned if it was."""
+        found = (e for e in self._known() if not e.candidate.choice.offload)
+        return min(found, key=lambda estimate: estimate.key, default=None)
+
+    def _leaner(self, best: Found | None) -> Estimate | None:
+        """Return what needs least memory of what is about as fast as the best, if much less."""
+        if best is None:
+            return None
+        seconds, memory = best.report.step_seconds, _memory_of(best)
+        near = (e for e in self._known() if e.seconds <= (1 + _ABOUT_AS_FAST) * seconds)
+        found = min(near, key=lambda estimate: estimate.memory, default=None)
+        if found is None or found.memory > (1 - _MUCH_LEANER) * memory:
+            return None
+        return found
 
     def _closest(self) -> Refusal | None:
         """Return the refusal for memory that needs least, each by state and leanest activations."""
@@ -877,8 +904,13 @@ def _seconds_of(found: Found) -> float:
 
 def _order(found: Found) -> tuple[float, float]:
     """Return the sort key: faster first, and less memory first if times agree in four digits."""
-    memory = found.report.ranks[found.report.worst].memory.total
-    return counted(found.choice, float(f"{found.report.step_seconds:.4g}")), memory
+    seconds = float(f"{found.report.step_seconds:.4g}")
+    return counted(found.choice, seconds), _memory_of(found)
+
+
+def _memory_of(found: Found) -> float:
+    """Return the bytes of the rank that needs most."""
+    return found.report.ranks[found.report.worst].memory.total
 
 
 def limit_of(config: RunConfig, margin: float) -> float:
