@@ -150,7 +150,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
 
 def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
     """The effort suffices for short steps, and for the one plan that is always made."""
-    _, out, _ = vp_plan("--search", "--top", 3, "--effort", 8, *NANO)
+    _, out, _ = vp_plan("--search", "--top", 3, "--effort", 6, *NANO)
     first, *others = re.findall(r"^[123] .*$", out, re.MULTILINE)
     assert "~" not in first
     assert len(others) == 2

@@ -1297,7 +1297,7 @@ def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans
 
 
 def test_what_is_looked_for_by_default():
-    assert Limits() == Limits(top=5, margin=0.05, effort=3_000_000)
+    assert Limits() == Limits(top=5, margin=0.05, effort=8_000_000)
     assert search_module.limit_of(CONFIG, 0.25) == 0.75 * GIB
 
 

@@ -96,7 +96,7 @@ def main() -> None:
             "with --search: settings that stay as typed, or `typed` for all of them",
         ),
         "--margin": ("PERCENT", "with --search: part of the memory that stays free (5)"),
-        "--effort": ("N", "with --search: thousand passes that may be placed (3000)"),
+        "--effort": ("N", "with --search: thousand passes that may be placed (8000)"),
         "--seconds": (
             "N",
             "with --search: limit of its CPU time; one simulation may still end after it (180)",
@@ -138,7 +138,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     limits = Limits(
         top=whole_number(options, "--top", 5),
         margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
-        effort=1000 * whole_number(options, "--effort", 3000),
+        effort=1000 * whole_number(options, "--effort", 8000),
     )
     seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)
