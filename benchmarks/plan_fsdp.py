@@ -18,7 +18,7 @@ import argparse
 import itertools
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ CASES = ((8, 8), (64, 8), (512, 8), (64, 1), (512, 1))
 EFFORT = 500_000  # of a search over all schedules; a row has two of them
 EFFORT_OF_1F1B = 800_000  # of a search over plans with 1F1B alone
 LARGEST_MICRO_BATCH = 4
-NO_HOST_GIB = 1e-9
 
 
 @dataclass(frozen=True)
@@ -110,18 +109,24 @@ def pipeline_of(config: RunConfig, found: Found, result: Result) -> Pipeline:
     )
 
 
-def fsdp_of(config: RunConfig) -> FsdpReport | None:
+def fsdp_of(config: RunConfig, *, uses_hosts: bool) -> FsdpReport | None:
     sequences = config.num_microbatches
     work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
-    report = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=sequences)
+    report = best_fsdp(
+        work,
+        config.cluster,
+        config.cost,
+        config.optim,
+        num_sequences=sequences,
+        uses_hosts=uses_hosts,
+    )
     return report if report is not None and report.fits else None
 
 
 def row_of(name: str, num_gpus: int, rails: int) -> dict[str, Any]:
     """Return the comparison of one model on one number of GPUs."""
     config = config_of(MODELS[name], num_gpus, rails)
-    no_hosts = replace(config, cluster=replace(config.cluster, host_memory_gib=NO_HOST_GIB))
-    fsdp, alone = fsdp_of(config), fsdp_of(no_hosts)
+    fsdp, alone = (fsdp_of(config, uses_hosts=uses_hosts) for uses_hosts in (True, False))
     pipelines = {
         "with_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=True),
         "without_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=False),

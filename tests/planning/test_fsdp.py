@@ -279,9 +279,9 @@ def test_every_way_to_save_memory_is_tried_and_the_fastest_that_fits_wins(
 
     monkeypatch.setattr(fsdp, "_step", step)
 
-    def best(cluster, work=work, cost=config.cost):
+    def best(cluster, work=work, cost=config.cost, **how):
         tried.clear()
-        return best_fsdp(work, cluster, cost, config.optim, num_sequences=24)
+        return best_fsdp(work, cluster, cost, config.optim, num_sequences=24, **how)
 
     every = []
     for tp in (1, 2, 4):  # not 8: there are 4 groups of queries
@@ -320,7 +320,8 @@ def test_every_way_to_save_memory_is_tried_and_the_fastest_that_fits_wins(
             assert found.seconds == min(other.seconds for other in fitting)
             same = [other for other in fitting if other.seconds == found.seconds]
             assert found.num_offloaded == min(other.num_offloaded for other in same)
-            alone = best(replace(cluster, host_memory_gib=1e-9))
+            alone = best(cluster, uses_hosts=False)
+            assert alone == best(replace(cluster, host_memory_gib=1e-9))
             assert (alone.num_offloaded, alone.offloads_optimizer) == (0, False)
             used.add((found.num_offloaded > 0, found.offloads_optimizer))
             used.add(0 < alone.num_recomputed < 4)
@@ -367,6 +368,7 @@ def test_what_fsdp_takes_is_said_to_three_digits():
         exposed=1.5,
         optimizer=2.0,
         num_bytes=3 * 2**30 + 2**29,
+        host_bytes=0.0,
         offloads_optimizer=False,
     )
     begin = f"3.50 GiB: dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
@@ -377,6 +379,14 @@ def test_what_fsdp_takes_is_said_to_three_digits():
     some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)
     how = " in 8 of 9 layers, activations of 2 layers offloaded, optimizer offloaded"
     assert fsdp_words(some, 8.0) == f"10 s, 25.0% slower, {begin}{how}{end}"
+    some = replace(some, num_recomputed=9, num_offloaded=1, host_bytes=1.0)
+    how = ", activations of 1 layer offloaded, optimizer offloaded"
+    alone = replace(one, compute=8.0, num_bytes=one.limit)
+    words = f"10 s, 25.0% slower, {begin}{how}{end}; without host memory"
+    assert fsdp_words(some, 8.0, alone) == f"{words} 12 s"
+    alone = replace(alone, num_bytes=one.limit + 1)
+    assert fsdp_words(some, 8.0, alone) == f"{words} it does not fit"
+    assert fsdp_words(one, 8.0, alone) == fsdp_words(one, 8.0)
     assert fsdp_words(replace(one, num_bytes=one.limit), 10.0).startswith("10 s, 0.0% FASTER, 75")
     large = replace(one, num_bytes=one.limit + 2**30)
     assert not large.fits

@@ -103,6 +103,7 @@ def best_fsdp(
     optim: OptimConfig,
     *,
     num_sequences: int,
+    uses_hosts: bool = True,
 ) -> FsdpReport | None:
     """Return the fastest step of `num_sequences` sequences that fits into memory.
 
@@ -113,9 +114,14 @@ def best_fsdp(
 
     work: the model, and its dtype.  Its degrees and microbatches do not count.
     cost: measured rates count, and measured seconds do not, since they are of another split.
+    uses_hosts: whether activations and the optimizer may be in host memory.
     """
     cost = replace(cost, measured_layer_flops=None, layer_forward_seconds=None)
-    places = [replace(optim, name="zero1", offload=offload) for offload in (False, True)]
+    offloads = (False, True) if uses_hosts else (False,)
+    places = [replace(optim, name="zero1", offload=offload) for offload in offloads]
+    known, limit = cluster.host_memory_gib, math.inf if uses_hosts else 0.0
+    if uses_hosts and known is not None:
+        limit = known * _GIB / cluster.gpus_per_node
     found = [
         step
         for tp in _tensor_degrees(work, cluster)
@@ -123,7 +129,7 @@ def best_fsdp(
         for costs in [on_cluster(replaced, cluster, cost)]
         for recompute in RECOMPUTE
         for place in places
-        if (step := _leanest(replaced, cluster, costs, place, recompute)) is not None
+        if (step := _leanest(replaced, cluster, costs, place, recompute, limit)) is not None
     ]
     fitting = [report for report in found if report.fits]
     if fitting:
@@ -131,19 +137,29 @@ def best_fsdp(
     return min(found, key=lambda report: report.num_bytes, default=None)
 
 
-def fsdp_words(found: FsdpReport | None, seconds: float) -> str:
-    """Return in words what FSDP takes where the plan takes `seconds`."""
+def fsdp_words(
+    found: FsdpReport | None, seconds: float, without_hosts: FsdpReport | None = None
+) -> str:
+    """Return in words what FSDP takes where the plan takes `seconds`.
+
+    without_hosts: what it takes without host memory, said where `found` uses some.
+    """
     if found is None:
         return "the batch does not divide over the GPUs"
     size = human_bytes(found.num_bytes)
     if not found.fits:
         return f"does not fit: at least {size}, more than {found.limit / _GIB:g} GiB"
     change = found.seconds / seconds - 1
+    alone = ""
+    if without_hosts is not None and found.host_bytes:
+        fits = without_hosts.fits
+        alone = f"{without_hosts.seconds:.3g} s" if fits else "it does not fit"
+        alone = f"; without host memory {alone}"
     return (
         f"{found.seconds:.3g} s, {abs(change):.1%} {'slower' if change > 0 else 'FASTER'}, {size}: "
         f"dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch {found.micro_batch_size}, "
         f"{found.memory_words}, exposed communication "
-        f"{(found.exposed + found.tensor) / found.seconds:.1%}"
+        f"{(found.exposed + found.tensor) / found.seconds:.1%}{alone}"
     )
 
 
@@ -180,17 +196,20 @@ def _microbatches(
 
 
 def _leanest(
-    work: Workload, cluster: ClusterConfig, cost: CostConfig, optim: OptimConfig, recompute: str
+    work: Workload,
+    cluster: ClusterConfig,
+    cost: CostConfig,
+    optim: OptimConfig,
+    recompute: str,
+    host_bytes: float,
 ) -> FsdpReport | None:
     """Return the step in which as few layers recompute, then as few offload, as memory allows.
 
-    If none fits, all recompute, and as many offload as can.  None if hosts cannot keep the
-    optimizer.  `cost` is that on the cluster.
+    If none fits, all recompute, and as many offload as can.  None if the `host_bytes` of a rank
+    cannot keep the optimizer.  `cost` is that on the cluster.
     """
     memory, num_layers = _Memory.of(work, optim, recompute), work.model.num_layers
-    known, limit = cluster.host_memory_gib, cluster.memory_gib * _GIB
-    room = math.inf if known is None else known * _GIB / cluster.gpus_per_node
-    room -= memory.host_optimizer
+    limit, room = cluster.memory_gib * _GIB, host_bytes - memory.host_optimizer
     if room < 0:
         return None
     link = links_of(cluster, work.degrees).data
