@@ -4,11 +4,12 @@
 
 Both are planned, from the same physics; nothing is measured.  The batch is 4 M tokens.  FSDP is the
 fastest of all micro-batch sizes, recomputations and tensor-parallel degrees of a node
-(`planning.fsdp`).  Pipelines are those that `vp-plan --search` finds with pp of at least 2: the
-fastest with vocabulary parallelism, and the fastest without.  Each is the better of two searches,
-over all schedules and over 1F1B alone.  Their effort is limited, and so are micro-batches, to 4
-sequences; where tp > 1 sequences are split.  So a longer search may find faster ones.  A pipeline
-may keep its optimizer in host memory, FSDP does not.
+(`planning.fsdp`), once with host memory for activations and the optimizer, and once without.
+Pipelines are those that `vp-plan --search` finds with pp of at least 2: the fastest with vocabulary
+parallelism, and the fastest without.  Each is the better of two searches, over all schedules and
+over 1F1B alone.  Their effort is limited, and so are micro-batches, to 4 sequences; where tp > 1
+sequences are split.  So a longer search may find faster ones.  A pipeline may use host memory as
+FSDP does.
 """
 
 from __future__ import annotations
@@ -108,27 +109,31 @@ def pipeline_of(config: RunConfig, found: Found, result: Result) -> Pipeline:
     )
 
 
-def fsdp_of(config: RunConfig) -> FsdpReport | None:
+def fsdp_of(config: RunConfig, *, uses_hosts: bool) -> FsdpReport | None:
     sequences = config.num_microbatches
     work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
-    report = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=sequences)
+    report = best_fsdp(
+        work,
+        config.cluster,
+        config.cost,
+        config.optim,
+        num_sequences=sequences,
+        uses_hosts=uses_hosts,
+    )
     return report if report is not None and report.fits else None
 
 
 def row_of(name: str, num_gpus: int, rails: int) -> dict[str, Any]:
     """Return the comparison of one model on one number of GPUs."""
     config = config_of(MODELS[name], num_gpus, rails)
-    fsdp = fsdp_of(config)
+    fsdp, alone = (fsdp_of(config, uses_hosts=uses_hosts) for uses_hosts in (True, False))
     pipelines = {
         "with_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=True),
         "without_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=False),
     }
-    row: dict[str, Any] = {
-        "model": name,
-        "gpus": num_gpus,
-        "rails": rails,
-        "fsdp": None if fsdp is None else asdict(fsdp) | {"seconds": fsdp.seconds},
-    }
+    row: dict[str, Any] = {"model": name, "gpus": num_gpus, "rails": rails}
+    for key, step in (("fsdp", fsdp), ("fsdp_without_hosts", alone)):
+        row[key] = None if step is None else asdict(step) | {"seconds": step.seconds}
     for key, pipeline in pipelines.items():
         row[key] = None
         if pipeline is not None:
@@ -137,17 +142,29 @@ def row_of(name: str, num_gpus: int, rails: int) -> dict[str, Any]:
     return row
 
 
+def words_of(fsdp: dict[str, Any]) -> str:
+    """Return how FSDP runs, in words."""
+    words = [f"tp={fsdp['degrees']['tp']}, micro-batch {fsdp['micro_batch_size']}"]
+    words.append(f"recompute {fsdp['recompute']}")
+    number, num_layers = fsdp["num_recomputed"], fsdp["num_layers"]
+    if 0 < number < num_layers:
+        words[-1] += f" in {number} of {num_layers} layers"
+    if fsdp["num_offloaded"]:
+        words.append(f"{fsdp['num_offloaded']} of {num_layers} layers on the host")
+    if fsdp["offloads_optimizer"]:
+        words.append("offload")
+    words.append(f"exposed {100 * fsdp['exposed'] / fsdp['seconds']:.0f} %")
+    return ", ".join(words)
+
+
 def show(row: dict[str, Any]) -> None:
     cells, fsdp = [row["model"], str(row["gpus"]), str(row["rails"])], row["fsdp"]
     if fsdp is None:
         cells += ["does not fit", "", ""]
     else:
-        cells += [
-            f"{fsdp['seconds']:.2f}",
-            f"{fsdp['num_bytes'] / 2**30:.1f}",
-            f"tp={fsdp['degrees']['tp']}, micro-batch {fsdp['micro_batch_size']}, recompute "
-            f"{fsdp['recompute']}, exposed {100 * fsdp['exposed'] / fsdp['seconds']:.0f} %",
-        ]
+        cells += [f"{fsdp['seconds']:.2f}", f"{fsdp['num_bytes'] / 2**30:.1f}", words_of(fsdp)]
+    alone = row["fsdp_without_hosts"]
+    cells.append("does not fit" if alone is None else f"{alone['seconds']:.2f}")
     for key in ("with_vocabulary_parallelism", "without_vocabulary_parallelism"):
         found = row[key]
         if found is None:
@@ -171,10 +188,10 @@ def main() -> None:
     arguments = parser.parse_args()
     pipeline = "GiB | how | FSDP takes longer by"
     print(
-        "| model | GPUs | ports | FSDP s | GiB | how "
+        "| model | GPUs | ports | FSDP s | GiB | how | without hosts s "
         f"| with vocabulary parallelism s | {pipeline} | without s | {pipeline} |"
     )
-    print("|---" * 14 + "|")
+    print("|---" * 15 + "|")
     rows = []
     for name, (num_gpus, rails) in itertools.product(MODELS, CASES):
         rows.append(row_of(name, num_gpus, rails))

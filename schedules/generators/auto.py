@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from schedules.bound import Bound, lives, steady_bytes, step_bound
@@ -39,7 +39,7 @@ from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network, Orders
 from schedules.problem import Problem
-from schedules.simulate import peak
+from schedules.simulate import peak, sweep
 
 _FIRST = 24_000  # nodes placed to refine each start
 # Then per round: how many of the best go on, and how many nodes are placed to search from each.
@@ -110,6 +110,19 @@ class SoFar:
 Watch = Callable[[SoFar], bool]
 
 
+@dataclass(slots=True)
+class Shared:
+    """What searches of the same options under several caps share, to take less effort.
+
+    enough: the seconds of a step with which a search ends.
+    named: by the name of an option, its named schedule and that of one microbatch after the other,
+    with their makespans in seconds.
+    """
+
+    enough: float = 0.0
+    named: dict[str, list[tuple[Orders, float]]] = field(default_factory=dict)
+
+
 class CapError(ValueError):
     """The error if no schedule was found under the caps.
 
@@ -139,15 +152,17 @@ def solve(
     caps: Sequence[float],
     watch: Watch | None = None,
     known: Sequence[Solution] = (),
+    shared: Shared | None = None,
 ) -> Solution:
     """Return the fastest schedule found in which rank r keeps at most `caps[r]` bytes.
 
     `watch` sees the search go on, and may end it with the best schedule so far. The result is not
-    slower than a solution in `known`, of one of the options, that fits. Raises CapError, with the
+    slower than a solution in `known`, of one of the options, that fits. What is `shared` with other
+    searches of the options changes it only by `shared.enough`. Raises CapError, with the
     least bytes that were reached, if none was found.
     """
     watched = _Watched(watch)
-    entries = [_Entry.of(option, caps, short=True) for option in options]
+    entries = [_Entry.of(option, caps, shared, short=True) for option in options]
     entries.sort(key=lambda entry: entry.bound.seconds)
     is_long = any(entry.is_long for entry in entries)
     whole = [
@@ -159,7 +174,7 @@ def solve(
     whole, is_extended = _race(entries, whole, watched)
     if not (is_extended or is_long or watched.is_stopped):
         # No short step that was found has a steady state, so the whole ones are searched.
-        entries = [_Entry.of(entry.option, caps, short=False) for entry in entries]
+        entries = [_Entry.of(entry.option, caps, shared, short=False) for entry in entries]
         whole, _ = _race(entries, whole, watched)
     if is_long and not any(found.refined.excess == 0 for found in whole):
         whole.append(_leanest(entries))
@@ -185,7 +200,7 @@ def _race(
 
     def can_win(entry: _Entry) -> bool:
         """Return whether schedules of `entry` can be faster than all found so far."""
-        enough = entry.bound.seconds * (1 + (_ENOUGH if entry.is_long else 0.0))
+        enough = entry.enough(_ENOUGH if entry.is_long else 0.0)
         return not any(
             found.refined.excess == 0 and found.refined.makespan <= enough
             for found in (*whole, *starts, *drafts)
@@ -289,9 +304,12 @@ class _Entry:
     bound: Bound
     short: Problem
     refiner: Refiner
+    shared: Shared | None
 
     @classmethod
-    def of(cls, option: Option, caps: Sequence[float], *, short: bool) -> _Entry:
+    def of(
+        cls, option: Option, caps: Sequence[float], shared: Shared | None = None, *, short: bool
+    ) -> _Entry:
         problem, network = option.problem, Network.of(option.problem, option.cost)
         m = problem.num_microbatches
         p = problem.layout.num_ranks
@@ -299,9 +317,13 @@ class _Entry:
         few = least + (m - least) % 4 if short and m > least + 4 else m
         bound = step_bound(problem, option.cost, tuple(caps))
         refiner = Refiner(replace(network, num_microbatches=few), caps, m - few)
-        return cls(
-            option, network, list(caps), bound, replace(problem, num_microbatches=few), refiner
-        )
+        fewer = replace(problem, num_microbatches=few)
+        return cls(option, network, list(caps), bound, fewer, refiner, shared)
+
+    def enough(self, gap: float = _ENOUGH) -> float:
+        """Return the makespan in seconds with which a search ends: the bound, with a gap."""
+        least = self.bound.seconds * (1 + gap)
+        return max(least, self.shared.enough) if self.shared else least
 
     @property
     def is_refinable(self) -> bool:
@@ -349,10 +371,20 @@ class _Entry:
     def named(self, watched: _Watched) -> Iterator[Refined]:
         """Yield the named schedule, and that of one microbatch after the other."""
         option, network = self.option, self.network
-        first = self.whole_named()
+        known = {} if self.shared is None else self.shared.named
+        if option.name not in known:
+            one_by_one = _one_by_one(option, network)
+            known[option.name] = [
+                ordered(option.name, option.problem, network),
+                (one_by_one, sweep(network, one_by_one).makespan),
+            ]
+        first, alone = (
+            Refined(orders, makespan, excess(network, orders, self.caps))
+            for orders, makespan in known[option.name]
+        )
         watched.of(option)(first)
         yield first
-        yield judge(network, _one_by_one(option, network), self.caps)
+        yield alone
 
     def whole_named(self) -> Refined:
         """Return the named schedule of the whole step."""
@@ -376,7 +408,7 @@ class _Entry:
     def steady(self, watched: _Watched) -> Iterator[_Found]:
         """Yield refined orders of the short step from steady states."""
         network = replace(self.network, num_microbatches=self.short.num_microbatches)
-        enough, goes_on = self.bound.seconds * (1 + _ENOUGH), watched.of(self.option)
+        enough, goes_on = self.enough(), watched.of(self.option)
         for period, ring in _steady(self.short, network, self.caps):
             if not watched.is_stopped:
                 ends = Ends(self.refiner, ring, period)
@@ -425,7 +457,7 @@ class _Found:
     def search(self, effort: int, watched: _Watched) -> _Found:
         """Return better orders: of warm-up and cool-down, or improved by kicks."""
         entry = self.entry
-        enough, goes_on = entry.bound.seconds * (1 + _ENOUGH), watched.of(entry.option)
+        enough, goes_on = entry.enough(), watched.of(entry.option)
         if self.ends is not None and not self.is_close:
             return replace(self, refined=self.ends.search(effort, enough, goes_on))
         # Near the bound, kicks find more than the search of the ends.

@@ -44,7 +44,8 @@ class Ends:
         # (`auto._steady`), so rank 0 begins and ends every microbatch: it has passes on both sides
         # of the cut.
         self._mark = orders[0][self._cuts[0]]
-        self._ring = self._first = self._last = refiner.swept(orders)
+        self._ring = self._first = self._last = self._both = refiner.swept(orders)
+        self._joined = self._first, self._last  # of which `_both` is made
 
     def search(self, budget: int, enough: float, goes_on: GoesOn) -> Refined:
         """Return the best orders after placing `budget` more nodes, or with a makespan of `enough`.
@@ -60,7 +61,7 @@ class Ends:
                 budget -= self._try()
 
     def _best(self) -> Refined:
-        refiner, joined = self._refiner, self._refiner.swept(self._joined())
+        refiner, joined = self._refiner, self._join()
         makespan = joined.makespan + refiner.extra * self._period
         return Refined(
             joined.orders, makespan, excess(refiner.network, joined.orders, refiner.caps)
@@ -87,7 +88,7 @@ class Ends:
         random, placed = self._random, 0
         fresh = self._tries < _FRESH or self._tries % 2 == 0
         self._tries += 1
-        swept = self._ring if fresh else self._refiner.swept(self._joined())
+        swept = self._ring if fresh else self._join()
         for backwards in random.choice(_TURNS):
             patience = random.choice(_PATIENCE)
             placed += self._refiner.nodes * (3 if backwards else 1)
@@ -109,7 +110,11 @@ class Ends:
     def _behind(self, swept: Swept) -> float:
         return swept.makespan - swept.starts[self._mark]
 
-    def _joined(self) -> Orders:
+    def _join(self) -> Swept:
         """Return the best warm-up with the best cool-down."""
-        pairs = zip(self._first.orders, self._last.orders, self._cuts, strict=True)
-        return [first[:cut] + last[cut:] for first, last, cut in pairs]
+        first, last = self._joined
+        if first is not self._first or last is not self._last:
+            self._joined = first, last = self._first, self._last
+            pairs = zip(first.orders, last.orders, self._cuts, strict=True)
+            self._both = self._refiner.swept([begin[:c] + end[c:] for begin, end, c in pairs])
+        return self._both

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from schedules.generators.auto import CapError, Option, Solution, Watch, solve
+from schedules.generators.auto import CapError, Option, Shared, Solution, Watch, solve
 from schedules.simulate import simulate
 from schedules.timeline import Timeline
 
@@ -48,24 +49,47 @@ def frontier(
     takes the schedule of the one before it where the search finds none that is faster. It ends
     with the first point that no memory can improve. `watch` may end it earlier, with the last point
     whose search reached its end.
+
+    The highest cap is searched first, and no other search goes on when it is as fast.
     """
-    previous: Point | None = None
-    for cap in sorted(caps):
+    caps, shared = sorted(caps), Shared()
+
+    def found(cap: float, known: Sequence[Solution]) -> Point | None:
+        """Return the point of a search; None if nothing fits. Raises _Stopped."""
+        num_ranks = options[0].problem.layout.num_ranks
         try:
-            known = [] if previous is None else [previous.solution]
-            solution = solve(options, [cap] * options[0].problem.layout.num_ranks, watch, known)
+            solution = solve(options, [cap] * num_ranks, watch, known, shared)
         except CapError as error:
             if error.is_stopped:
-                return
-            continue
+                raise _Stopped from None
+            return None
         if solution.is_stopped:
+            raise _Stopped
+        option = solution.option
+        return Point(cap, solution, simulate(solution.schedule, option.problem, option.cost))
+
+    previous: Point | None = None
+    with contextlib.suppress(_Stopped):
+        last = found(caps[-1], []) if caps else None
+        if last is None:
             return
-        found = solution.option
-        timeline = simulate(solution.schedule, found.problem, found.cost)
-        point = Point(cap, solution, timeline)
-        if previous is not None and previous.timeline.makespan <= timeline.makespan:
-            point = replace(previous, cap=cap)
-        yield point
-        if point.is_optimal:
-            return
-        previous = point
+        shared.enough = last.timeline.makespan
+        for cap in caps:
+            if previous is not None and previous.timeline.makespan <= shared.enough:
+                point: Point | None = previous
+            elif cap == last.cap:
+                point = last
+            else:
+                point = found(cap, [] if previous is None else [previous.solution])
+            if point is None:
+                continue
+            if previous is not None and previous.timeline.makespan <= point.timeline.makespan:
+                point = previous
+            previous = replace(point, cap=cap)
+            yield previous
+            if previous.is_optimal:
+                return
+
+
+class _Stopped(Exception):
+    """The watch has ended a search."""

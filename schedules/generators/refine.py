@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from random import Random
 
 from schedules.generators.extend import Repeat, repeat_of, repeats_of
@@ -44,13 +45,19 @@ class Refined:
         return self.excess, self.makespan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Swept:
-    """Orders of passes, with the starts of all nodes by their ids and the makespan, in seconds."""
+    """Orders of passes, with the starts of all nodes by their ids and the makespan, in seconds.
+
+    `back` are the starts in reversed time, None until they are needed. `fillings` are the results
+    of filling gaps, by whether time was reversed and by the patience, None where that failed.
+    """
 
     orders: Orders
     starts: list[float]
     makespan: float
+    back: list[float] | None = None
+    fillings: dict[tuple[bool, float], Swept | None] = field(default_factory=dict)
 
 
 # Called with the best orders so far; returns whether the search goes on.
@@ -92,6 +99,7 @@ class Refiner:
         self._fillers = Filler(network, backwards=False), Filler(backwards, backwards=True)
         self.caps = list(caps)
         self._judged = Swept([], [], 0.0)  # what was judged last
+        self._known: dict[tuple[int, ...], _Known] = {}  # of orders that were refined
         self.extra, work = extra, [0.0] * network.num_lanes
         for lane, seconds in zip(network.lanes, network.seconds, strict=True):
             work[lane] += seconds
@@ -127,12 +135,23 @@ class Refiner:
         """Return the orders of `swept` after filling gaps in one direction, with their times.
 
         No pass moves into, out of or over the places of rank r from `frozen[r][0]` to before
-        `frozen[r][1]`. None if the caps leave a rank no pass to take.
+        `frozen[r][1]`, which are the same in every call for `swept`. None if the caps leave a rank
+        no pass to take.
         """
+        key = backwards, patience
+        if key not in swept.fillings:
+            swept.fillings[key] = self._filled(swept, backwards, patience, frozen)
+        return swept.fillings[key]
+
+    def _filled(
+        self, swept: Swept, backwards: bool, patience: float, frozen: Sequence[tuple[int, int]]
+    ) -> Swept | None:
         orders, starts = swept.orders, swept.starts
         if backwards:
             orders = [order[::-1] for order in orders]
-            starts = sweep(self._networks[1], orders).start
+            if swept.back is None:
+                swept.back = sweep(self._networks[1], orders).start
+            starts = swept.back
             frozen = [
                 (len(order) - until, len(order) - since)
                 for order, (since, until) in zip(orders, frozen, strict=True)
@@ -167,8 +186,11 @@ class Refiner:
                 yield extended
 
     def refine(self, best: Refined, budget: int, goes_on: GoesOn = _to_the_end) -> Refined:
-        """Return `best` improved until nothing helps or `budget` nodes were placed."""
-        known = _Known()
+        """Return `best` improved until nothing helps or `budget` nodes were placed.
+
+        What was placed for the same orders before counts again.
+        """
+        known = self._known_of(best.orders)
         improved = True
         while improved and budget > 0:
             improved = False
@@ -177,10 +199,17 @@ class Refiner:
                     if budget <= 0 or not goes_on(best):
                         return best
                     budget -= 2 * self.nodes
-                    found = self._better(best, turns, patience, known)
+                    if (turns, patience) not in known.better:
+                        found = self._better(best, turns, patience, known)
+                        known.better[turns, patience] = found
+                    found = known.better[turns, patience]
                     if found is not None:
-                        best, known, improved = found, _Known(), True
+                        best, known, improved = found, self._known_of(found.orders), True
         return best
+
+    def _known_of(self, orders: Orders) -> _Known:
+        """Return what is known of `orders`, of which many kicks lead to the same ones."""
+        return self._known.setdefault(tuple(chain.from_iterable(orders)), _Known())
 
     def _better(
         self, best: Refined, turns: tuple[bool, bool], patience: float, known: _Known
@@ -276,11 +305,13 @@ class _Known:
     """Facts about orders that were found, by whether time is reversed.
 
     `starts` are the start times of all their nodes, `unmoved` the directions and patiences with
-    which filling moves no pass.
+    which filling moves no pass. `better` are the orders that filling in two directions finds, None
+    where they are no better.
     """
 
     starts: dict[bool, list[float]] = field(default_factory=dict)
     unmoved: set[tuple[bool, float]] = field(default_factory=set)
+    better: dict[tuple[tuple[bool, bool], float], Refined | None] = field(default_factory=dict)
 
 
 def judge(network: Network, orders: Orders, caps: Sequence[float]) -> Refined:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from dataclasses import replace
 
@@ -29,7 +31,7 @@ MIB = 1 << 20
 
 
 def cases(count):
-    """Yield `count` workloads of odd sizes on slow and fast links."""
+    """Yield `count` workloads of odd sizes on slow and fast links, and what they do for memory."""
     draw = random.Random(7)
     for _ in range(count):
         tp, dp = draw.choice((1, 1, 2, 4)), draw.choice((1, 2, 3, 16, 48))
@@ -52,6 +54,8 @@ def cases(count):
             network_bytes_per_second=10 ** draw.uniform(7, 12),
             contention=draw.choice((0.0, 0.37)),
             memory_bytes_per_second=1e12,
+            host_bytes_per_second=3e10,
+            host_memory_bytes_per_second=7e10,
         )
         dtype, offload = draw.choice(("bfloat16", "float32")), draw.random() < 0.5
         optim = replace(H100.optim, name="zero1" if offload else "adamw", offload=offload)
@@ -65,14 +69,31 @@ def cases(count):
             dtype=dtype,
             device="cuda",
         )
-        yield work, cluster, optim, draw.choice(fsdp.RECOMPUTE)
+        number, recompute = draw.randint(0, model.num_layers), draw.choice(fsdp.RECOMPUTE)
+        yield (
+            work,
+            cluster,
+            optim,
+            {
+                "recompute": recompute,
+                "num_recomputed": draw.choice((None, number)),
+                "num_offloaded": draw.choice((0, 0, draw.randint(0, model.num_layers))),
+            },
+        )
+
+
+def recomputes(work, how):
+    """Return how many layers recompute."""
+    layers, number = work.model.num_layers, how["num_recomputed"]
+    return 0 if how["recompute"] == "none" else layers if number is None else number
 
 
 def test_a_step_has_the_seconds_of_its_passes_and_of_what_they_do_not_hide():
     """A layer's pass lasts as long as its computation or the exchange beside it."""
     hidden = set()
-    for work, cluster, optim, recompute in cases(60):
-        found = fsdp_step(work, cluster, CostConfig(), optim, recompute=recompute)
+    for work, cluster, optim, how in cases(80):
+        found = fsdp_step(work, cluster, CostConfig(), optim, **how)
+        recomputed, recompute = recomputes(work, how), how["recompute"]
         cost = on_cluster(work, cluster, CostConfig())
         dp, tp, count, layers = _sizes(work)
         rows = -(-work.model.vocab_size // tp)
@@ -98,12 +119,16 @@ def test_a_step_has_the_seconds_of_its_passes_and_of_what_they_do_not_hide():
         matrices = 1 if work.model.tied_embeddings else 2
         layer = computed_layer(work, cost)
         sums = tensor_seconds(work, cost, layer.weight_grad)
-        tensor = sums[Kind.F], sums[Kind.B] + exchanged_again(work, cost, recompute)
-        forward = layer.forward + tensor[0]
-        backward = layer.input_grad + layer.weight_grad + tensor[1]
-        backward += recomputed_seconds(work, cost, recompute)
-        slower = max(1.0, cluster.layer_launch_seconds / (forward + backward))
-        forward, backward = slower * forward, slower * backward
+        kinds = [recompute] * recomputed + ["none"] * (layers - recomputed)
+        tensor, seconds = 0.0, []
+        for kind in kinds:
+            again = exchanged_again(work, cost, kind)
+            tensor += sums[Kind.F] + sums[Kind.B] + again
+            forward = layer.forward + sums[Kind.F]
+            backward = layer.input_grad + layer.weight_grad + sums[Kind.B] + again
+            backward += recomputed_seconds(work, cost, kind)
+            slower = max(1.0, cluster.layer_launch_seconds / (forward + backward))
+            seconds.append((slower * forward, slower * backward))
         head = output_seconds(
             Device.of(cost),
             work.num_tokens,
@@ -112,19 +137,23 @@ def test_a_step_has_the_seconds_of_its_passes_and_of_what_they_do_not_hide():
             precise,
             logit_bytes=cost.logit_bytes,
         )
-        passes = layers * (max(forward, gather) + max(backward, gather + scatter)) + head
-        computed = layers * (forward + backward) + head
+        passes = sum(max(f, gather) + max(b, gather + scatter) for f, b in seconds) + head
+        computed = sum(map(sum, seconds)) + head
         exchanged = layers * (2 * gather + scatter) + matrices * sum(ends)
         at_once = min(computed, exchanged)
         slack = max(0.0, computed - layers * (2 * gather + scatter))
         behind = max(0.0, count * (matrices * sum(ends) - slack) - sum(ends))
         whole = count * (passes + cluster.contention * at_once) + sum(ends) + behind
+        forward, backward = seconds[0]
         whole += min(gather, forward) + min(scatter, backward)
         parameters = layers * of_layer + matrices * matrix
         state = item + precise + (12 if item < precise else 8)
         moved_bytes = state + state - item - precise
         update = parameters / dp * moved_bytes / 1e12
-        assert found.tensor == pytest.approx(count * layers * sum(tensor))
+        if optim.offload:
+            of_host = (item + precise) / 3e10 + (item + 7 * precise) / 7e10
+            update = parameters / dp * of_host
+        assert found.tensor == pytest.approx(count * tensor)
         assert found.exchange == pytest.approx(count * exchanged)
         assert found.compute == pytest.approx(
             count * (computed + cluster.contention * at_once) - found.tensor
@@ -137,7 +166,8 @@ def test_a_step_has_the_seconds_of_its_passes_and_of_what_they_do_not_hide():
         )
         hidden.add((gather < forward, gather + scatter < backward, slack > 0, behind > 0))
         assert (found.degrees, found.micro_batch_size) == (work.degrees, work.micro_batch_size)
-        assert (found.num_microbatches, found.recompute) == (count, recompute)
+        assert (found.num_microbatches, found.num_recomputed) == (count, recomputed)
+        assert found.recompute == (recompute if recomputed else "none")
         assert found.limit == 75 * 2**30
     assert len(hidden) >= 5, "what is hidden differs"
 
@@ -149,38 +179,87 @@ def _sizes(work):
 def test_a_rank_has_the_bytes_of_its_part_and_of_what_is_whole_for_a_while():
     """Two layers, or a layer and a matrix.  A gated MLP forms one tensor of its width again."""
     where = set()
-    for work, cluster, optim, recompute in cases(60):
-        found = fsdp_step(work, cluster, CostConfig(), optim, recompute=recompute)
+    for work, cluster, optim, how in cases(80):
+        found = fsdp_step(work, cluster, CostConfig(), optim, **how)
         dp, tp, _, layers = _sizes(work)
         rows, tokens, model = -(-work.model.vocab_size // tp), work.num_tokens, work.share
         item, precise = (2, 4) if work.dtype == "bfloat16" else (4, 4)
         of_layer, matrix = shape.layer_parameters(model), rows * model.hidden_size
         parameters = layers * of_layer + matrix * (1 if model.tied_embeddings else 2)
-        held = parameters / dp * (item + precise + (12 if item < precise else 8))
+        optimizer = 0 if optim.offload else 12 if item < precise else 8
+        held = parameters / dp * (item + precise + optimizer)
         gathered = (of_layer + max(of_layer, matrix)) * (item + (precise if dp > 1 else 0))
-        none, kept = (
-            shape.layer_activation_bytes(
-                model,
-                work.micro_batch_size,
-                item,
-                on_cuda=True,
-                recompute=kind,
-                sequence_ranks=tp if work.sequence_parallel else 1,
-            )
-            for kind in ("none", recompute)
-        )
+        recompute, recomputed = how["recompute"], recomputes(work, how)
+        kinds = [recompute] * recomputed + ["none"] * (layers - recomputed)
+        kept = [kept_bytes(work, kind) for kind in kinds]
         chunk = min(rows, 32_768, max(2_048, 128 * MIB // (precise * tokens)))
         head = tokens * (item * rows + precise * (chunk + 2 * model.hidden_size))
-        wide = 4 if model.activation == "swiglu" else 1
-        layer = item * tokens * (wide * model.ffn_hidden_size + 2 * model.hidden_size)
-        layer += none if recompute == "full" else none - kept
-        assert found.num_bytes == pytest.approx(held + gathered + layers * kept + max(head, layer))
-        where.add((head > layer, of_layer > matrix))
+        away = how["num_offloaded"]
+        everything, peaks = sum(kept[away:]), [head + sum(kept[away:])]
+        for number, kind in enumerate(kinds, 1):  # backwards of later layers have freed theirs
+            wide = 4 if model.activation == "swiglu" else 1
+            layer = item * tokens * (wide * model.ffn_hidden_size + 2 * model.hidden_size)
+            none = kept_bytes(work, "none")
+            layer += none if kind == "full" else none - kept[number - 1]
+            peaks.append(min(everything, sum(kept[:number])) + layer)
+        assert found.num_bytes == pytest.approx(held + gathered + max(peaks))
+        blocks = sum(-(-size // (8 * MIB)) * 8 * MIB for size in kept[:away])
+        if optim.offload:
+            blocks += parameters / dp * (4 * precise + item)
+        assert found.host_bytes == pytest.approx(blocks)
+        where.add((peaks.index(max(peaks)) > 0, of_layer > matrix))
     assert len(where) >= 3
 
 
+def kept_bytes(work, kind):
+    return shape.layer_activation_bytes(
+        work.share,
+        work.micro_batch_size,
+        work.item_bytes,
+        on_cuda=True,
+        recompute=kind,
+        sequence_ranks=work.sequence_ranks,
+    )
+
+
+def test_no_pass_waits_for_what_the_best_step_offloads_and_little_more_would_be_late():
+    """Copies go out in the order of the layers and come back in reverse, into freed room."""
+    late_with_more, waited = 0, []
+    for number, (work, _, optim, how) in enumerate(cases(200)):
+        layers, recompute = work.model.num_layers, how["recompute"]
+        memory = fsdp._Memory.of(work, optim, recompute)
+        recomputed, pass_seconds = recomputes(work, how), 1e-3
+        rate = memory.large / pass_seconds / (0.2 + 0.1 * (number % 30))
+        sizes = [memory.small] * recomputed + [memory.large] * (layers - recomputed)
+        most = memory.most_offloaded(recomputed, pass_seconds, rate, math.inf)
+        assert most <= max(0, layers - 2)
+        assert not delay(sizes[:most], layers, pass_seconds, rate)
+        late_with_more += bool(delay(sizes[: most + 2], layers, pass_seconds, rate))
+        waited.append(most)
+        room = memory.host(recomputed, most) - memory.host_optimizer
+        assert memory.most_offloaded(recomputed, pass_seconds, rate, room) == most
+        less = memory.most_offloaded(recomputed, pass_seconds, rate, room - 1)
+        assert less < most or not room
+    assert late_with_more > 100
+    assert len(set(waited)) > 5
+
+
+def delay(sizes, layers, seconds, rate):
+    """Return by how much copies of the first layers are late: the output layer, or backwards."""
+    sizes, free = sizes[:layers], 0.0
+    for layer, size in enumerate(sizes, 1):
+        free = max(free, layer * seconds) + size / rate
+    late = [free - layers * seconds]
+    free = 0.0  # since the first backward, that of the last layer
+    for layer in range(len(sizes), 0, -1):
+        freed = (len(sizes) - layer + 1) * seconds
+        free = max(free, freed) + sizes[layer - 1] / rate
+        late.append(free - (layers - layer) * seconds)
+    return max(0.0, *late) if max(late) > 1e-9 * seconds else 0.0
+
+
 @pytest.mark.parametrize("gpus_per_node", [8, 6])
-def test_every_split_size_and_recomputation_is_tried_and_the_fastest_that_fits_wins(
+def test_every_way_to_save_memory_is_tried_and_the_fastest_that_fits_wins(
     monkeypatch, gpus_per_node
 ):
     """The bytes of the best step are the limit itself; with a byte less another one wins."""
@@ -188,45 +267,65 @@ def test_every_split_size_and_recomputation_is_tried_and_the_fastest_that_fits_w
         [
             *("model=llama3_8b", "cluster=h100_80g_node", "model.num_layers=4"),
             *(f"cluster.gpus_per_node={gpus_per_node}", "model.num_query_groups=4"),
+            *("cluster.host_bytes_per_second=1e12", "cost.contention=0"),
         ]
     )
     work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
-    tried, real = [], fsdp.fsdp_step
+    tried, real = [], fsdp._step
 
-    def step(work, cluster, cost, optim, *, recompute):
-        tried.append(real(work, cluster, cost, optim, recompute=recompute))
+    def step(*given):
+        tried.append(real(*given))
         return tried[-1]
 
-    monkeypatch.setattr(fsdp, "fsdp_step", step)
+    monkeypatch.setattr(fsdp, "_step", step)
 
-    def best(cluster, work=work, cost=config.cost):
+    def best(cluster, work=work, cost=config.cost, **how):
         tried.clear()
-        return best_fsdp(work, cluster, cost, config.optim, num_sequences=72)
+        return best_fsdp(work, cluster, cost, config.optim, num_sequences=24, **how)
 
-    found = best(config.cluster)
-    expected = []
+    every = []
     for tp in (1, 2, 4):  # not 8: there are 4 groups of queries
-        share, rest = divmod(72 * tp, gpus_per_node)
-        if gpus_per_node % tp == 0 and rest == 0:
-            expected += [
-                (tp, size, kind)
-                for size in range(1, share + 1)
-                if share % size == 0 and size in (1, 2, 4, 8, 16, 32, share)
-                for kind in ("none", "selective", "full")
-            ]
-    got = [(one.degrees.tp, one.micro_batch_size, one.recompute) for one in tried]
-    assert sorted(got) == sorted(expected)
-    every = list(tried)
-    assert found == min((one for one in every if one.fits), key=lambda one: one.seconds)
-    by_seconds = sorted(every, key=lambda one: one.seconds)
-    for one in by_seconds[:: len(by_seconds) // 4]:
-        exactly = replace(config.cluster, memory_gib=one.num_bytes / 2**30)
-        assert best(exactly).seconds <= one.seconds
-        less = replace(config.cluster, memory_gib=(one.num_bytes - 1) / 2**30)
-        assert best(less).num_bytes < one.num_bytes or not best(less).fits
-    small = best(replace(config.cluster, memory_gib=0.5))
-    assert small.num_bytes == min(one.num_bytes for one in every)
-    assert not small.fits
+        share, rest = divmod(24 * tp, gpus_per_node)
+        if gpus_per_node % tp or rest:
+            continue
+        sizes = {size for size in (1, 2, 4, 8, 16, share) if share % size == 0}
+        for size, offload, kind in itertools.product(sizes, (False, True), fsdp.RECOMPUTE):
+            split = replace(
+                work,
+                degrees=Degrees(gpus_per_node // tp, 1, tp),
+                sequence_parallel=tp > 1,
+                micro_batch_size=size,
+                num_microbatches=share // size,
+            )
+            optim = replace(config.optim, name="zero1", offload=offload)
+            costs = on_cluster(split, config.cluster, config.cost)
+            for recomputed, offloaded in itertools.product(
+                range(5 if kind != "none" else 1), range(3)
+            ):
+                given = split, config.cluster, costs, optim, kind
+                every.append(real(*given, recomputed, offloaded))
+    found = best(config.cluster)
+    assert found.seconds == min(one.seconds for one in every if one.fits)
+    by_bytes = sorted(every, key=lambda one: one.num_bytes)
+    used = set()
+    for one in by_bytes[:: len(by_bytes) // 5]:
+        for num_bytes in (one.num_bytes, one.num_bytes - 1):
+            cluster = replace(config.cluster, memory_gib=num_bytes / 2**30)
+            fitting = [other for other in every if other.num_bytes <= num_bytes]
+            found = best(cluster)
+            assert found.fits == bool(fitting)
+            if not fitting:
+                assert found.num_bytes == by_bytes[0].num_bytes
+                continue
+            assert found.seconds == min(other.seconds for other in fitting)
+            same = [other for other in fitting if other.seconds == found.seconds]
+            assert found.num_offloaded == min(other.num_offloaded for other in same)
+            alone = best(cluster, uses_hosts=False)
+            assert alone == best(replace(cluster, host_memory_gib=1e-9))
+            assert (alone.num_offloaded, alone.offloads_optimizer) == (0, False)
+            used.add((found.num_offloaded > 0, found.offloads_optimizer))
+            used.add(0 < alone.num_recomputed < 4)
+    assert {True, False, (True, False), (True, True), (False, False)} <= used
     assert best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=1) is None
     on_cpu = replace(work, device="cpu")
     assert best(config.cluster, on_cpu).degrees.tp == 1
@@ -263,14 +362,31 @@ def test_what_fsdp_takes_is_said_to_three_digits():
     work, cluster, optim, _ = next(cases(1))
     step = fsdp_step(work, cluster, CostConfig(), optim, recompute="selective")
     one = replace(
-        step, compute=6.0, tensor=0.5, exposed=1.5, optimizer=2.0, num_bytes=3 * 2**30 + 2**29
+        step,
+        compute=6.0,
+        tensor=0.5,
+        exposed=1.5,
+        optimizer=2.0,
+        num_bytes=3 * 2**30 + 2**29,
+        host_bytes=0.0,
+        offloads_optimizer=False,
     )
-    rest = (
-        f"3.50 GiB: dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
-        f"{work.micro_batch_size}, recomputation selective, exposed communication 20.0%"
-    )
-    assert fsdp_words(one, 8.0) == f"10 s, 25.0% slower, {rest}"
-    assert fsdp_words(one, 12.5) == f"10 s, 20.0% FASTER, {rest}"
+    begin = f"3.50 GiB: dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
+    begin += f"{work.micro_batch_size}, recomputation selective"
+    end = ", exposed communication 20.0%"
+    assert fsdp_words(one, 8.0) == f"10 s, 25.0% slower, {begin}{end}"
+    assert fsdp_words(one, 12.5) == f"10 s, 20.0% FASTER, {begin}{end}"
+    some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)
+    how = " in 8 of 9 layers, activations of 2 layers offloaded, optimizer offloaded"
+    assert fsdp_words(some, 8.0) == f"10 s, 25.0% slower, {begin}{how}{end}"
+    some = replace(some, num_recomputed=9, num_offloaded=1, host_bytes=1.0)
+    how = ", activations of 1 layer offloaded, optimizer offloaded"
+    alone = replace(one, compute=8.0, num_bytes=one.limit)
+    words = f"10 s, 25.0% slower, {begin}{how}{end}; without host memory"
+    assert fsdp_words(some, 8.0, alone) == f"{words} 12 s"
+    alone = replace(alone, num_bytes=one.limit + 1)
+    assert fsdp_words(some, 8.0, alone) == f"{words} it does not fit"
+    assert fsdp_words(one, 8.0, alone) == fsdp_words(one, 8.0)
     assert fsdp_words(replace(one, num_bytes=one.limit), 10.0).startswith("10 s, 0.0% FASTER, 75")
     large = replace(one, num_bytes=one.limit + 2**30)
     assert not large.fits

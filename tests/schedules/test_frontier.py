@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from schedules.bound import step_bound
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
 from schedules.generators import auto
-from schedules.generators.auto import solve
+from schedules.generators.auto import Shared, solve
 from schedules.generators.ends import Ends
 from schedules.generators.frontier import caps_of, frontier
 from schedules.generators.refine import Refiner, judge
@@ -20,6 +21,7 @@ from schedules.generators.tight import tight_rings
 from schedules.ir import Kind
 from schedules.lower import lower
 from schedules.network import Network
+from schedules.simulate import simulate
 from tests.schedules.test_auto import CLOSE, options_of
 
 SPLIT = ("zb_h1", "v_half", "v_min")
@@ -40,10 +42,23 @@ def test_caps_go_in_equal_steps_from_one_microbatch_to_p_and_one_more(p, most):
 
 
 @pytest.mark.parametrize(("p", "m", "spread"), [(2, 6, 0.3), (3, 14, 0.1)])
-def test_points_respect_their_caps_and_more_memory_is_never_slower(quick_search, p, m, spread):
-    options = options_of(p, m, spread=spread, names=SPLIT)
+def test_points_respect_their_caps_and_more_memory_is_never_slower(
+    quick_search, monkeypatch, p, m, spread
+):
+    """The highest cap is searched first, and none after the first point that is as fast."""
+    options, searched = options_of(p, m, spread=spread, names=SPLIT), []
+
+    def noted(options, caps, *others):
+        searched.append(caps[0])
+        return solve(options, caps, *others)
+
+    monkeypatch.setattr(sys.modules[frontier.__module__], "solve", noted)
     caps = caps_of(options, 4)
+    caps += [cap + 9.0 for cap in caps]
     points = list(frontier(options, caps))
+    first = next(q for q in points if q.timeline.makespan == points[-1].timeline.makespan)
+    assert searched == [max(caps), *(cap for cap in caps if cap <= first.cap)]
+    assert first.cap < caps[-2]
     assert points, "the cap of 1F1B leaves room"
     assert [point.cap for point in points] == sorted({point.cap for point in points} & set(caps))
     for point in points:
@@ -76,6 +91,12 @@ def test_a_known_solution_is_never_lost(quick_search):
     tight = solve(options, [2.4] * 3)
     worst = solve(options, [2.5] * 3, lambda state: False, known=[tight])
     assert worst.schedule.ranks == tight.schedule.ranks
+    shared, gone_on = Shared(), []
+    solve(options, [2.5] * 3, lambda state: False, shared=shared)
+    assert solve(options, [2.4] * 3, shared=shared) == tight
+    shared.enough = simulate(tight.schedule, tight.option.problem, tight.option.cost).makespan
+    done = solve(options, [2.5] * 3, lambda state: not gone_on.append(1), [tight], shared)
+    assert (done.schedule.ranks, gone_on) == (tight.schedule.ranks, [])
 
 
 # Every I takes `backward` times as long as its F.  `few`: two thirds of the rings that were found.

@@ -393,8 +393,18 @@ def _fsdp_words(config: RunConfig, report: PlanReport) -> str:
     """Return what fully sharded data parallelism would take for the same batch, in words."""
     work = report.work
     sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
-    found = best_fsdp(work, config.cluster, config.cost, config.optim, num_sequences=sequences)
-    words = fsdp_words(found, report.step_seconds)
+    found, alone = (
+        best_fsdp(
+            work,
+            config.cluster,
+            config.cost,
+            config.optim,
+            num_sequences=sequences,
+            uses_hosts=uses_hosts,
+        )
+        for uses_hosts in (True, False)
+    )
+    words = fsdp_words(found, report.step_seconds, alone)
     assumed = config.cost.is_measured and not config.cost.has_rates
     return f"{words}; its passes at assumed rates, not as measured" if assumed else words
 
