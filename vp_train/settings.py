@@ -646,7 +646,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Whether the change is allowed, in words."""
+        """Return whether the change is allowed, in words."""
         if self.decides_text and not self.is_refused:
             return "refused unless the tokens stay the same"
         if self.permission is None:
