@@ -343,7 +343,13 @@ def test_python_on_pages_compiles_and_finds_its_names(page):
 # The first pages, run
 
 
-def run_typed(line: str) -> subprocess.CompletedProcess[str]:
+def as_typed() -> None:
+    """Do what a command does with its words; `python` starts what it starts from sys.executable."""
+    _, sys.executable, *sys.argv = sys.argv
+    COMMANDS[sys.argv[0]].load()()
+
+
+def run_typed(line: str, programs: Path) -> subprocess.CompletedProcess[str]:
     """Run a line of a page in bash; a command of ours in a process that has imported it."""
     command = Command.parse(line)
     name, *words = command.words
@@ -352,12 +358,12 @@ def run_typed(line: str) -> subprocess.CompletedProcess[str]:
             ["bash", "-c", line], capture_output=True, text=True, timeout=300, check=False
         )
     assert shutil.which(name) is not None
-    words = [os.path.expanduser(word) for word in words]
-    return finished(COMMANDS[name].load(), *words, seconds=300, variables=command.environment)
+    words = [str(programs / "python"), name, *map(os.path.expanduser, words)]
+    return finished(as_typed, *words, seconds=300, variables=command.environment)
 
 
 @pytest.mark.timeout(600)
-def test_the_first_pages_run_as_typed(place, monkeypatch):
+def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
     """Every line, one after the other in one directory, each distinct line once.
 
     `make`, and a line for four nodes, are asked what they would do; pip would need a network.
@@ -377,7 +383,7 @@ def test_the_first_pages_run_as_typed(place, monkeypatch):
             continue
         typed = re.sub(r"^make ", "make -n ", line)
         typed = f"{typed} --print-config" if " --nodes " in typed else typed
-        done = run_typed(typed)
+        done = run_typed(typed, programs)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(place / "data-cache")
