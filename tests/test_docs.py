@@ -21,7 +21,7 @@ from schedules.render import svg
 from tests.programs import finished
 from vp_train import failures
 from vp_train.commands.simulate import simulate_step
-from vp_train.commands.sweep import runs_of
+from vp_train.commands.sweep import SWEEP, runs_of
 from vp_train.planning.choice import batch_of
 from vp_train.planning.cluster import on_cluster
 from vp_train.planning.degrees import split_ranks, wanted_ranks
@@ -344,13 +344,16 @@ def test_python_on_pages_compiles_and_finds_its_names(page):
 
 
 def as_typed() -> None:
-    """Do what a command does with its words; `python` starts what it starts from sys.executable."""
+    """Do what a command does, with another sys.executable."""
     _, sys.executable, *sys.argv = sys.argv
     COMMANDS[sys.argv[0]].load()()
 
 
 def run_typed(line: str, programs: Path) -> subprocess.CompletedProcess[str]:
-    """Run a line of a page in bash; a command of ours in a process that has imported it."""
+    """Run a line of a page in bash; a command of ours in a process that has imported it.
+
+    What it starts with sys.executable has made its imports too, but is not its child.
+    """
     command = Command.parse(line)
     name, *words = command.words
     if name not in COMMANDS or set(line) & set("|&;<>$`*?"):
@@ -358,7 +361,10 @@ def run_typed(line: str, programs: Path) -> subprocess.CompletedProcess[str]:
             ["bash", "-c", line], capture_output=True, text=True, timeout=300, check=False
         )
     assert shutil.which(name) is not None
-    words = [str(programs / "python"), name, *map(os.path.expanduser, words)]
+    python = Path("home/python")
+    python.write_text(f'#!/bin/sh\nunset {SWEEP}\nexec {programs}/python "$@"\n')
+    python.chmod(0o755)
+    words = [str(python.absolute()), name, *map(os.path.expanduser, words)]
     return finished(as_typed, *words, seconds=300, variables=command.environment)
 
 

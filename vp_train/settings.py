@@ -10,10 +10,10 @@ expands variables, and a file that somebody else wrote must not read the environ
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import itertools
 import os
+import pickle
 import re
 import shlex
 import textwrap
@@ -402,9 +402,13 @@ def _updated(overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
 
     parser, groups = OverridesParser.create(), group_choices()
-    chosen = tuple(word for word in overrides if word.partition("=")[0] in groups)
+    chosen = sorted(word for word in overrides if word.partition("=")[0] in groups)
+    for word in chosen:
+        group, _, choice = word.partition("=")
+        if choice not in groups[group]:
+            return None
     try:
-        composed = copy.deepcopy(_of_groups(chosen))
+        composed = pickle.loads(_of_groups(tuple(chosen)))
         for word in overrides:
             if word not in chosen:
                 parsed = parser.parse_override(word)
@@ -417,9 +421,12 @@ def _updated(overrides: Sequence[str]) -> Any:
 
 
 @cache
-def _of_groups(chosen: tuple[str, ...]) -> Any:
-    """Return the settings of these choices of groups, each a word GROUP=CHOICE."""
-    return _hydra_composed("config", chosen)
+def _of_groups(chosen: tuple[str, ...]) -> bytes:
+    """Return the settings of these choices of groups, each a word GROUP=CHOICE, pickled.
+
+    Reading that takes a seventh of the time of a copy.
+    """
+    return pickle.dumps(_hydra_composed("config", chosen))
 
 
 def _hydra_composed(primary: str, overrides: Sequence[str]) -> Any:
