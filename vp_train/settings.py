@@ -402,15 +402,17 @@ def _updated(overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
 
     parser, groups = OverridesParser.create(), group_choices()
-    chosen = sorted(word for word in overrides if word.partition("=")[0] in groups)
-    for word in chosen:
+    chosen: dict[str, str] = {}
+    for word in overrides:
         group, _, choice = word.partition("=")
-        if choice not in groups[group]:
-            return None
+        if group in groups:
+            if choice not in groups[group]:
+                return None
+            chosen[group] = word  # the last one counts
     try:
-        composed = pickle.loads(_of_groups(tuple(chosen)))
+        composed = pickle.loads(_of_groups(tuple(sorted(chosen.values()))))
         for word in overrides:
-            if word not in chosen:
+            if word.partition("=")[0] not in chosen:
                 parsed = parser.parse_override(word)
                 if parsed.is_sweep_override():
                     return None

@@ -210,6 +210,7 @@ def split_case(name, p, m, algorithm, seconds=None):
     return simulate(schedule, case, costs)
 
 
+@pytest.mark.usefixtures("unrefined")  # which never needs more
 @pytest.mark.parametrize(
     ("algorithm", "extra"), [("none", 0), ("one_barrier", 1), ("two_barrier", 2)]
 )
@@ -225,6 +226,7 @@ def test_v_shapes_need_a_half_and_a_third_of_the_memory_and_the_same_on_all_rank
     assert max(third) <= 2 * ((p + 4) // 3 + extra)
 
 
+@pytest.mark.usefixtures("unrefined")
 @pytest.mark.parametrize(
     ("algorithm", "extra"), [("none", 0), ("one_barrier", 1), ("two_barrier", 2)]
 )
