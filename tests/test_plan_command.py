@@ -83,6 +83,14 @@ def test_how_many_ranks_a_line_stands_for_is_said_where_it_is_more_than_one(vp_p
     assert "; every line stands for 2 ranks\n" in vp_plan(*NANO, "parallel.pp=2")[1]
 
 
+def test_uneven_layers_are_answered_with_uneven_rows(vp_plan):
+    uneven = [*NANO, "parallel.pp=4", "parallel.layers_per_stage=[2,1,1,0]"]
+    _, out, _ = vp_plan(*uneven)
+    assert f"\nadvice    {make_report(load_config(uneven)).advice}\n" in out
+    assert "vocab.balance=true would take " in out
+    assert "advice" not in vp_plan(*uneven, "vocab.balance=true")[1]
+
+
 def test_json_has_every_rank(vp_plan, tmp_path):
     code, out, _ = vp_plan(*NANO, "--json", tmp_path / "new" / "plan.json")
     record = json.loads((tmp_path / "new" / "plan.json").read_text())
@@ -302,10 +310,16 @@ def test_a_file_that_cannot_be_written_is_known_before_the_work(vp_plan, words, 
     assert f"--json {place} cannot be written (" in err
 
 
-def test_a_batch_in_tokens(vp_plan):
-    code, out, _ = vp_plan("--search", "--top", 1, "--tokens", 1000, *NANO)
+def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_plan):
+    quick = ("--search", "--top", 1, "--effort", 1, "model=nano")
+    code, out, _ = vp_plan(*quick, "--tokens", 1000)
     assert code == EXIT_OK
     assert "; 16 microbatches of 1 x 64 tokens" in out
+    line = "batch: 16 sequences of 64 tokens, 1,024 tokens in a step"
+    assert f"{line}, rounded from --tokens 1,000\n" in out
+    assert f"{line}\n" in vp_plan(*quick, "--tokens", "1.024e3")[1]
+    _, out, _ = vp_plan(*quick, "parallel.pp=2")
+    assert f"{line}, by default; --tokens N sets another\n" in out
 
 
 @pytest.mark.parametrize(
@@ -313,6 +327,17 @@ def test_a_batch_in_tokens(vp_plan):
     [
         (["--top", "3"], "--top belongs to --search"),
         (["--search", "--tokens", "1000000000"], "--tokens 1000000000 is 3,906,250 sequences of"),
+        (
+            ["--search", "--tokens", "4e6", "num_microbatches=8"],
+            "--tokens and num_microbatches=8: both set the batch; drop one of the two",
+        ),
+        (["--search", "--tokens", "1.5"], "--tokens 1.5 is not a whole number in"),
+        (
+            ["parallel.tp=2", "cluster.num_nodes=8"],
+            "model.num_layers=8 does not split over 16 stages; use parallel.pp=2 or 4 or 8, "
+            "parallel.placement=balanced, parallel.layers_per_stage, or vp-plan --search",
+        ),
+        (["vocab.balance=true", "vocab=none"], "vocab.balance=true needs a sharded vocabulary"),
         (["--margin", "3"], "--margin belongs to --search"),
         (["--keep", "schedule"], "--keep belongs to --search"),
         (["--search", "--keep", "parallel.pp"], "--keep parallel.pp: it is not set; add"),

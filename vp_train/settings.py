@@ -87,6 +87,10 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             return _resumed(saved, overrides, chosen)
         config = _composed("config", overrides)
         _refuse_unused(config.data, overrides)
+        if config.vocab.balance and config.vocab.algorithm == "none":
+            raise ConfigError(
+                "vocab.balance=true needs a sharded vocabulary, but vocab=none; drop one of the two"
+            )
         return config
     except ConfigError:
         for given, settings in files.items():  # is one of the files at fault?

@@ -89,6 +89,7 @@ def test_vp_generate_prints_text_as_python_generates_tokens(trained, tmp_path, c
         (["--seed", "-1"], "--seed -1 is not in"),
         (["--file", "nowhere"], "--file nowhere is not a file"),
         (["run.steps=3"], "run.steps does not count here"),
+        (["Once upon"], "'Once upon' is not key=value; give a prompt as --prompt TEXT"),
     ],
 )
 def test_vp_generate_refuses_what_makes_no_sense(trained, capsys, words, message):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from schedules.vocab import End
 from vp_train.metrics import reporter as reporter_module
 from vp_train.metrics.header import introduce
 from vp_train.metrics.progress import StepReport, Validation
@@ -112,6 +113,7 @@ def test_before_the_first_step_everything_known_is_said_and_written(started, cap
         words, "model"
     )
     assert "advice" not in words
+    assert "rows" not in words
     assert line_of(words, "run") == f"{directory.path}, steps 3 to 4"
 
 
@@ -121,6 +123,14 @@ def test_it_is_said_what_waits_in_host_memory(started, capsys):
         assert re.fullmatch(words + ".*", line_of(capsys.readouterr().out, "offload"))
     started("run.name=none")
     assert "offload" not in capsys.readouterr().out
+
+
+def test_rows_that_are_not_the_equal_ones_are_said(started, capsys):
+    _, plan, *_ = started("parallel.layers_per_stage=[3,1]", "vocab.balance=true")
+    counts = [f"{shard.num_rows:,}" for shard in plan.shards[End.OUTPUT]]
+    assert counts[0] != counts[1]
+    words = f"{' '.join(counts)} of the vocabulary, by pipeline rank"
+    assert line_of(capsys.readouterr().out, "rows") == words
 
 
 @pytest.mark.parametrize(

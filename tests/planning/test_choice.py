@@ -393,6 +393,7 @@ def test_a_choice_is_applied_whole_and_its_overrides_are_what_differs():
         *("parallel.layers_per_stage=null", "parallel.offload_activations=0.5"),
         *("optim.name=zero1", "vocab.shards=null", "vocab.balance=true", "schedule.file=null"),
     ]
+    assert not replace(choice, vocab="none").applied(typed).vocab.balance, "has no rows to balance"
     mixed = replace(choice, recompute_per_stage=("full", "none"), optimizer=None)
     found = mixed.applied(typed)
     assert (found.parallel.recompute, found.parallel.recompute_per_stage) == (

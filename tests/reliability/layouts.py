@@ -76,7 +76,8 @@ def drawn(chance: random.Random) -> tuple[str, str, int]:
     ]
     for words in LAYOUTS:
         name = words.partition("=")[0]
-        if chance.random() < 0.2 and not any(name in chosen for chosen in layout):
+        is_refused = vocab == "none" and name == "vocab.balance"
+        if chance.random() < 0.2 and not is_refused and not any(name in one for one in layout):
             layout.append(words)
     return " ".join([ALWAYS, *model]), " ".join(layout), count * dp
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import gc
+import math
 import os
 import re
 import signal
@@ -203,17 +204,19 @@ def whole_number(
 ) -> int:
     """Return the value of an option that takes a count, `default` if it was not given.
 
-    Raises ConfigError, which names the bounds.
+    It may be written as 1e6 too.  Raises ConfigError, which names the bounds.
     """
     if name not in options:
         return default
     word = options[name]
-    if not re.fullmatch(r"[0-9]{1,12}", word) or not least <= int(word) <= most:
+    is_number = re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?(e[0-9]{1,2})?", word)
+    value = float(word) if is_number else math.nan
+    if not (value.is_integer() and least <= value <= most):
         raise ConfigError(
             f"{name} {word} is not a whole number in [{least:,}, {most:,}]; "
             f"write for example {name} {min(most, max(default, least))}"
         )
-    return int(word)
+    return int(value)
 
 
 class Parser(argparse.ArgumentParser):

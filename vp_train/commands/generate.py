@@ -30,15 +30,17 @@ def main() -> None:
 
 def _generate(arguments: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
+    for word in options.settings:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not key=value; give a prompt as --prompt TEXT")
     num_tokens = whole_number({"--tokens": options.tokens}, "--tokens", 32)
-    top_k = None
     if options.top_k is not None:
-        top_k = whole_number({"--top-k": options.top_k}, "--top-k", 40)
+        options.top_k = whole_number({"--top-k": options.top_k}, "--top-k", 40)
     if not 0 <= options.temperature < math.inf:
         raise ConfigError(f"--temperature {options.temperature} is not in [0, infinity)")
     if not 0 <= options.seed <= _MOST_SEED:
         raise ConfigError(f"--seed {options.seed} is not in [0, {_MOST_SEED}]")
-    if top_k is not None and not options.temperature:
+    if options.top_k is not None and not options.temperature:
         raise ConfigError(
             "--top-k counts only with a --temperature above 0, which draws; drop one of the two"
         )
@@ -138,9 +140,8 @@ def _continue(
     start = shown = run.tokenizer.decode(begun, skip_special_tokens=False)
     if is_first and not options.json:
         print(start, end="", flush=True)
-    top_k = None if options.top_k is None else int(options.top_k)
     ids = torch.tensor(begun, dtype=torch.int64)
-    sampled = {"temperature": options.temperature, "top_k": top_k, "seed": options.seed}
+    sampled = {name: getattr(options, name) for name in ("temperature", "top_k", "seed")}
     for token in generate(run, ids, num_tokens, **sampled):
         chosen.append(token)
         if token == run.end_token:

@@ -36,6 +36,7 @@ from vp_train.planning.choice import (
     KEPT_WHERE_TYPED,
     Choice,
     Kept,
+    batch_of,
     searched_words,
     settings_of,
     space_of,
@@ -88,7 +89,7 @@ def main() -> None:
     options = {
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
         "--top": ("K", "with --search: number of plans to show (5)"),
-        "--tokens": ("N", "with --search: tokens of a step, instead of num_microbatches and so on"),
+        "--tokens": ("N", "with --search: tokens of a step, as 4e6, instead of num_microbatches"),
         "--keep": (
             "A,B,...",
             "with --search: settings that stay as typed, or `typed` for all of them",
@@ -126,7 +127,10 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
                 raise ConfigError(f"{name} belongs to --search; add that, or drop {name}")
         return show_plan(config, _json_file(options))
     kept = kept_of(config, overrides, options.get("--keep"))
+    counts, tokens = typed(overrides, "num_microbatches"), None
     if "--tokens" in options:
+        if counts:
+            raise ConfigError(f"--tokens and {counts[0]}: both set the batch; drop one of the two")
         tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
         config = with_batch_of(config, tokens)
     config = with_replicas(config)
@@ -143,7 +147,21 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     if searched:
         hint = "; --keep typed keeps them" if _keeps_typed(config, overrides, options) else ""
         print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
+    is_default = not counts and tokens is None
+    print(_batch_words(config, tokens, is_default=is_default), flush=True)
     return show_search(config, limits, seconds, path, kept)
+
+
+def _batch_words(config: RunConfig, tokens: int | None, *, is_default: bool) -> str:
+    """Return the batch of a search in words, and where it comes from; `tokens` is --tokens."""
+    count, length = batch_of(config), config.model.seq_length
+    words = f"batch: {count:,} {plural(count, 'sequence')} of {length:,} tokens"
+    words += f", {count * length:,} tokens in a step"
+    if is_default:
+        return f"{words}, by default; --tokens N sets another"
+    if tokens is None or tokens == count * length:
+        return words
+    return f"{words}, rounded from --tokens {tokens:,}"
 
 
 def _json_file(options: Mapping[str, str]) -> Path | None:
@@ -295,6 +313,8 @@ def plan_lines(
             f"          on {report.degrees.pp} ranks {report.schedule} is far above it{cause}; try "
             "other schedules, or vp-plan --search"
         )
+    if report.advice:
+        lines.append(f"advice    {report.advice}")
     if not report.fits:
         progress("planning what would help")
         helps = remedies(config, report) if report.excess > 0 else []

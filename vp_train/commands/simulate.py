@@ -537,7 +537,7 @@ def report(outcome: Outcome, columns: int) -> str:
             "",
             f"schedule     {outcome.plan.schedule.name}, "
             f"vocabulary {outcome.plan.problem.algorithm.name}",
-            f"makespan     {duration(timeline.makespan)}",
+            f"makespan     {duration(timeline.makespan)}, without gradient exchange and optimizer",
             f"mean bubble  {timeline.mean_bubble:.1%}",
             f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "
             f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",

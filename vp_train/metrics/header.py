@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 
 from schedules.render import facts
+from schedules.vocab import End
 from vp_train.config import RunConfig, printable
 from vp_train.data import Source
 from vp_train.model.shape import num_parameters
@@ -33,6 +34,7 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
         f"{config.run.dtype} on {config.run.device}",
         f"mesh      {_mesh(plan.degrees)}, optim.name={config.optim.name}",
         f"pipeline  {_stages(plan)}",
+        *([f"rows      {words}"] if (words := _row_words(plan)) else []),
         f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
         f"{config.num_microbatches} {plural(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length} tokens",
@@ -63,6 +65,15 @@ def _stages(plan: RunPlan) -> str:
         ]
         lines.append(f"{name}: layers {', '.join(layers) or 'none'}")
     return "  ".join(lines)
+
+
+def _row_words(plan: RunPlan) -> str:
+    """Return the vocabulary rows of every pipeline rank; empty where equal ones are the rule."""
+    vocab = plan.work.vocab
+    if not plan.problem.algorithm.sharded or not (vocab.balance or vocab.shards is not None):
+        return ""
+    counts = "  ".join(f"{shard.num_rows:,}" for shard in plan.shards[End.OUTPUT])
+    return f"{counts} of the vocabulary, by pipeline rank"
 
 
 def _offload_words(plan: RunPlan) -> str:

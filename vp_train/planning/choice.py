@@ -99,7 +99,8 @@ class Choice:
 
     def vocabulary(self, typed: VocabConfig) -> VocabConfig:
         """Return `typed` with this choice."""
-        return replace(typed, algorithm=self.vocab, shards=None, balance=self.balance)
+        balance = self.balance and self.splits_vocabulary
+        return replace(typed, algorithm=self.vocab, shards=None, balance=balance)
 
     def applied(self, config: RunConfig) -> RunConfig:
         """Return `config` with this choice."""

@@ -40,7 +40,7 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
     elif model.num_layers % num_stages:
         raise ConfigError(
             f"model.num_layers={model.num_layers} does not split over {num_stages} stages; "
-            f"use {', '.join(_ways_to_split(model.num_layers, layout))}"
+            f"use {', '.join(_ways_to_split(model.num_layers, parallel, layout))}"
         )
     else:
         counts = (model.num_layers // num_stages,) * num_stages
@@ -48,9 +48,20 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
     return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
 
 
-def _ways_to_split(num_layers: int, layout: Layout) -> list[str]:
-    """Return what makes stages equal or does without that; another model comes last."""
+def _ways_to_split(num_layers: int, parallel: ParallelConfig, layout: Layout) -> list[str]:
+    """Return what makes stages equal or does without that; another model comes last.
+
+    Where parallel.pp was inferred and fewer ranks would do, those come first, and no other model.
+    """
     ways, per_rank = [], num_layers // layout.num_ranks
+    is_open = parallel.pp is None and parallel.dp is None
+    fewer = [
+        str(pp)
+        for pp in range(2, layout.num_ranks if is_open else 0)
+        if layout.num_ranks % pp == 0 and num_layers % (pp * layout.num_chunks) == 0
+    ]
+    if fewer:
+        ways.append(f"parallel.pp={' or '.join(fewer)}")
     if layout.name == "loop" and num_layers % layout.num_ranks == 0:
         counts = [count for count in range(1, per_rank + 1) if per_rank % count == 0]
         counts.sort(key=lambda count: (count == 1, abs(count - layout.num_chunks)))
@@ -58,12 +69,8 @@ def _ways_to_split(num_layers: int, layout: Layout) -> list[str]:
     num_stages = layout.num_stages
     lower = num_layers // num_stages * num_stages
     sizes = " or ".join(str(size) for size in (lower, lower + num_stages) if size)
-    return [
-        *ways,
-        "parallel.placement=balanced",
-        "parallel.layers_per_stage",
-        f"or model.num_layers={sizes}",
-    ]
+    last = "or vp-plan --search" if fewer else f"or model.num_layers={sizes}"
+    return [*ways, "parallel.placement=balanced", "parallel.layers_per_stage", last]
 
 
 def offloaded_layers(num_layers: int, part: float) -> int:

@@ -290,7 +290,7 @@ def row_advice(config: RunConfig, step: StepPlan) -> str | None:
         return None
     return (
         f"vocab.balance=true would take {1 - then / now:.1%} off the work of the busiest rank, "
-        f"with {', '.join(f'{count:,}' for count in rows)} rows"
+        f"with {min(rows):,} to {max(rows):,} rows"
     )
 
 

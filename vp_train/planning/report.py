@@ -29,7 +29,7 @@ from vp_train.planning.memory import (
     rank_memory,
 )
 from vp_train.planning.overlap import Exchange, exchange
-from vp_train.planning.plan import StepPlan, plan_step
+from vp_train.planning.plan import StepPlan, plan_step, row_advice
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes, plural
 
@@ -89,7 +89,8 @@ class PlanReport:
     hidden.  `messages` are the seconds of `passes` in which ranks wait for hops and collectives of
     the pipeline; None if that was not simulated.  `offloading` is None if no activations
     are to be offloaded.  `host` is what the ranks of a node keep in its memory at most.
-    `gap_in_its_memory` is that of `StepPlan`, None also if it was not looked for.
+    `gap_in_its_memory` is that of `StepPlan`, and `advice` that of `row_advice`; None also if it
+    was not looked for.
     `layer_seconds` are those of the passes of one layer on one microbatch, without recomputation,
     and `layer_launch_seconds` those of the CPU to issue them, 0 where passes were measured.
     """
@@ -114,6 +115,7 @@ class PlanReport:
     gap_in_its_memory: float | None = None
     layer_seconds: float = 0.0
     layer_launch_seconds: float = 0.0
+    advice: str | None = None
 
     @property
     def degrees(self) -> Degrees:
@@ -301,6 +303,7 @@ class PlanReport:
             "offloading": None if self.offloading is None else asdict(self.offloading),
             "host_bytes": asdict(self.host),
             "binds": self.binds,
+            "advice": self.advice,
             "layer_seconds": self.layer_seconds,
             "layer_launch_seconds": self.layer_launch_seconds,
             "fits": self.fits,
@@ -325,13 +328,15 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
         preset = " (cluster=laptop)" if config.cluster == ClusterConfig() else ""
         raise ConfigError(f"the cluster has {num_gpus} GPUs{preset}: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
-    step = plan_step(replace(config, cost=cost), num_gpus, watch)
+    config = replace(config, cost=cost)
+    step = plan_step(config, num_gpus, watch)
     report = report_of(step, config.cluster, config.optim, cost=cost)
     transfers = 0.0 if report.offloading is None else report.offloading.exposed
     return replace(
         report,
         messages=_waiting_seconds(step) - transfers,
         gap_in_its_memory=step.gap_in_its_memory(),
+        advice=row_advice(config, step),
     )
 
 
