@@ -137,7 +137,7 @@ def case_with_a_large_vocabulary(draw):
 
 
 @given(case_with_a_large_vocabulary())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_vocabulary_that_costs_more_than_a_stage_is_never_slower_when_sharded(case):
     name, layout, m, stages, vocabulary, hop, barrier = case
 
