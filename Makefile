@@ -1,4 +1,5 @@
-# Two commands: `make train` trains a small model on real text, `make test` runs every check.  Both make .venv if need be.
+# Two commands: `make train` trains a small model on real text, `make test` runs every check.
+# Both make .venv if need be.
 PYTHON ?= python3
 RANKS ?= 4
 VENV := .venv
@@ -23,19 +24,23 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Do the tests fail when the code is wrong?  make mutants ARGS="--packages schedules --count 20 --seed 2"
+# Do the tests fail when the code is wrong?
+# make mutants ARGS="--packages schedules --count 20 --seed 2"
 mutants: $(VENV)/installed
 	$(BIN)/python -m tests.mutants $(ARGS)
 
-# Faults at random moments and random layouts, the long form; minutes to hours.  make reliability ARGS="crafted --json crafted.json"
+# Faults at random moments and random layouts, the long form; minutes to hours.
+# make reliability ARGS="crafted --json crafted.json"
 reliability: $(VENV)/installed
 	$(BIN)/python -m tests.reliability $(ARGS)
 
-# The pictures of README and docs/schedules.md, by the commands that docs/schedules.md shows; about a minute.
+# The pictures of README and docs/schedules.md, by the commands that docs/schedules.md shows;
+# about a minute.
 pictures: $(VENV)/installed
 	$(BIN)/vp-simulate --out build/pictures
-	$(BIN)/vp-simulate --compare 1f1b,interleaved,interlaced,zb_h1,zb_v,v_half,v_min --vocab none,one_barrier \
-	    --out build/pictures parallel.pp=8 num_microbatches=64 cost=a100_4b run.dtype=float16
+	$(BIN)/vp-simulate --compare 1f1b,interleaved,interlaced,zb_h1,zb_v,v_half,v_min \
+	    --vocab none,one_barrier --out build/pictures \
+	    parallel.pp=8 num_microbatches=64 cost=a100_4b run.dtype=float16
 	cp build/pictures/schedule.svg build/pictures/comparison.png benchmarks/results/
 
 $(VENV)/installed: pyproject.toml constraints.txt

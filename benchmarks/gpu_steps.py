@@ -192,6 +192,7 @@ def first_layers(
     """
     from vp_train.model.elementwise import choose_fuse
     from vp_train.model.linear import PLAIN
+    from vp_train.model.shape import compiles_layers
     from vp_train.model.stage import Stage
     from vp_train.settings import load_config
 
@@ -206,7 +207,15 @@ def first_layers(
         seed=1,
         products=products or PLAIN,
         fuse=choose_fuse(
-            compiles, model, where.device, where.dtype, model.seq_length * model.ffn_hidden_size
+            compiles,
+            where.device,
+            compiles=compiles_layers(
+                compiles,
+                model,
+                model.seq_length * model.ffn_hidden_size,
+                where.dtype.itemsize,
+                on_cuda=where.device.type == "cuda",
+            ),
         ),
         num_offloaded=num_offloaded,
     )

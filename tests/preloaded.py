@@ -25,8 +25,9 @@ for _heavy in (
     "jinja2.loaders",
 ):
     import_module(_heavy)
-for _words in ([], ["model=nano", "data=synthetic"]):
-    load_config(_words)  # imports hydra, and reads files that need not be read again
+for _groups in ("", "model=nano"):  # imports hydra, and reads files that need not be read again
+    for _data in ("", "data=synthetic", "data=text data.path=text"):
+        load_config([*_groups.split(), *_data.split()])
 
 gc.collect()
 gc.freeze()  # collections in the ranks would visit, and so copy, the pages of every object

@@ -123,7 +123,7 @@ def finished(
 def python() -> None:
     """Do what `python` does with the words of sys.argv: -m MODULE, -c CODE or a script, and more.
 
-    The current directory is not searched.
+    A script finds its neighbours.  The current directory is not searched.
     """
     option, *words = (word for word in sys.argv[1:] if word not in ("-u", "-P"))
     if option == "-c":
@@ -134,6 +134,7 @@ def python() -> None:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [option, *words]
+        sys.path.insert(0, os.path.dirname(os.path.abspath(option)))
         runpy.run_path(option, run_name="__main__")
 
 

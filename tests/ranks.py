@@ -103,6 +103,9 @@ def share_fork_server(address: str) -> None:
         listener.bind(address)
         listener.listen()
         alive, keeps_alive = os.pipe()  # the server ends with the last copy
+        shared = forkserver._forkserver  # type: ignore[attr-defined]
+        shared._forkserver_address = address  # processes of the server know it too
+        shared.ensure_running = forkserver.ensure_running = lambda: None
         if not os.fork():
             try:
                 os.close(keeps_alive)
@@ -110,9 +113,7 @@ def share_fork_server(address: str) -> None:
             finally:
                 os._exit(0)
         os.close(alive)
-    shared = forkserver._forkserver  # type: ignore[attr-defined]
-    shared._forkserver_address, shared._forkserver_alive_fd = address, keeps_alive
-    shared.ensure_running = forkserver.ensure_running = lambda: None
+    shared._forkserver_alive_fd = keeps_alive
 
 
 @cache

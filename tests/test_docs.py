@@ -21,7 +21,7 @@ from schedules.render import svg
 from tests.programs import finished
 from vp_train import failures
 from vp_train.commands.simulate import simulate_step
-from vp_train.commands.sweep import runs_of
+from vp_train.commands.sweep import SWEEP, runs_of
 from vp_train.planning.choice import batch_of
 from vp_train.planning.cluster import on_cluster
 from vp_train.planning.degrees import split_ranks, wanted_ranks
@@ -343,8 +343,17 @@ def test_python_on_pages_compiles_and_finds_its_names(page):
 # The first pages, run
 
 
-def run_typed(line: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of a page in bash; a command of ours in a process that has imported it."""
+def as_typed() -> None:
+    """Do what a command does, with another sys.executable."""
+    _, sys.executable, *sys.argv = sys.argv
+    COMMANDS[sys.argv[0]].load()()
+
+
+def run_typed(line: str, programs: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of a page in bash; a command of ours in a process that has imported it.
+
+    What it starts with sys.executable has made its imports too, but is not its child.
+    """
     command = Command.parse(line)
     name, *words = command.words
     if name not in COMMANDS or set(line) & set("|&;<>$`*?"):
@@ -352,12 +361,15 @@ def run_typed(line: str) -> subprocess.CompletedProcess[str]:
             ["bash", "-c", line], capture_output=True, text=True, timeout=300, check=False
         )
     assert shutil.which(name) is not None
-    words = [os.path.expanduser(word) for word in words]
-    return finished(COMMANDS[name].load(), *words, seconds=300, variables=command.environment)
+    python = Path("home/python")
+    python.write_text(f'#!/bin/sh\nunset {SWEEP}\nexec {programs}/python "$@"\n')
+    python.chmod(0o755)
+    words = [str(python.absolute()), name, *map(os.path.expanduser, words)]
+    return finished(as_typed, *words, seconds=300, variables=command.environment)
 
 
 @pytest.mark.timeout(600)
-def test_the_first_pages_run_as_typed(place, monkeypatch):
+def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
     """Every line, one after the other in one directory, each distinct line once.
 
     `make`, and a line for four nodes, are asked what they would do; pip would need a network.
@@ -377,7 +389,7 @@ def test_the_first_pages_run_as_typed(place, monkeypatch):
             continue
         typed = re.sub(r"^make ", "make -n ", line)
         typed = f"{typed} --print-config" if " --nodes " in typed else typed
-        done = run_typed(typed)
+        done = run_typed(typed, programs)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(place / "data-cache")

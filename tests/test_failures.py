@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ import torch.distributed as dist
 
 from tests.programs import finished
 from vp_train.commands import launch
-from vp_train.commands.nodes import OneNode
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import require_gpu, set_environment, take_gpu, watch
 from vp_train.config import ConfigError, RunSettings
@@ -35,6 +33,7 @@ from vp_train.failures import (
     peer_failure,
     root_cause,
 )
+from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 
 SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
@@ -271,16 +270,27 @@ def test_a_signal_before_ranks_start_leaves_no_directory(tmp_path):
 def test_a_preflight_says_that_a_directory_has_a_run_and_a_start_refuses_it(
     tmp_path, monkeypatch, capsys
 ):
-    config = load_config(["model=nano", "data=synthetic", f"run.root={tmp_path}"])
+    words = ["model=nano", "data=synthetic", f"run.root={tmp_path}", "schedule=auto"]
+    config = load_config(words)
     config.run.directory.mkdir()
     (config.run.directory / "metrics.jsonl").write_text("{}")
     monkeypatch.setattr(launch, "import_for_ranks", lambda config: None)
     monkeypatch.setattr(launch, "_in_copy", lambda body: Ending(EXIT_OK, ""))
-    prepare = partial(launch._prepare, OneNode(launch.Place(host="here")), config, 4)
+    plan = make_plan(load_config(words[:-1]), 4)
+    monkeypatch.setattr(launch, "_searched", lambda config, num_ranks: plan)
+    found = []
+
+    def run_job(news, job):
+        found.extend(path.name for path in config.run.directory.iterdir())
+        return Ending(EXIT_OK, "")
+
+    monkeypatch.setattr(launch, "run_job", run_job)
+    place = launch.Place(host="here")
     with pytest.raises(ConfigError, match="already holds a run"):
-        prepare(trains=True)
-    assert prepare(trains=False) == []
+        launch.launch(config, words, None, place)
+    assert launch.launch(config, words, None, place, only_preflight=True) == EXIT_OK
     assert "already holds a run" in capsys.readouterr().err
+    assert len(found) == 2, "what it holds, and the schedule for the ranks"
     assert [path.name for path in config.run.directory.iterdir()] == ["metrics.jsonl"]
 
 

@@ -19,7 +19,7 @@ import gpu_check  # noqa: E402
 import gpu_steps  # noqa: E402
 from gpu_steps import STEPS  # noqa: E402
 
-from tests.programs import python  # noqa: E402
+from tests.programs import finished, python  # noqa: E402
 from tests.ranks import in_processes  # noqa: E402
 
 WELL = """
@@ -150,10 +150,16 @@ def test_a_step_runs_on_the_cpu(tmp_path, number):
         assert any(check["passed"] for check in checks)
 
 
-def test_the_script_runs_a_step_and_writes_where_it_did(tmp_path):
-    script = str(ROOT / "benchmarks" / "gpu_check.py")
-    command = [sys.executable, script, "--device", "cpu", "--out", str(tmp_path), "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+def warm_python():
+    """Be `python`, and start such ones too."""
+    _, sys.executable, *words = sys.argv
+    sys.argv[1:] = words
+    python()
+
+
+def test_the_script_runs_a_step_and_writes_where_it_did(programs, tmp_path):
+    words = [ROOT / "benchmarks" / "gpu_check.py", "--device", "cpu", "--out", tmp_path]
+    done = finished(warm_python, str(programs / "python"), *map(str, words), "--steps", "2")
     written = json.loads((tmp_path / "gpu_check_cpu.json").read_text())
     assert [(step["step"], step["status"]) for step in written["steps"]] == [(2, "passed")], (
         done.stdout

@@ -173,7 +173,8 @@ def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
 def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_path, typed):
     """Memory is so small that every winner needs a pipeline."""
     typed = [*NANO, "cluster.memory_gib=0.012", *typed]
-    code, out, _ = vp_plan("--search", "--top", 2, *typed, "--json", tmp_path / "found.json")
+    found = ["--search", "--top", 1, "--effort", 100, "--json", tmp_path / "found.json"]
+    code, out, _ = vp_plan(*found, *typed)
     assert code == EXIT_OK, out
     searched = [word for word in typed if word.startswith(("schedule", "vocab", "parallel."))]
     hint = "; --keep typed keeps them" if typed[-1] == "parallel.pp=2" else ""

@@ -61,16 +61,41 @@ def packed_blend(tmp_path):
     )
 
 
-@pytest.mark.parametrize("data", ["synthetic", "packed blend", "ramp"])
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, tmp_path, data):
-    whole, part = config_of(tmp_path, "whole"), config_of(tmp_path, "part")
-    if data == "packed blend":
-        given = {"data": packed_blend(tmp_path), "model": replace(whole.model, vocab_size=300)}
-        whole, part = replace(whole, **given), replace(part, **given)
-    if data == "ramp":  # the smaller steps end after the checkpoint
-        ramp = ([2, 2], [5, 4])
-        whole, part = replace(whole, batch_ramp=ramp), replace(part, batch_ramp=ramp)
-    ranks(2).run(train, whole)
+def split_over_two(config):
+    """Return the configuration with two query groups, so that two tensor ranks can split them."""
+    return replace(config, model=replace(config.model, num_query_groups=2))
+
+
+@pytest.fixture(scope="module")
+def whole_run(ranks, tmp_path_factory):
+    """Return whole_run(dtype): it trains on two ranks without interruption, once for all tests.
+
+    It returns the configuration of the run.
+    """
+
+    @cache
+    def of(dtype):
+        config = split_over_two(config_of(tmp_path_factory.mktemp("whole"), dtype=dtype))
+        ranks(2).run(uncompiled, train, config)
+        return config
+
+    return of
+
+
+@pytest.mark.parametrize("data", ["synthetic", "packed blend with a ramp"])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks, whole_run, tmp_path, data):
+    part = split_over_two(config_of(tmp_path, "part"))
+    if data == "synthetic":
+        whole = whole_run("float32")
+    else:
+        part = replace(
+            part,
+            data=packed_blend(tmp_path),
+            model=replace(part.model, vocab_size=300),
+            batch_ramp=([2, 2], [5, 4]),  # the smaller steps end after the checkpoint
+        )
+        whole = replace(part, run=replace(part.run, name="whole"))
+        ranks(2).run(train, whole)
     ranks(2).run(train, part, 6)  # its last checkpoint is of step 4
     resumed = replace(part, run=replace(part.run, resume=True))
     ranks(2).run(release_locks)
@@ -167,36 +192,13 @@ EMPTY_ENDS = {
 }
 
 
-def split_over_two(config):
-    """Return the configuration with two query groups, so that two tensor ranks can split them."""
-    return replace(config, model=replace(config.model, num_query_groups=2))
-
-
-@pytest.fixture(scope="module")
-def whole_run(ranks, tmp_path_factory):
-    """Return whole_run(dtype): it trains on two ranks without interruption, once for all tests.
-
-    It returns the configuration of the run.
-    """
-
-    @cache
-    def of(dtype):
-        config = split_over_two(config_of(tmp_path_factory.mktemp("whole"), dtype=dtype))
-        ranks(2).run(uncompiled, train, config)
-        return config
-
-    return of
-
-
 @pytest.mark.parametrize(
     ("before", "after", "dtype"),
     [
-        ({"pp": 2}, UNEQUAL, "float32"),
-        (REPLICAS, {"pp": 2}, "bfloat16"),
+        (EMPTY_ENDS, UNEQUAL, "float32"),
         (TENSOR, REPLICAS, "bfloat16"),
-        (TENSOR, REPLICAS, "float32"),
+        (TENSOR, {"pp": 2}, "float32"),
         (REPLICAS, OFFLOADED, "float32"),
-        (EMPTY_ENDS, {"pp": 2}, "float32"),
     ],
 )
 def test_another_layout_and_schedule_go_on_from_the_same_checkpoint(

@@ -39,37 +39,38 @@ def named(case):
     return ".".join(filter(None, [case[0], case[1].name]))
 
 
-@pytest.mark.parametrize("case", ALL, ids=named)
-def test_a_setting_says_what_it_means_in_a_sentence(case):
-    meaning = setting_of(case[1]).meaning
-    assert meaning.endswith(".")
-    assert len(meaning) <= 140
+def test_a_setting_says_what_it_means_in_a_sentence():
+    for case in ALL:
+        meaning = setting_of(case[1]).meaning
+        assert meaning.endswith("."), named(case)
+        assert len(meaning) <= 140, named(case)
 
 
-@pytest.mark.parametrize("case", BOUNDED, ids=named)
-def test_a_value_beyond_a_bound_is_refused_with_that_bound(case):
-    name, item = case
-    setting, default = setting_of(item), item.default
-    setting.check("x", default, default)
-    bad = [("maybe", setting.choices)] if setting.choices else []
-    bad += [
-        (bound, setting.allowed) for bound in (setting.above, setting.below) if bound is not None
-    ]
-    bad += [(setting.least - 1, setting.allowed)] if setting.least is not None else []
-    bad += [(setting.most + 1, setting.allowed)] if setting.most is not None else []
-    assert bad
-    for value, _ in bad:
-        with pytest.raises(ConfigError, match=rf"^x={value!r}") as caught:
-            setting.check("x", value, default)
-        bounds = [
-            f"{bound:,}"
-            for bound in (setting.least, setting.above, setting.most, setting.below)
+def test_a_value_beyond_a_bound_is_refused_with_that_bound():
+    for name, item in BOUNDED:
+        setting, default = setting_of(item), item.default
+        setting.check("x", default, default)
+        bad = [("maybe", setting.choices)] if setting.choices else []
+        bad += [
+            (bound, setting.allowed)
+            for bound in (setting.above, setting.below)
             if bound is not None
         ]
-        assert any(words in str(caught.value) for words in (*setting.choices, *bounds))
-        built = SECTIONS[name](**NEEDED.get(name, {})) if name else RunConfig()
-        with pytest.raises(ConfigError):  # also in its section
-            replace(built, **{item.name: value})
+        bad += [(setting.least - 1, setting.allowed)] if setting.least is not None else []
+        bad += [(setting.most + 1, setting.allowed)] if setting.most is not None else []
+        assert bad, item.name
+        for value, _ in bad:
+            with pytest.raises(ConfigError, match=rf"^x={value!r}") as caught:
+                setting.check("x", value, default)
+            bounds = [
+                f"{bound:,}"
+                for bound in (setting.least, setting.above, setting.most, setting.below)
+                if bound is not None
+            ]
+            assert any(words in str(caught.value) for words in (*setting.choices, *bounds))
+            built = SECTIONS[name](**NEEDED.get(name, {})) if name else RunConfig()
+            with pytest.raises(ConfigError):  # also in its section
+                replace(built, **{item.name: value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,12 +17,13 @@ from threading import Timer
 
 import pytest
 
+from tests.programs import finished
 from vp_train.checkpoint.manifest import write_manifest
 from vp_train.commands import sweep as module
 from vp_train.commands.agent import noting_signals
 from vp_train.commands.command import Command
-from vp_train.commands.sweep import Result, best_of, is_sweep, runs_of, sweep
-from vp_train.commands.train import _OPTIONS
+from vp_train.commands.sweep import SWEEP, Result, best_of, is_sweep, runs_of, sweep
+from vp_train.commands.train import _OPTIONS, main
 from vp_train.config import ConfigError
 from vp_train.durable import checkpoint_name
 from vp_train.settings import config_text, load_config
@@ -313,7 +315,8 @@ def test_without_validation_the_loss_decides_and_nothing_that_is_not_finite_does
 def test_a_run_gets_the_signals_of_its_sweep(place, monkeypatch):
     program = place / "python"
     program.write_text(
-        "#!/bin/sh\ntrap 'echo left >&2; exit 75' TERM\ntouch started\n"
+        f'#!/bin/sh\n[ "${SWEEP}" = "$PPID" ] || exit 1\n'
+        "trap 'echo left >&2; exit 75' TERM\ntouch started\n"
         "while true; do sleep 0.05; done\n"
     )
     program.chmod(0o755)
@@ -328,6 +331,21 @@ def test_a_run_gets_the_signals_of_its_sweep(place, monkeypatch):
         Timer(0, ask).start()
         assert module._trained(["run.seed=1"], signals) == (75, "left")
         assert signals.has_request
+
+
+def run_of_a_sweep():
+    os.environ[SWEEP] = str(os.getppid() if sys.argv.pop() == "alive" else os.getpid())
+    main()
+
+
+@pytest.mark.parametrize("sweep", ["alive", "gone"])
+def test_a_run_trains_as_long_as_its_sweep_lives(sweep):
+    done = finished(run_of_a_sweep, "--version", sweep)
+    if sweep == "alive":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 137
+        assert re.fullmatch(r"vp-train: the launcher, process \d+, is gone; .*\n", done.stderr)
 
 
 def test_what_outlives_a_run_takes_no_line_of_the_next_one(place, monkeypatch):

@@ -447,7 +447,7 @@ def scales_of(rank, num_ranks, config):
     mesh = mesh_for(plan)
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
     run.load()
-    run.model.loss_scale.value = 2.0**30
+    run.model.loss_scale.value = 2.0**25
     scales, changed, norms = [], [], []
     for step in run.steps():
         before = run.model.optimizer.updates
@@ -466,7 +466,7 @@ def scales_of(rank, num_ranks, config):
 
 def test_steps_that_overflow_float16_are_skipped_until_the_loss_scale_is_right(ranks, tmp_path):
     config = config_of(
-        tmp_path, steps=20, dtype="float16", checkpoint_every=0, eval_every=0, trace_step=0
+        tmp_path, steps=13, dtype="float16", checkpoint_every=0, eval_every=0, trace_step=0
     )
     norms = []
     for layout in (
@@ -479,35 +479,34 @@ def test_steps_that_overflow_float16_are_skipped_until_the_loss_scale_is_right(r
         ):
             assert not any(changed[:3])
             assert all(changed[-5:])
-            assert scales == [2.0 ** (30 - changed[:step].count(False)) for step in range(1, 21)]
+            assert scales == [2.0 ** (25 - changed[:step].count(False)) for step in range(1, 14)]
             norms.append(last)
     for others in norms:
         assert others == pytest.approx(norms[0], rel=1e-3), "nothing of a skipped step may be left"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path, dtype):
-    runs = [
-        config_of(tmp_path, name, dtype=name, checkpoint_every=0, eval_every=0)
-        for name in ("float32", dtype)
-    ]
-    for config in runs:
+def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path):
+    runs = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        config = config_of(tmp_path, dtype, dtype=dtype, checkpoint_every=0, eval_every=0)
         ranks(2).run(uncompiled, train, config)
-    assert len(metrics_of(runs[0])) == 8
-    for exact, rounded in zip(*map(metrics_of, runs), strict=True):
-        assert rounded["loss"] == pytest.approx(exact["loss"], rel=5e-3)
-        # Later, rounding flips the signs of small gradients, and AdamW takes other steps.
-        if exact["step"] <= 3:
-            assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2e-2)
+        runs.append(metrics_of(config))
+    assert len(runs[0]) == 8
+    for exact, *others in zip(*runs, strict=True):
+        for rounded in others:
+            assert rounded["loss"] == pytest.approx(exact["loss"], rel=5e-3)
+            # Later, rounding flips the signs of small gradients, and AdamW takes other steps.
+            if exact["step"] <= 3:
+                assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2e-2)
 
 
 def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
     config = config_of(
         tmp_path,
-        steps=100,
+        steps=60,
         dtype="bfloat16",
         checkpoint_every=0,
-        eval_every=100,
+        eval_every=60,
         eval_microbatches=64,
     )
     config = replace(

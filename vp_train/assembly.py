@@ -16,15 +16,15 @@ from schedules.vocab import End, VocabAlgorithm
 from vp_train.config import (
     BUCKETS_PER_STAGE,
     ConfigError,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     RunSettings,
 )
 from vp_train.mesh import Mesh, starting
-from vp_train.model.elementwise import Fuse, choose_fuse, is_worth_compiling, plain
+from vp_train.model.elementwise import Fuse, choose_fuse, plain
 from vp_train.model.float8 import Float8Products
 from vp_train.model.linear import PLAIN, Products
+from vp_train.model.shape import compiles_layers
 from vp_train.model.stage import Stage, init_rows
 from vp_train.optim.buckets import Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
@@ -159,7 +159,7 @@ def _missing(config: RunConfig) -> str:
     settings, device = config.run, torch.device(config.run.device)
     if settings.compile == "off" or is_turned_off():
         return ""
-    if device.type == "cuda" or is_worth_compiling(*_elementwise_work(config)):
+    if device.type == "cuda" or _compiles_layers(config):
         return remedy_for(device)
     return "" if has_cpp_compiler() or not _has_kernels(settings) else "install a C++ compiler"
 
@@ -572,21 +572,20 @@ def _build_stages(
 
 def fuse_of_layers(config: RunConfig) -> Fuse:
     """Return how the elementwise work of layers runs.  Raises ConfigError like `choose_fuse`."""
-    return choose_fuse(*_elementwise_work(config))
+    device = torch.device(config.run.device)
+    return choose_fuse(config.run.compile, device, compiles=_compiles_layers(config))
 
 
-def _elementwise_work(
-    config: RunConfig,
-) -> tuple[str, ModelConfig, torch.device, torch.dtype, int]:
-    """Return the arguments of `choose_fuse`, and of `is_worth_compiling`."""
+def _compiles_layers(config: RunConfig) -> bool:
+    """Return whether elementwise work of layers is compiled, if there is a compiler."""
     settings, model = config.run, config.model
-    elements = config.micro_batch_size * model.seq_length * model.ffn_hidden_size
-    return (
+    values = config.micro_batch_size * model.seq_length * model.ffn_hidden_size
+    return compiles_layers(
         settings.compile,
         model,
-        torch.device(settings.device),
-        DTYPES[settings.dtype],
-        elements // config.parallel.tp,
+        values // config.parallel.tp,
+        DTYPES[settings.dtype].itemsize,
+        on_cuda=settings.device == "cuda",
     )
 
 

@@ -1342,7 +1342,7 @@ class RunSettings:
 
     @property
     def saves(self) -> bool:
-        """Whether the run writes checkpoints at all."""
+        """Return whether the run writes checkpoints at all."""
         return self.checkpoint_every > 0 or self.checkpoint_minutes > 0
 
     @property

@@ -10,10 +10,10 @@ expands variables, and a file that somebody else wrote must not read the environ
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import itertools
 import os
+import pickle
 import re
 import shlex
 import textwrap
@@ -406,11 +406,17 @@ def _updated(overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
 
     parser, groups = OverridesParser.create(), group_choices()
-    chosen = tuple(word for word in overrides if word.partition("=")[0] in groups)
+    chosen: dict[str, str] = {}
+    for word in overrides:
+        group, _, choice = word.partition("=")
+        if group in groups:
+            if choice not in groups[group]:
+                return None
+            chosen[group] = word  # the last one counts
     try:
-        composed = copy.deepcopy(_of_groups(chosen))
+        composed = pickle.loads(_of_groups(tuple(sorted(chosen.values()))))
         for word in overrides:
-            if word not in chosen:
+            if word.partition("=")[0] not in chosen:
                 parsed = parser.parse_override(word)
                 if parsed.is_sweep_override():
                     return None
@@ -421,9 +427,12 @@ def _updated(overrides: Sequence[str]) -> Any:
 
 
 @cache
-def _of_groups(chosen: tuple[str, ...]) -> Any:
-    """Return the settings of these choices of groups, each a word GROUP=CHOICE."""
-    return _hydra_composed("config", chosen)
+def _of_groups(chosen: tuple[str, ...]) -> bytes:
+    """Return the settings of these choices of groups, each a word GROUP=CHOICE, pickled.
+
+    Reading that takes a seventh of the time of a copy.
+    """
+    return pickle.dumps(_hydra_composed("config", chosen))
 
 
 def _hydra_composed(primary: str, overrides: Sequence[str]) -> Any:
@@ -650,7 +659,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Whether the change is allowed, in words."""
+        """Return whether the change is allowed, in words."""
         if self.decides_text and not self.is_refused:
             return "refused unless the tokens stay the same"
         if self.permission is None:

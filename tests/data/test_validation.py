@@ -126,6 +126,26 @@ def test_a_set_that_cannot_be_used_is_named(config: RunConfig, tmp_path: Path) -
             open_source(replace(config, data=data))
 
 
+def test_a_set_without_a_label_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    """Of a letter and the end of its document, only the first has a label."""
+    write_letters(tmp_path / "letters", [1] * 20)
+    entry = ValidationEntry("letters", str(tmp_path / "letters"))
+    data = replace(config.data, packing="documents", validation=(entry,), validation_fraction=0.0)
+    config = replace(config, data=data, model=replace(config.model, seq_length=1))
+    refused = []
+    for seed in range(6):
+        config = replace(config, data=replace(config.data, seed=seed))
+        labels = open_source(config).validation_batch(name="letters").labels
+        one = replace(config, run=replace(config.run, eval_sequences=1))
+        refused.append(bool(labels.flatten()[0] < 0))
+        if refused[-1]:
+            with pytest.raises(ConfigError, match=r"data\.validation, letters: .* no label"):
+                open_source(one)
+        else:
+            open_source(one)
+    assert len(set(refused)) == 2
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

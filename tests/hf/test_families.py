@@ -265,6 +265,16 @@ def test_llama_3_1_has_its_own_frequencies():
     assert model_of(PUBLISHED["llama3_8b"] | beside) == replace(old, rope_original_length=4096)
 
 
+@pytest.mark.parametrize("name", ["llama3", "yarn"])
+def test_frequencies_without_their_first_length_are_those_of_transformers(name):
+    scaling = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    parameters = scaling | {"rope_type": name, "rope_theta": 5e5}
+    config = PUBLISHED["llama3_8b"] | {"rope_parameters": parameters}
+    model = model_of(config)
+    theirs = AutoConfig.for_model(**config).rope_parameters["original_max_position_embeddings"]
+    assert model.rope_original_length == theirs == config["max_position_embeddings"]
+
+
 def test_both_forms_of_the_frequencies_of_gemma_3_together_are_those_of_transformers():
     both = PUBLISHED["gemma3_1b"] | {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 50.0}},

@@ -73,20 +73,23 @@ def expected_scores(model, ids, width=64):
     return torch.cat(found)
 
 
+@pytest.fixture(scope="module")
+def one_process(trained):
+    """What one process finds."""
+    (found,) = evaluate(0, 1, trained)
+    return found
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_scores_and_tokens_are_those_of_transformers_on_every_layout(
-    trained, theirs, ranks, num_ranks
+    trained, theirs, one_process, ranks, num_ranks
 ):
-    if num_ranks == 1:
-        of_ranks = [evaluate(0, 1, trained)]
-    else:
-        of_ranks = ranks(num_ranks).run(evaluate, trained)
+    of_ranks = [[one_process]] if num_ranks == 1 else ranks(num_ranks).run(evaluate, trained)
     prompt = texts()[0]
     written = theirs.generate(
         prompt[None], max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
     )[0, len(prompt) :].tolist()
     expected = [expected_scores(theirs, ids) for ids in texts()]
-    (one_process,) = evaluate(0, 1, trained) if num_ranks > 1 else of_ranks[0]
     for found in of_ranks:  # all ranks get the same
         for in_double, greedy, drawn, among_k, in_single in found:
             assert greedy == written

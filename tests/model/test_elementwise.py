@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.model.test_stage import CPU, FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
 from vp_train.config import ConfigError
 from vp_train.model import elementwise
-from vp_train.model.elementwise import choose_fuse, is_worth_compiling, plain
+from vp_train.model.elementwise import choose_fuse, plain
+from vp_train.model.shape import compiles_layers
 from vp_train.model.stage import Stage
 from vp_train.pipeline.offload import HostLink, storages_of
 from vp_train.tensors import compiling
@@ -115,8 +116,13 @@ def test_an_activation_gives_its_output_again_in_the_backward(activation):
 
 
 def test_small_runs_and_layers_of_torchs_kernels_compile_nothing(monkeypatch, group):  # noqa: F811
+    def compiles(setting, dtype, elements, device=CPU, model=MODEL):
+        on_cuda = device.type == "cuda"
+        return compiles_layers(setting, model, elements, dtype.itemsize, on_cuda=on_cuda)
+
     def found(setting, dtype, elements, device=CPU, model=MODEL):
-        return choose_fuse(setting, model, device, dtype, elements)
+        worth = compiles(setting, dtype, elements, device, model)
+        return choose_fuse(setting, device, compiles=worth)
 
     monkeypatch.setattr(compiling, "_finds_compiler", lambda: True)
     assert found("auto", torch.float32, 1 << 30) is plain
@@ -140,8 +146,7 @@ def test_small_runs_and_layers_of_torchs_kernels_compile_nothing(monkeypatch, gr
         model = replace(MODEL, normalisation=norm, activation=activation, positions=positions)
         stage(group, range(1), model=model, fuse=lambda f, run=run: run.append(f) or f).warm_up(1)
         for device, setting in product((CPU, cuda), ("on", "auto")):
-            work = (setting, model, device, torch.bfloat16, 1 << 30)
-            assert is_worth_compiling(*work) == bool(run)
+            assert compiles(setting, torch.bfloat16, 1 << 30, device, model) == bool(run)
     assert found("on", torch.bfloat16, 1, model=model) is plain  # nobody asks for a compiler
 
 

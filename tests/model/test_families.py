@@ -93,8 +93,11 @@ def config_of(model, *, layers=(2, 1), schedule="1f1b", recompute="none", pp=2, 
     )
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama3_8b", "qwen2_5_7b", "qwen3_8b", "gemma_7b", "gemma3_12b"]
+)
 def test_each_family_trains_with_its_real_vocabulary_as_one_process_does(name):
+    """Gemma 2 has the vocabulary of Gemma; its layers are below."""
     assert tiny(name).vocab_size == preset(name).vocab_size > 50_000
     assert_equivalent_locally(2, [config_of(tiny(name))], 1e-9)
 

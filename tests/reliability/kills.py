@@ -21,7 +21,7 @@ from tests.training import config_of, metrics_of, train
 from vp_train.checkpoint.store import find
 from vp_train.durable import checkpoints_in
 
-RANKS, STEPS, LONGEST = 2, 24, 0.6  # the longest time in seconds from the first step to a kill
+RANKS, STEPS, LONGEST = 2, 12, 0.3  # the longest time in seconds from the first step to a kill
 
 
 def _rank(rank, port, config):
@@ -93,6 +93,7 @@ def campaign(seed: int, count: int) -> list[str]:
     with tempfile.TemporaryDirectory() as root:
         options = {"checkpoint_every": 1, "eval_every": 0, "trace_step": 0}
         whole = config_of(Path(root), "whole", STEPS, RANKS, **options)
+        whole = replace(whole, model=replace(whole.model, num_layers=RANKS))
         assert _ended(_start(whole)), "the run without kills failed"
         expected = [(record["step"], record["loss"]) for record in metrics_of(whole)]
         while kills < count:

@@ -28,7 +28,7 @@ from tests.schedules.cases import cost, problem
 # CUDA without a side stream: the passes stop at the start of a collective that continues another.
 INLINE = Runtime("inline", issues_ahead=True, continues_beside_passes=False, hops=Hops.PAIRED)
 PAIRED = replace(CUDA, hops=Hops.PAIRED)
-SIZES = tuple(product((1, 2, 3, 4, 8), (1, 2, 8, 32)))
+SIZES = tuple(product((1, 2, 3, 4, 8), (1, 2, 8)))
 SECONDS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0, "S": 0.6, "T": 0.3, "E": 0.05, "G": 0.05}
 HOP, BARRIER = 0.03, 0.1
 
@@ -94,7 +94,9 @@ def late(step: Step, runtime: Runtime) -> list[LateStart]:
 @pytest.mark.parametrize("algorithm", sorted(VOCAB_ALGORITHMS))
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_no_runtime_takes_more_than_half_a_percent_longer_than_simulated(name, algorithm):
-    for p, m in SIZES:
+    """Many microbatches come with one number of ranks, another one for each algorithm."""
+    turn = sorted(GENERATORS).index(name) + sorted(VOCAB_ALGORITHMS).index(algorithm)
+    for p, m in (*SIZES, ((2, 3, 4, 8)[turn % 4], 32)):
         for step in lowered(name, algorithm, p, m, None, f"{name} {algorithm} {p} {m}"):
             assert step.simulated.makespan >= step.simulated.bound * (1 - 1e-9)
             for runtime, at_most in ((CUDA, 0.005), (GLOO, 1e-9)):

@@ -1,5 +1,7 @@
 """The backend of GPUs, run on a CPU: its mathematics without kernels."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -22,11 +24,11 @@ def small_chunks_of_a_gpu(monkeypatch):
     monkeypatch.setattr(joined, "PANEL_BYTES", 16 * T * 8)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", ["none", *ALGORITHMS])
-def test_shards_equal_the_whole_in_float64(algorithm, backend, options):
-    for sizes, scale in (([101], 1.0), ([0, 60, 1, 40], 1.0), ([50, 51], 300.0)):
+def test_shards_equal_the_whole_in_float64(algorithm, backend):
+    kinds = (([101], 1.0), ([0, 60, 1, 40], 1.0), ([50, 51], 300.0))
+    for options, (sizes, scale) in product(OPTIONS, kinds):
         case = inputs(101, scale=scale)
         sharded = run_output(
             *case, sizes=sizes, algorithm=algorithm, backend=backend, options=options

@@ -67,9 +67,10 @@ def with_and_without_a_compiler(request, monkeypatch):
 SHARDS = [
     *(
         (v, [shard.num_rows for shard in split_rows(v, n)])
-        for v in (64, 100, 101, 1000)
+        for v in (64, 100, 101)
         for n in (1, 2, 3, 4)
     ),
+    (1000, [334, 333, 333]),
     (101, [0, 60, 1, 40]),
     (3, [1, 1, 1, 0]),
 ]
@@ -77,77 +78,64 @@ SHARDS = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", ["none", *ALGORITHMS])
-@pytest.mark.parametrize(("vocab_size", "sizes"), SHARDS)
 @pytest.mark.usefixtures("small_chunks")
-def test_shards_equal_the_whole_in_float64(vocab_size, sizes, algorithm, backend):
-    case = inputs(vocab_size)
-    assert_equal(
-        run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend),
-        cross_entropy(*case),
-        1e-12,
-    )
+def test_shards_equal_the_whole_in_float64(algorithm, backend):
+    for vocab_size, sizes in SHARDS:
+        case = inputs(vocab_size)
+        found = run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend)
+        assert_equal(found, cross_entropy(*case), 1e-12)
 
 
-@pytest.mark.parametrize("options", OPTIONS[1:])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", ["none", *ALGORITHMS])
 @pytest.mark.usefixtures("small_chunks")
-def test_every_loss_option_is_exact(algorithm, backend, options):
+def test_every_loss_option_is_exact(algorithm, backend):
     case = inputs(101)
-    truth = cross_entropy(*case, options)
-    for sizes in ([101], [0, 60, 1, 40]):
-        assert_equal(
-            run_output(*case, sizes=sizes, algorithm=algorithm, backend=backend, options=options),
-            truth,
-            1e-12,
-        )
+    given = {"algorithm": algorithm, "backend": backend}
+    for options in OPTIONS[1:]:
+        truth = cross_entropy(*case, options)
+        for sizes in ([101], [0, 60, 1, 40]):
+            assert_equal(run_output(*case, sizes=sizes, options=options, **given), truth, 1e-12)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", ["reference", "chunked", "recompute:0.4"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
 )
 @pytest.mark.usefixtures("small_chunks", "with_and_without_a_compiler")
-def test_low_precision_stays_near_float64(algorithm, backend, dtype, tolerance, options):
+def test_low_precision_stays_near_float64(algorithm, backend, dtype, tolerance):
     case = inputs(101, dtype)
-    truth = cross_entropy(case[0].double(), case[1].double(), case[2], case[3].double(), options)
-    sharded = run_output(
-        *case,
-        sizes=[50, 51],
-        algorithm=algorithm,
-        backend=backend,
-        grad_dtype=torch.float32,
-        options=options,
-    )
-    assert_equal([tensor.double() for tensor in sharded[:3]], truth, tolerance)
+    exact = [case[0].double(), case[1].double(), case[2], case[3].double()]
+    given = {"algorithm": algorithm, "backend": backend, "grad_dtype": torch.float32}
+    for options in OPTIONS:
+        sharded = run_output(*case, sizes=[50, 51], options=options, **given)
+        truth = cross_entropy(*exact, options)
+        assert_equal([tensor.double() for tensor in sharded[:3]], truth, tolerance)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_microbatch_of_ignored_tokens_has_no_loss_and_no_gradient(algorithm, backend, options):
+def test_a_microbatch_of_ignored_tokens_has_no_loss_and_no_gradient(algorithm, backend):
     x, weight, targets, grad_loss = inputs(64)
     targets.fill_(IGNORE_INDEX)
     case = (x, weight, targets, torch.zeros_like(grad_loss))
-    for tensor in run_output(
-        *case, sizes=[40, 24], algorithm=algorithm, backend=backend, options=options
-    )[:3]:
-        assert torch.equal(tensor, torch.zeros_like(tensor))
+    given = {"algorithm": algorithm, "backend": backend}
+    for options in OPTIONS:
+        for tensor in run_output(*case, sizes=[40, 24], options=options, **given)[:3]:
+            assert torch.equal(tensor, torch.zeros_like(tensor))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.usefixtures("small_chunks")
-def test_huge_logits_do_not_overflow(algorithm, backend, options):
+def test_huge_logits_do_not_overflow(algorithm, backend):
     case = inputs(100, scale=300.0)
-    sharded = run_output(
-        *case, sizes=[34, 34, 32], algorithm=algorithm, backend=backend, options=options
-    )
-    assert all(tensor.isfinite().all() for tensor in sharded[:3])
-    assert_equal(sharded, cross_entropy(*case, options), 1e-12)
+    given = {"algorithm": algorithm, "backend": backend}
+    for options in OPTIONS:
+        sharded = run_output(*case, sizes=[34, 34, 32], options=options, **given)
+        assert all(tensor.isfinite().all() for tensor in sharded[:3])
+        assert_equal(sharded, cross_entropy(*case, options), 1e-12)
 
 
 @given(

@@ -96,7 +96,7 @@ class Saver:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a save is under way and this rank's part of its phase is done.
+        """Return whether a save is under way and this rank's part of its phase is done.
 
         When that is so on all ranks, call `advance`.
         """

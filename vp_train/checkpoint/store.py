@@ -52,7 +52,7 @@ class CheckpointTensor:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with the checkpoint called `name`, in words.
+    """The fault of the checkpoint called `name`, in words.
 
     is_altered: whether its bytes are not those that were saved.  Otherwise it may be of another
     version, or a disk may not answer, and it may be of use again.

@@ -95,7 +95,7 @@ class Signals:
 
     @property
     def has_request(self) -> bool:
-        """Whether ranks are to finish their step, save and end."""
+        """Return whether ranks are to finish their step, save and end."""
         return bool(self.noted)
 
     @property

@@ -61,7 +61,7 @@ class Draws:
 
     @property
     def words(self) -> str:
-        """What is drawn, in words."""
+        """Return in words what is drawn."""
         parts = []
         if self.disturbance.jitter:
             parts.append(f"passes and collectives vary by {self.disturbance.jitter:.3g} each")

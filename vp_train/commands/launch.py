@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -105,14 +105,26 @@ def launch(
         import_module("torch.distributed")  # for the processes that speak with the store
     place = replace(place, run_id=_run_id(place, config))
     options = {"--max-restarts": num_restarts, "--preflight": only_preflight}
-    unused = removed_if_unused(config.run) if place.node == 0 else nullcontext()
+    tidied = _tidied(config.run, only_preflight) if place.node == 0 else nullcontext()
     try:
-        with unused, joined(place, num_local, config.run.world_timeout_seconds, options) as news:
+        with tidied, joined(place, num_local, config.run.world_timeout_seconds, options) as news:
             job = (num_local, num_restarts)
             return _launch(news, config, overrides, body, *job, trains=not only_preflight)
     except JobEnded as error:
         say(error.ending.words)
         return error.ending.code
+
+
+@contextmanager
+def _tidied(settings: RunSettings, only_preflight: bool) -> Iterator[None]:
+    """Remove the schedule that a preflight has searched, and the directory if nothing is in it."""
+    with removed_if_unused(settings):
+        try:
+            yield
+        finally:
+            if only_preflight:
+                with suppress(OSError):
+                    _solved_file(settings, trains=False).unlink()
 
 
 def num_local_ranks(config: RunConfig, place: Place, num_ranks: int) -> int:
@@ -377,7 +389,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
         try:
             refuse_used(config.run)
         except ConfigError as error:
-            if trains or plan is None:  # a search leaves its schedule there
+            if trains:
                 raise
             say(f"{error}; the preflight changes nothing there")
     origin = config.run.init_from
@@ -388,7 +400,7 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
     if plan is None and news.place.node == 0:  # the search runs once, for all ranks
         print(SEARCHING, flush=True)
         plan = _searched(config, num_ranks)
-        solved = config.run.directory / "schedule.txt"
+        solved = _solved_file(config.run, trains=trains)
         solved.parent.mkdir(parents=True, exist_ok=True)
         replace_file(solved, plan.schedule.text())
         found = [
@@ -411,6 +423,11 @@ def _prepare(news: News, config: RunConfig, num_ranks: int, *, trains: bool) -> 
         with announced(("layers",) if news.place.node == 0 else ()):
             compile_layers(config)
     return found
+
+
+def _solved_file(settings: RunSettings, *, trains: bool) -> Path:
+    """Return where this process writes the schedule of a search; a preflight removes its own."""
+    return settings.directory / ("schedule.txt" if trains else f".preflight-{os.getpid()}.txt")
 
 
 def _searched(config: RunConfig, num_ranks: int) -> RunPlan:

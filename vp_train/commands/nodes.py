@@ -77,7 +77,7 @@ class NodeLoss:
 
     @property
     def is_cause(self) -> bool:
-        """Whether the job ends with `ending` whatever is known of the ends of ranks."""
+        """Return whether the job ends with `ending` whatever is known of the ends of ranks."""
         return self.why in ("failed", "unheard")
 
 

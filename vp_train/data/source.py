@@ -55,7 +55,7 @@ class Source(Protocol):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is doubtful about the data, one sentence each."""
+        """Return what is doubtful about the data, one sentence each."""
         ...
 
     @property
@@ -117,15 +117,26 @@ class _Stream:
 
         Sequences beyond, and those of a repeated sample, have no loss.
         """
-        config, num_counted = self.config, self.config.eval_sequences
-        if self.num_samples is not None:
-            num_whole = self.num_samples * config.sample_length // config.model.seq_length
-            num_counted = min(num_counted, max(1, num_whole))
-        batch = self.batch(0, config.eval_microbatches_of(dp_size), dp_rank, dp_size)
+        batch = self.batch(0, self.config.eval_microbatches_of(dp_size), dp_rank, dp_size)
         num_own = batch.labels.shape[:2].numel()
-        is_extra = torch.arange(dp_rank * num_own, (dp_rank + 1) * num_own) >= num_counted
+        is_extra = torch.arange(dp_rank * num_own, (dp_rank + 1) * num_own) >= self._num_first
         is_extra = is_extra.view(*batch.labels.shape[:2], 1)
         return replace(batch, labels=batch.labels.masked_fill(is_extra, _NO_LOSS))
+
+    def has_label(self) -> bool:
+        """Return whether one of the first sequences has a loss; reads no more than it must."""
+        length = self.config.model.seq_length
+        sequences = (self._sequence(number * length) for number in range(self._num_first))
+        return any((labels != _NO_LOSS).any() for _, labels, _ in sequences)
+
+    @property
+    def _num_first(self) -> int:
+        """The sequences of `first_batch` that have a loss, over all replicas."""
+        config = self.config
+        if self.num_samples is None:
+            return config.eval_sequences
+        num_whole = self.num_samples * config.sample_length // config.model.seq_length
+        return min(config.eval_sequences, max(1, num_whole))
 
     def batch(self, start: int, num_microbatches: int, dp_rank: int, dp_size: int) -> Batch:
         """Return a replica's share of the sequences from token `start` on."""
@@ -258,6 +269,13 @@ class _Text:
             self._validation[""] = _stream_of(config, held_out, turns, "validation")
         for name, corpus in named.items():
             self._validation[name] = self._named_stream(name, corpus)
+        for name, stream in self._validation.items():
+            if not stream.has_label():
+                raise ConfigError(
+                    f"{f'data.validation, {name}' if name else 'the text that is held out'}: each "
+                    "token that is validated is the last of its document, so there is no label; "
+                    "raise model.seq_length or run.eval_sequences, or set data.packing=none"
+                )
 
     def _named_stream(self, name: str, corpus: Corpus) -> _Stream:
         """Return the samples of all documents of a named set."""

@@ -94,7 +94,7 @@ class ExplainedRank(RankPlace):
 
     @property
     def is_slow(self) -> bool:
-        """Whether it computes much longer than the others for the same work."""
+        """Return whether it computes much longer than the others for the same work."""
         return self.slowness >= SLOW
 
 

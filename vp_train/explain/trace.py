@@ -44,7 +44,7 @@ class RankPlace:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the first tensor-parallel rank of its stages in the first replica."""
+        """Return whether it is the first tensor-parallel rank, in the first replica."""
         return self.replica == self.tensor_rank == 0
 
 

@@ -232,7 +232,11 @@ def _rope(config: Mapping[str, Any], layers: str | None = None) -> Settings:
     else:
         values = scaling or values or {}
         values = values | ({} if own is None else {"original_max_position_embeddings": own})
-    values = {"rope_theta": config["rope_theta"]} | values
+    values = {
+        "rope_theta": config["rope_theta"],
+        # the default of transformers
+        "original_max_position_embeddings": config.get("max_position_embeddings"),
+    } | values
     kind = values.get("rope_type", values.get("type", "default"))
     _refuse(values, "partial_rotary_factor", 1.0, "only whole heads are rotated here")
     settings = {"rope_base": float(values["rope_theta"])}

@@ -134,7 +134,7 @@ class Reporter:
 
     @property
     def has_no_reader(self) -> bool:
-        """Whether nobody reads the console any more."""
+        """Return whether nobody reads the console any more."""
         return self._console.has_no_reader
 
     def say(self, line: str) -> None:

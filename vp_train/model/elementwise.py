@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vp_train.config import ConfigError, ModelConfig
+from vp_train.config import ConfigError
 from vp_train.model.linear import LateInput, add_gradient
-from vp_train.model.shape import compiles_layers
 from vp_train.tensors.compiling import compiled_for_tokens, remedy_for
 from vp_train.tensors.precision import statistics_dtype
 
@@ -33,14 +32,15 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def choose_fuse(
-    setting: str, model: ModelConfig, device: torch.device, dtype: torch.dtype, num_elements: int
-) -> Fuse:
-    """Return how elementwise work of layers runs; the arguments are those of `is_worth_compiling`.
+def choose_fuse(setting: str, device: torch.device, *, compiles: bool) -> Fuse:
+    """Return how elementwise work of layers runs.
+
+    setting: a value of run.compile.
+    compiles: whether it is compiled if torch can (`shape.compiles_layers`).
 
     Raises ConfigError if run.compile is `on`, and there is something that torch cannot compile.
     """
-    if not is_worth_compiling(setting, model, device, dtype, num_elements):
+    if not compiles:
         return plain
     remedy = remedy_for(device)
     if remedy and setting == "on":
@@ -48,18 +48,6 @@ def choose_fuse(
             f"run.compile=on, but torch cannot compile here; {remedy}, or set run.compile=auto"
         )
     return plain if remedy else compiled_for_tokens
-
-
-def is_worth_compiling(
-    setting: str, model: ModelConfig, device: torch.device, dtype: torch.dtype, num_elements: int
-) -> bool:
-    """Return whether elementwise work of layers is compiled, if torch can.
-
-    setting: a value of run.compile; `on` compiles wherever layers have something to compile.
-    num_elements: of the feed-forward width in a microbatch.
-    """
-    on_cuda = device.type == "cuda"
-    return compiles_layers(setting, model, num_elements, dtype.itemsize, on_cuda=on_cuda)
 
 
 @dataclass(frozen=True, slots=True)

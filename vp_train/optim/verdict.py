@@ -1,4 +1,4 @@
-"""Whether a step's gradients are applied: values that are not finite, and spikes.
+"""The decision whether a step applies its gradients: values that are not finite, and spikes.
 
 All ranks see the same health of a step, so all come to the same verdict.
 """

@@ -76,7 +76,7 @@ class Device:
 
     @property
     def is_split(self) -> bool:
-        """Whether attention and bytes have rates of their own."""
+        """Return whether attention and bytes have rates of their own."""
         return self.bytes_per_second < math.inf
 
     def product(self, rows: int, columns: int, depth: int) -> float:

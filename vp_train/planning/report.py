@@ -243,7 +243,7 @@ class PlanReport:
 
     @property
     def launch_words(self) -> str:
-        """What the CPU does to the step if it takes longer than the GPU, in words; "" if not."""
+        """Return in words how the CPU slows the step if the GPU waits for it, "" if it does not."""
         layer, issued = self.layer_seconds, self.layer_launch_seconds
         if layer >= issued:
             return ""

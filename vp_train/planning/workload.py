@@ -70,12 +70,12 @@ class Workload:
 
     @property
     def in_float8(self) -> bool:
-        """Whether the linear layers form outputs and input gradients in float8."""
+        """Return whether the linear layers form outputs and input gradients in float8."""
         return self.linear_dtype == "float8"
 
     @property
     def compiles_layers(self) -> bool:
-        """Whether elementwise work of layers is compiled, if there is a compiler."""
+        """Return whether elementwise work of layers is compiled, if there is a compiler."""
         values = self.num_tokens * self.share.ffn_hidden_size
         return shape.compiles_layers(
             self.compile, self.model, values, self.item_bytes, on_cuda=self.on_cuda

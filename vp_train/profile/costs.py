@@ -49,7 +49,7 @@ class RankProfile:
 
     @property
     def is_real(self) -> bool:
-        """Whether the passes computed with values as a run has them.
+        """Return whether the passes computed with values as a run has them.
 
         Products of zeros, infinities or NaN take less power, so a GPU runs faster.
         """

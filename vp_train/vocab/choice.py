@@ -34,7 +34,7 @@ class Sampling:
 
     @property
     def num_offered(self) -> int:
-        """How many tokens a shard offers."""
+        """Return how many tokens a shard offers."""
         return self.top_k if self.top_k is not None and self.temperature else 1
 
 
