@@ -24,6 +24,7 @@ from typing import Any
 from plan_published import LLAMA, gpt_words
 from provenance import provenance
 
+from vp_train.commands.command import collect_rarely
 from vp_train.config import ConfigError
 from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.degrees import Degrees
@@ -242,6 +243,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    collect_rarely()  # as the command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -24,6 +24,7 @@ from typing import Any
 
 from provenance import provenance
 
+from vp_train.commands.command import collect_rarely
 from vp_train.config import RunConfig
 from vp_train.planning.choice import Choice, Space, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
@@ -181,6 +182,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    collect_rarely()  # as the command does
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,6 +19,7 @@ from typing import Any
 
 from provenance import provenance
 
+from vp_train.commands.command import collect_rarely
 from vp_train.commands.plan import search_record, short_words
 from vp_train.config import ConfigError
 from vp_train.planning.search import Limits, search
@@ -73,6 +74,7 @@ def shown(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Search for every model and number of GPUs; print a table and write the JSON."""
+    collect_rarely()  # as the command does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(SEQUENCES))
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 64, 512, 8192])
