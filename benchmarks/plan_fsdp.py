@@ -5,11 +5,9 @@
 Both are planned, from the same physics; nothing is measured.  The batch is 4 M tokens.  FSDP is the
 fastest of all micro-batch sizes, recomputations and tensor-parallel degrees of a node
 (`planning.fsdp`), once with host memory for activations and the optimizer, and once without.
-Pipelines are those that `vp-plan --search` finds with pp of at least 2: the fastest with vocabulary
-parallelism, and the fastest without.  Each is the better of two searches, over all schedules and
-over 1F1B alone.  Their effort is limited, and so are micro-batches, to 4 sequences; where tp > 1
-sequences are split.  So a longer search may find faster ones.  A pipeline may use host memory as
-FSDP does.
+Pipelines are those that `vp-plan --search` finds with pp of at least 2 and its default effort: the
+fastest with vocabulary parallelism, and the fastest without.  Neither need leave memory free.  Both
+may use host memory.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from provenance import provenance
 
 from vp_train.commands.command import collect_rarely
 from vp_train.config import RunConfig
-from vp_train.planning.choice import Choice, Space, space_of, with_batch_of
+from vp_train.planning.choice import Space, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.fsdp import FsdpReport, best_fsdp
 from vp_train.planning.search import Found, Limits, Result, search
@@ -37,9 +35,6 @@ TOKENS = 1 << 22
 MODELS = {"8B": "llama3_8b", "30B": "gpt_30b", "70B": "llama3_70b"}
 # GPUs, and ports of a node that its eight GPUs share: all of 8 x 400 Gb/s, or one
 CASES = ((8, 8), (64, 8), (512, 8), (64, 1), (512, 1))
-EFFORT = 500_000  # of a search over all schedules; a row has two of them
-EFFORT_OF_1F1B = 800_000  # of a search over plans with 1F1B alone
-LARGEST_MICRO_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -70,24 +65,12 @@ def config_of(model: str, num_gpus: int, rails: int) -> RunConfig:
 
 def best_pipeline(config: RunConfig, *, splits_vocabulary: bool) -> Pipeline | None:
     """Return the fastest pipeline found with or without vocabulary parallelism."""
-    choices = [
+    choices = tuple(
         choice
         for choice in space_of(config).choices
-        if choice.degrees.pp > 1
-        and choice.splits_vocabulary is splits_vocabulary
-        and choice.micro_batch_size <= LARGEST_MICRO_BATCH
-        and choice.sequence_parallel == (choice.degrees.tp > 1)
-    ]
-    found = [
-        best_of(config, tuple(choices), EFFORT),
-        best_of(config, tuple(c for c in choices if c.schedule == "1f1b"), EFFORT_OF_1F1B),
-    ]
-    return min(filter(None, found), key=lambda pipeline: pipeline.seconds, default=None)
-
-
-def best_of(config: RunConfig, choices: tuple[Choice, ...], effort: int) -> Pipeline | None:
-    limits = Limits(top=1, margin=0.0, effort=effort)
-    space = Space(choices, Counter())
+        if choice.degrees.pp > 1 and choice.splits_vocabulary is splits_vocabulary
+    )
+    limits, space = Limits(top=1, margin=0.0), Space(choices, Counter())
     result = search(config, limits, lambda: True, lambda words: None, space)
     return pipeline_of(config, result.best[0], result) if result.best else None
 
@@ -98,13 +81,15 @@ def pipeline_of(config: RunConfig, found: Found, result: Result) -> Pipeline:
     kinds, recompute = choice.recompute_per_stage, choice.recompute
     if kinds is not None:
         recompute = f"{recompute} in {len(kinds) - kinds.count('none')} of {len(kinds)} stages"
-    offload = ", offload" if choice.optimizer is not None and choice.optimizer.offload else ""
+    hosts = f", {choice.offload:.0%} of activations on the host" if choice.offload else ""
+    if choice.optimizer is not None and choice.optimizer.offload:
+        hosts += ", offload"
     return Pipeline(
         report.step_seconds,
         report.mfu,
         report.ranks[report.worst].memory.total / 2**30,
         f"{report.degrees}, {choice.num_microbatches} x {choice.micro_batch_size}, "
-        f"{report.schedule}{chunks}, {report.vocab}, recompute {recompute}{offload}",
+        f"{report.schedule}{chunks}, {report.vocab}, recompute {recompute}{hosts}",
         choice.overrides(config),
         result.num_open,
     )
@@ -199,9 +184,7 @@ def main() -> None:
         rows.append(row_of(name, num_gpus, rails))
         show(rows[-1])
     if arguments.json:
-        result = (
-            provenance() | {"tokens": TOKENS, "effort": [EFFORT, EFFORT_OF_1F1B]} | {"rows": rows}
-        )
+        result = provenance() | {"tokens": TOKENS, "effort": Limits().effort} | {"rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
