@@ -689,6 +689,18 @@ def test_of_equally_fast_ones_less_memory_is_first_by_three_digits_and_four_when
     assert unplanned.num_planned == 0
 
 
+def test_what_is_planned_is_the_first_of_its_kind_before_an_estimate_that_is_about_as_fast(enter):
+    facts = [
+        Facts(1.0, 1.0009, memory=0.9 * GIB, short_bytes={"adamw": 0.3 * GIB}),
+        Facts(1.0, 1.004, short_bytes={"adamw": 0.5 * GIB}, whole=10**10),
+    ]
+    world = World(facts)
+    enter(world)
+    found = run(world)
+    assert world.asked("plan") == [0]
+    assert number_of(world, found.with_vocabulary) == 0
+
+
 def test_a_plan_is_made_if_it_takes_exactly_the_effort_that_is_left(enter):
     facts = [Facts(1.0, 1.0 + number / 10, whole=1000, least=0.0) for number in range(3)]
     needed = 3 * 4 + 3 * 24 + 3 * 100

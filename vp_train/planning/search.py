@@ -167,12 +167,15 @@ class Estimate:
 
     @property
     def key(self) -> tuple[float, float]:
-        """The sort key: faster first, and less memory first if times agree.
+        """The sort key: faster first, and less memory first if times agree in three digits."""
+        return counted(self.candidate.choice, float(f"{self.seconds:.3g}")), self.memory
 
-        They do in three digits, or four where the whole step is planned.
-        """
-        seconds = float(f"{self.seconds:.{4 if self.is_planned else 3}g}")
-        return counted(self.candidate.choice, seconds), self.memory
+    @property
+    def known_key(self) -> tuple[float, bool, float, float]:
+        """The sort key of `key`, but of equally fast ones planned ones first, by four digits."""
+        choice, (about, memory) = self.candidate.choice, self.key
+        seconds = counted(choice, float(f"{self.seconds:.4g}"))
+        return about, not self.is_planned, seconds, memory
 
     def as_planned(self, report: PlanReport) -> Estimate:
         memory = report.ranks[report.worst].memory.total
@@ -411,7 +414,7 @@ class _Search:
     def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
         """Return the fastest with or without vocabulary parallelism, as planned if it was."""
         found = (e for e in self._known() if e.splits_vocabulary is splits_vocabulary)
-        return min(found, key=lambda estimate: estimate.key, default=None)
+        return min(found, key=lambda estimate: estimate.known_key, default=None)
 
     def _known(self) -> Iterator[Estimate]:
         """Yield all estimates, as planned where they were."""
@@ -422,7 +425,7 @@ class _Search:
     def _without_offloading(self) -> Estimate | None:
         """Return the fastest that offloads no activations, as planned if it was."""
         found = (e for e in self._known() if not e.candidate.choice.offload)
-        return min(found, key=lambda estimate: estimate.key, default=None)
+        return min(found, key=lambda estimate: estimate.known_key, default=None)
 
     def _leaner(self, best: Found | None) -> Estimate | None:
         """Return what needs least memory of what is about as fast as the best, if much less."""
