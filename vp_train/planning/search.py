@@ -795,14 +795,12 @@ class _Search:
                 break
             if estimate.candidate.choice in self._planned:
                 continue
-            cost = placed_by(estimate.candidate.draft.problem)
-            cost *= _OFFLOADED if estimate.choice.offload else 1
+            cost = _plan_nodes(estimate.candidate)
             if self._planned and self._spent + cost > self._limits.effort:
                 self._spent = self._limits.effort
                 return
             if self._planned and not self._in_time():
                 return
-            self._spent += cost
             self._progress(f"{self._words()}; planning a step whole")
             self._plan_one(estimate)
             self._progress(self._words())
@@ -810,6 +808,7 @@ class _Search:
     def _plan_one(self, estimate: Estimate) -> None:
         """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
         choice, draft = estimate.candidate.choice, estimate.candidate.draft
+        self._spent += _plan_nodes(estimate.candidate)
         step = draft.with_named(choice.schedule)
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
@@ -867,6 +866,11 @@ def _draft_nodes(item: Candidate) -> int:
     """Return the effort of a draft in nodes."""
     nodes = _DRAFT_NODES * item.draft.problem.layout.num_stages
     return nodes if item.choice.recompute_per_stage is None else _MIXED * nodes
+
+
+def _plan_nodes(item: Candidate) -> int:
+    """Return the effort of a whole plan in nodes."""
+    return placed_by(item.draft.problem) * (_OFFLOADED if item.choice.offload else 1)
 
 
 def short_counts(problem: Problem) -> tuple[int, ...]:
