@@ -57,9 +57,11 @@ def variants(config, pp, tp):
         for chunks in counts:
             stages = pp * {"linear": 1, "v": 2, "loop": chunks}[layout]
             even = layers % stages == 0
-            if stages > layers:
+            empty = max(0, stages - layers)  # two stages of one layer may lack it
+            if empty > 2 or (empty and (layout != "loop" or empty >= pp)):
                 continue
-            if layout == "loop" and chunks not in (2, 3, 4, 6, 8) and not (even and chunks <= 16):
+            regular = (even or empty) and chunks and chunks <= 16
+            if layout == "loop" and chunks not in (2, 3, 4, 6, 8) and not regular:
                 continue
             for vocab in searched_algorithms() if pp > 1 else ("none",):
                 places = ["even" if even else "balanced"]

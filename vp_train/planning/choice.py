@@ -29,6 +29,7 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 # Stages of a rank that interleaved schedules are tried with, besides those that split evenly.
 _CHUNKS = (2, 3, 4, 6, 8)
 _MOST_CHUNKS = 16
+_MOST_EMPTY = 2  # stages without a layer
 OFFLOADED = (0.5, 1.0)  # parts of the layers that searches offload, besides none
 # Settings that a choice makes.  These are printed always, the others where they differ.
 _ALWAYS = (
@@ -516,16 +517,21 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
 
 
 def _chunks(schedule: str, pp: int, num_layers: int, kept: Kept = ALL) -> Iterator[int | None]:
-    """Yield the stages per rank to try; every stage has a layer."""
+    """Yield the stages per rank to try.
+
+    Every stage has a layer.  Where it has only one, up to two stages may have none: the 126 layers
+    of Llama 3 405B ran in 16 x 8 stages.
+    """
     family = GENERATORS[schedule]
     if family.layout != "loop":
         if family.layout_of(pp).num_stages <= num_layers:
             yield None
         return
     wanted = kept.values.get("schedule.num_chunks")
-    for count in range(2, num_layers // pp + 1):
-        even = count <= _MOST_CHUNKS and num_layers % (pp * count) == 0
-        if count in _CHUNKS or even or count == wanted:
+    most = min(-(-num_layers // pp), (num_layers + _MOST_EMPTY) // pp)
+    for count in range(2, most + 1):
+        is_regular = num_layers % (pp * count) == 0 or pp * count > num_layers
+        if count in _CHUNKS or (is_regular and count <= _MOST_CHUNKS) or count == wanted:
             yield count
 
 
