@@ -219,13 +219,20 @@ def row_of(expert: Expert) -> dict[str, Any]:
 
 
 def described(overrides: str, report: PlanReport) -> dict[str, Any]:
+    """Return a plan for the table, in seconds and GiB."""
+    kinds = report.recompute.split(", ")
+    recompute = max(kinds, key=RECOMPUTE.index)
+    if len(set(kinds)) > 1:
+        recompute += f" in {len(kinds) - kinds.count('none')} of {len(kinds)} stages"
+    if report.offloading is not None:
+        recompute += ", activations on the hosts"
     return {
         "overrides": overrides,
         "step_seconds": report.step_seconds,
         "mfu": report.mfu,
         "gib": report.ranks[report.worst].memory.total / GIB,
         "words": f"{report.degrees}, {report.work.num_microbatches} x "
-        f"{report.work.micro_batch_size}, {report.schedule}, {report.vocab}, {report.recompute}",
+        f"{report.work.micro_batch_size}, {report.schedule}, {report.vocab}, {recompute}",
     }
 
 
