@@ -38,7 +38,8 @@ class Family:
     """A base schedule: its order of stage passes, its layout, and whether it splits the backward.
 
     `layout` and `num_chunks` are those of `Layout`. `split_backward`: every B becomes I and W.
-    `searched`: whether `vp-plan --search` tries it.
+    `searched`: whether `vp-plan --search` tries it. Of a problem's algorithm a base order may read
+    `extra_in_flight` alone.
     """
 
     base_order: Callable[[Problem], BaseOrder]

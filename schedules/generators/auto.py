@@ -115,12 +115,12 @@ class Shared:
     """What searches of the same options under several caps share, to take less effort.
 
     enough: the seconds of a step with which a search ends.
-    named: by the name of an option, its named schedule and that of one microbatch after the other,
-    with their makespans in seconds.
+    named: by the names of an option and its algorithm, its named schedule and that of one
+    microbatch after the other, with their makespans in seconds.
     """
 
     enough: float = 0.0
-    named: dict[str, list[tuple[Orders, float]]] = field(default_factory=dict)
+    named: dict[tuple[str, str], list[tuple[Orders, float]]] = field(default_factory=dict)
 
 
 class CapError(ValueError):
@@ -372,15 +372,16 @@ class _Entry:
         """Yield the named schedule, and that of one microbatch after the other."""
         option, network = self.option, self.network
         known = {} if self.shared is None else self.shared.named
-        if option.name not in known:
+        key = option.name, option.problem.algorithm.name
+        if key not in known:
             one_by_one = _one_by_one(option, network)
-            known[option.name] = [
+            known[key] = [
                 ordered(option.name, option.problem, network),
                 (one_by_one, sweep(network, one_by_one).makespan),
             ]
         first, alone = (
             Refined(orders, makespan, excess(network, orders, self.caps))
-            for orders, makespan in known[option.name]
+            for orders, makespan in known[key]
         )
         watched.of(option)(first)
         yield first

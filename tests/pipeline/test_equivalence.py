@@ -21,7 +21,7 @@ def test_every_schedule_equals_one_process(name, p):
     It has every algorithm, and every number of microbatches, with tied matrices and without.
     """
     stages = GENERATORS[name].layout_of(p).num_stages
-    cases = [(j, (1, 2, 2 * p)[(j + p) % 3], name) for j, name in enumerate(ALGORITHMS)]
+    cases = [(j, (1, 2, 2 * p)[(j + p) % 3], one) for j, one in enumerate(ALGORITHMS)]
     configs = [
         config_of(
             p,

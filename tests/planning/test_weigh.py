@@ -422,3 +422,22 @@ def test_an_error_for_memory_says_what_is_needed_where_and_how_much_that_is_too_
     assert (error.needs, error.constraint) == (3.5 * gib, f"memory, for {LEANEST}")
     error = TooLargeError(3.5 * gib, 2.25 * gib, weigh.SIMULATED, 0)
     assert str(error) == "needs 3.50 GiB on rank 0, 1.25 GiB more than 2.25 GiB"
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("schedule", ["zb_v", "v_half", "v_min"])
+def test_what_fits_is_not_refused_and_takes_no_less_than_its_bound_where_w_may_follow_sooner(
+    schedule, recompute
+):
+    """The base order would let all microbatches wait for W; a step need not."""
+    words = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=64"]
+    config = load_config(words)
+    choice = Choice(Degrees(1, 4, 2), 16, 4, schedule, "none", recompute, placement="even")
+    roomy = Scales(config, math.inf)
+    step = roomy.draft(choice).draft.with_named(schedule)
+    for optim in optimizers_of(config, 1):
+        ((needs, _),) = roomy.needs(step, [optim])
+        scales = Scales(config, 1.001 * needs, (optim,))
+        seconds = step.timeline.makespan + scales.after(step, optim)
+        assert scales.weigh(choice).seconds <= seconds * (1 + 1e-9)
+        assert scales.draft(choice).seconds <= seconds * (1 + 1e-9)

@@ -210,7 +210,7 @@ def split_case(name, p, m, algorithm, seconds=None):
     return simulate(schedule, case, costs)
 
 
-@pytest.mark.usefixtures("unrefined")  # which never needs more
+@pytest.mark.usefixtures("unrefined")  # refining never keeps more in flight than the base order
 @pytest.mark.parametrize(
     ("algorithm", "extra"), [("none", 0), ("one_barrier", 1), ("two_barrier", 2)]
 )

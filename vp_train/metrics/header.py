@@ -16,6 +16,8 @@ from vp_train.planning.plan import RunPlan, row_advice
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes, plural
 
+_MOST_RANKS = 6  # of which every number of rows is shown
+
 
 def introduce(config: RunConfig, plan: RunPlan, source: Source) -> None:
     """Print the `header` of a run."""
@@ -68,12 +70,17 @@ def _stages(plan: RunPlan) -> str:
 
 
 def _row_words(plan: RunPlan) -> str:
-    """Return the vocabulary rows of every pipeline rank; empty where equal ones are the rule."""
+    """Return the vocabulary rows of every pipeline rank; empty where equal ones are the rule.
+
+    Of many ranks only the fewest and the most are named.
+    """
     vocab = plan.work.vocab
     if not plan.problem.algorithm.sharded or not (vocab.balance or vocab.shards is not None):
         return ""
-    counts = "  ".join(f"{shard.num_rows:,}" for shard in plan.shards[End.OUTPUT])
-    return f"{counts} of the vocabulary, by pipeline rank"
+    counts = [shard.num_rows for shard in plan.shards[End.OUTPUT]]
+    if len(counts) > _MOST_RANKS:
+        return f"{min(counts):,} to {max(counts):,} of the vocabulary on a pipeline rank"
+    return f"{'  '.join(f'{count:,}' for count in counts)} of the vocabulary, by pipeline rank"
 
 
 def _offload_words(plan: RunPlan) -> str:

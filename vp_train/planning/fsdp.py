@@ -80,7 +80,7 @@ class FsdpReport:
 
     @property
     def memory_words(self) -> str:
-        """What is done for memory, in words."""
+        """Return in words what is done for memory."""
         some = 0 < self.num_recomputed < self.num_layers
         words = [f"recomputation {self.recompute}"]
         words[0] += f" in {self.num_recomputed} of {self.num_layers} layers" if some else ""
@@ -215,7 +215,8 @@ def _leanest(
     link = links_of(cluster, work.degrees).data
     gather, _ = _exchange(link, work, shape.layer_parameters(work.share), work.degrees.dp)
     forward = min(_Layer.of(work, cost, kind).forward for kind in ("none", recompute))
-    rate = cost.host_bytes_per_second or math.inf
+    rate = cost.host_bytes_per_second
+    assert rate is not None, "a cluster has a link to its hosts"
 
     def most_offloaded(number: int) -> int:
         return memory.most_offloaded(number, max(forward, gather), rate, room)

@@ -315,7 +315,7 @@ class _Search:
         self._refused: list[Refusal] = []
         self._estimates: list[Estimate] = []
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
-        self._offloads: set[Choice] = set()  # those of them that were weighed
+        self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
 
@@ -570,15 +570,14 @@ class _Search:
     def _look_around(self) -> None:
         """Estimate what differs in one thing from the best of each kind, as long as that helps.
 
-        The effort ends before many bounds are tight, and what is offloaded was weighed for some of
-        the choices only.  What is next to the best is the likeliest to be better.
+        There are kinds with and without vocabulary parallelism, with and without offloading.  The
+        effort ends before many bounds are tight, and what is offloaded was weighed for some of the
+        choices only.  What is next to the best is the likeliest to be better.
         """
         before, part = self._enough, _FOR_NEIGHBOURS * self._limits.effort
         until = self._spent + part
         while self._spent < until and self._in_time():
-            firsts = [self._first(splits_vocabulary=splits) for splits in (True, False)]
-            new = [first.candidate.choice for first in firsts if first is not None]
-            new = [choice for choice in new if choice not in self._looked_around]
+            new = [choice for choice in self._firsts() if choice not in self._looked_around]
             if not new:
                 break
             self._looked_around.update(new)
@@ -597,6 +596,14 @@ class _Search:
                 self._estimate(queue, 1)
                 self._queue.add(queue)
         self._enough = before
+
+    def _firsts(self) -> list[Choice]:
+        """Return the fastest of each kind of `_look_around`."""
+        found: dict[tuple[bool, bool], Estimate] = {}
+        for estimate in sorted(self._known(), key=lambda estimate: estimate.known_key):
+            choice = estimate.candidate.choice
+            found.setdefault((choice.splits_vocabulary, choice.offload > 0), estimate)
+        return [estimate.candidate.choice for estimate in found.values()]
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""

@@ -42,10 +42,10 @@ from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
 _MOST_RANKS = 16  # of which the memory is looked at one by one
-_ABOUT = 1.05  # times the limit are bytes with which an optimizer may still fit
-# What would need so many times the limit as the base order says is refused without a simulation,
-# which has been seen to need two thirds of that.
-_FAR_TOO_LARGE = 2
+# Where the backward is whole, the base order says well what a step needs (where it is split, W may
+# follow sooner): an optimizer may still fit with so many times the limit, and what would need so
+# many times is refused without a simulation.
+_ABOUT, _FAR_TOO_LARGE = 1.05, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ def check_hosts(needs: float, cluster: ClusterConfig) -> None:
 
 STATE = "weights, gradients and optimizer state alone"
 LEANEST = "state and the leanest activations"
+EXPECTED = "state and the activations of the base order"
 SIMULATED = "a whole step"
 
 
@@ -348,7 +349,7 @@ class Scales:
         likely = [
             (state, optim)
             for state, optim in fitting
-            if state + expected <= _ABOUT * self.limit
+            if (family.split_backward or state + expected <= _ABOUT * self.limit)
             and moved + split.host_state * optim.offload <= self._host_limit
         ]
         seems_to_fit = any(state + expected <= self.limit for state, _ in likely)
@@ -466,13 +467,14 @@ class Scales:
         peak = _at_peak(kept, choice.schedule, peaks, least=False, ranks=ranks)
         held = max(peak.cost.shard_bytes) + moving
         expected = [num_bytes + held for num_bytes, _ in self.needs(peak, fitting)]
-        if min(expected) > _FAR_TOO_LARGE * self.limit:
-            raise TooLargeError(min(expected), self.limit, SIMULATED)
+        splits = GENERATORS[choice.schedule].split_backward
+        if not splits and min(expected) > _FAR_TOO_LARGE * self.limit:
+            raise TooLargeError(min(expected) / _FAR_TOO_LARGE, self.limit, EXPECTED)
         seems_to_fit = min(expected) <= self.limit
         likely = [
             optim
             for optim, num_bytes in zip(fitting, expected, strict=True)
-            if num_bytes <= _ABOUT * self.limit
+            if splits or num_bytes <= _ABOUT * self.limit
         ]
         after = min(self.after(minimum, optim) for optim in likely or fitting)
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
