@@ -374,20 +374,22 @@ def test_what_fsdp_takes_is_said_to_three_digits():
     begin = f"3.50 GiB: dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
     begin += f"{work.micro_batch_size}, recomputation selective"
     end = ", exposed communication 20.0%"
-    assert fsdp_words(one, 8.0) == f"10 s, 25.0% slower, {begin}{end}"
-    assert fsdp_words(one, 12.5) == f"10 s, 20.0% FASTER, {begin}{end}"
+    assert fsdp_words(one, 8.0) == f"10.00 s at best, 25.0% slower, {begin}{end}"
+    assert fsdp_words(one, 12.5) == f"10.00 s at best, 20.0% faster, {begin}{end}"
     some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)
     how = " in 8 of 9 layers, activations of 2 layers offloaded, optimizer offloaded"
-    assert fsdp_words(some, 8.0) == f"10 s, 25.0% slower, {begin}{how}{end}"
+    assert fsdp_words(some, 8.0) == f"10.00 s at best, 25.0% slower, {begin}{how}{end}"
     some = replace(some, num_recomputed=9, num_offloaded=1, host_bytes=1.0)
     how = ", activations of 1 layer offloaded, optimizer offloaded"
     alone = replace(one, compute=8.0, num_bytes=one.limit)
-    words = f"10 s, 25.0% slower, {begin}{how}{end}; without host memory"
-    assert fsdp_words(some, 8.0, alone) == f"{words} 12 s"
+    words = f"10.00 s at best, 25.0% slower, {begin}{how}{end}; without host memory"
+    assert fsdp_words(some, 8.0, alone) == f"{words} 12.00 s"
     alone = replace(alone, num_bytes=one.limit + 1)
     assert fsdp_words(some, 8.0, alone) == f"{words} it does not fit"
     assert fsdp_words(one, 8.0, alone) == fsdp_words(one, 8.0)
-    assert fsdp_words(replace(one, num_bytes=one.limit), 10.0).startswith("10 s, 0.0% FASTER, 75")
+    assert fsdp_words(replace(one, num_bytes=one.limit), 10.0).startswith(
+        "10.00 s at best, as fast, 75"
+    )
     large = replace(one, num_bytes=one.limit + 2**30)
     assert not large.fits
     assert fsdp_words(large, 8.0) == "does not fit: at least 76.00 GiB, more than 75 GiB"

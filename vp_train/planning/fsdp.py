@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass, replace
 
 from schedules.ir import Kind
+from schedules.render import duration
 from vp_train.config import ClusterConfig, CostConfig, OptimConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import Link, links_of, on_cluster, peak_flops
@@ -140,7 +141,7 @@ def best_fsdp(
 def fsdp_words(
     found: FsdpReport | None, seconds: float, without_hosts: FsdpReport | None = None
 ) -> str:
-    """Return in words what FSDP takes where the plan takes `seconds`.
+    """Return in words what FSDP takes at best where the plan takes `seconds`.
 
     without_hosts: what it takes without host memory, said where `found` uses some.
     """
@@ -149,14 +150,16 @@ def fsdp_words(
     size = human_bytes(found.num_bytes)
     if not found.fits:
         return f"does not fit: at least {size}, more than {found.limit / _GIB:g} GiB"
-    change = found.seconds / seconds - 1
-    alone = ""
+    change, alone = found.seconds / seconds - 1, ""
+    how = "as fast"
+    if abs(change) >= 0.0005:
+        how = f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"
     if without_hosts is not None and found.host_bytes:
         fits = without_hosts.fits
-        alone = f"{without_hosts.seconds:.3g} s" if fits else "it does not fit"
+        alone = duration(without_hosts.seconds) if fits else "it does not fit"
         alone = f"; without host memory {alone}"
     return (
-        f"{found.seconds:.3g} s, {abs(change):.1%} {'slower' if change > 0 else 'FASTER'}, {size}: "
+        f"{duration(found.seconds)} at best, {how}, {size}: "
         f"dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch {found.micro_batch_size}, "
         f"{found.memory_words}, exposed communication "
         f"{(found.exposed + found.tensor) / found.seconds:.1%}{alone}"

@@ -315,6 +315,7 @@ class _Search:
         self._refused: list[Refusal] = []
         self._estimates: list[Estimate] = []
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
+        self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
@@ -398,6 +399,8 @@ class _Search:
     def _put(self, queue: _Queue, number: int, weight: Weight) -> None:
         """Put a choice that was weighed into a queue."""
         self._bounds[number] = weight.seconds
+        if weight.optimizer is not None and weight.optimizer.offload:
+            self._pressed.append(self._choices[number])
         queue.put(number, weight.seconds, weight.needs)
 
     def _refuse(self, choice: Choice, error: ConfigError, bound: float) -> None:
@@ -563,9 +566,9 @@ class _Search:
         is_faster = counted(choice, weight.seconds) < first_of[choice.splits_vocabulary]
         if is_faster and weight.seems_to_fit:
             number = self._numbers[choice] = len(self._choices)
-            self._put(queue, number, weight)
             self._choices.append(choice)
             self._items.append(None)
+            self._put(queue, number, weight)
 
     def _look_around(self) -> None:
         """Estimate what differs in one thing from the best of each kind, as long as that helps.
@@ -615,13 +618,15 @@ class _Search:
     def _offloading(self) -> list[Choice]:
         """Return the choices with offloaded activations to try.
 
-        They take the place of what recomputes nothing and was refused or seems not to fit, and of
-        the best of each kind, where it recomputes or keeps its optimizer in host memory.  Where
-        nothing fits they take the place of all that memory refused.
+        They take the place of what recomputes nothing and was refused, seems not to fit or fits
+        with an optimizer in host memory only, and of the best of each kind, where it recomputes or
+        keeps its optimizer there.  Where nothing fits they take the place of all that memory
+        refused.
         """
         best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
         binding = [e.choice for e in best if e.choice.recompute != "none" or e.optim.offload]
         larger = [refusal.choice for refusal in self._refused if refusal.needs is not None]
+        larger += self._pressed
         larger += [
             choice
             for choice, item in zip(self._choices, self._items, strict=True)
