@@ -373,7 +373,7 @@ def test_what_fsdp_takes_is_said_to_three_digits():
     )
     begin = f"3.50 GiB: dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
     begin += f"{work.micro_batch_size}, recomputation selective"
-    end = ", exposed communication 20.0%"
+    end = ", exposed 20.0%"
     assert fsdp_words(one, 8.0) == f"10.00 s at best, 25.0% slower, {begin}{end}"
     assert fsdp_words(one, 12.5) == f"10.00 s at best, 20.0% faster, {begin}{end}"
     some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)

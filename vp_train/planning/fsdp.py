@@ -161,7 +161,7 @@ def fsdp_words(
     return (
         f"{duration(found.seconds)} at best, {how}, {size}: "
         f"dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch {found.micro_batch_size}, "
-        f"{found.memory_words}, exposed communication "
+        f"{found.memory_words}, exposed "
         f"{(found.exposed + found.tensor) / found.seconds:.1%}{alone}"
     )
 
