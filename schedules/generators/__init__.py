@@ -19,7 +19,7 @@ from schedules.generators.interleaved import interleaved
 from schedules.generators.one_f_one_b import one_f_one_b
 from schedules.generators.refine import refine
 from schedules.generators.v_shape import v_half, v_min
-from schedules.generators.weave import PREFERENCES, STARTS, BaseOrder, weave
+from schedules.generators.weave import PREFERENCES, STARTS, BaseOrder, Preference, weave
 from schedules.generators.zero_bubble import zb_h1, zb_v
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
@@ -31,6 +31,7 @@ from schedules.simulate import in_flight_change, peak_in_flight, sweep
 # The nodes that may be placed in search of a better order, which takes about a second. A single try
 # may take more.
 _EFFORT = 120_000
+_SHORT = 3  # microbatches per rank of a step that tells which order suits a long one
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def _woven(
     effort = _EFFORT if effort is None else effort
     nodes = network.size * network.num_microbatches
     if keep_order or not problem.split_backward:
-        preferences = PREFERENCES[: max(1, effort // nodes)]
+        preferences = _preferred(base, problem, network, max(1, effort // nodes))
         woven = (weave(base, problem, network, preference) for preference in preferences)
         swept = ((orders, sweep(network, orders).makespan) for orders in woven)
         return min(swept, key=lambda found: found[1])
@@ -169,6 +170,23 @@ def _woven(
     refined = [refine(counted, orders, caps, max(2 * nodes, effort // 2)) for orders in starts]
     best = min(refined, key=lambda found: found.quality)
     return best.orders, best.makespan
+
+
+def _preferred(
+    base: BaseOrder, problem: Problem, network: Network, count: int
+) -> tuple[Preference, ...]:
+    """Return `count` of the preferences, of a long step those that are best in a short one."""
+    few = _SHORT * problem.layout.num_ranks
+    if count >= len(PREFERENCES) or problem.num_microbatches < 2 * few:
+        return PREFERENCES[:count]
+    short = replace(problem, num_microbatches=few)
+    near = replace(network, num_microbatches=few)
+    cut = tuple(tuple(item for item in order if item.microbatch < few) for order in base)
+
+    def seconds(preference: Preference) -> float:
+        return sweep(near, weave(cut, short, near, preference)).makespan
+
+    return tuple(sorted(PREFERENCES, key=seconds)[:count])
 
 
 def _in_flight(network: Network, problem: Problem, base: BaseOrder) -> tuple[Network, list[float]]:
