@@ -987,6 +987,26 @@ def test_what_memory_alone_rules_out_is_offloaded_though_the_best_recomputes_not
     assert set(world.asked("draft")) <= {0, 1, 2, 3, 5, 6}, "others cannot be the best of a kind"
 
 
+def test_what_fits_with_an_optimizer_on_hosts_only_is_tried_with_offloaded_activations(enter):
+    """Its bound has the time of that optimizer, so it would not be looked at otherwise."""
+    base = [(0, "none", Facts(10.0, 10.0)), (1, "none", Facts(20.0, 20.0))]
+    others = {
+        (n, "none", part): Facts(6.0 - part, 7.0 - part) for n in (0, 1) for part in (0.5, 1.0)
+    }
+    for optimizer, found in ((ADAMW, 0), (OFFLOAD, 5)):
+        world = offloading_world(base, others)
+        weigh = world.weigh
+
+        def weighed(choice, weigh=weigh, world=world, optimizer=optimizer):
+            weight = weigh(choice)
+            own = optimizer if world.choices.index(choice) == 1 else ADAMW
+            return replace(weight, optimizer=own)
+
+        world.weigh = weighed
+        enter(world)
+        assert numbers(world, run_offloading(world, 2).best) == [found]
+
+
 @pytest.mark.parametrize("reason", ["device", "best", "kept", "time"])
 def test_nothing_offloads_where_memory_does_not_bind_or_it_must_not(enter, reason):
     recompute = "none" if reason == "best" else "full"
