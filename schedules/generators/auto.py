@@ -112,7 +112,7 @@ Watch = Callable[[SoFar], bool]
 
 @dataclass(slots=True)
 class Shared:
-    """What searches of the same options under several caps share, to take less effort.
+    """The facts that searches of the same options under several caps share.
 
     enough: the seconds of a step with which a search ends.
     named: by the names of an option and its algorithm, its named schedule and that of one

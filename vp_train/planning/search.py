@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from schedules.generators import generate
@@ -545,30 +545,30 @@ class _Search:
         They have a queue of their own, in which only the best of each kind is looked for.
         """
         queue = _Queue()
-        for choice in self._offloading():
-            self._weigh_into(queue, choice)
+        self._weigh_into(queue, self._offloading())
         effort = self._limits.effort
         self._enough = max(_FOR_ESTIMATES * effort, self._spent + _FOR_OFFLOADING * effort)
         self._estimate(queue, 1)
         self._queue.add(queue)
 
-    def _weigh_into(self, queue: _Queue, choice: Choice) -> None:
-        """Put a choice that is not in the space into a queue if it may be the best of its kind."""
-        if choice in self._offloads:
-            return
-        self._offloads.add(choice)
-        self._spent += _WEIGH_NODES
-        try:
-            weight = self._scales.weigh(choice)
-        except ConfigError:
-            return
+    def _weigh_into(self, queue: _Queue, choices: Iterable[Choice]) -> None:
+        """Put choices that are not in the space into a queue if they may be the best of a kind."""
         _, first_of = self._to_beat(1)
-        is_faster = counted(choice, weight.seconds) < first_of[choice.splits_vocabulary]
-        if is_faster and weight.seems_to_fit:
-            number = self._numbers[choice] = len(self._choices)
-            self._choices.append(choice)
-            self._items.append(None)
-            self._put(queue, number, weight)
+        for choice in choices:
+            if choice in self._offloads:
+                continue
+            self._offloads.add(choice)
+            self._spent += _WEIGH_NODES
+            try:
+                weight = self._scales.weigh(choice)
+            except ConfigError:
+                continue
+            is_faster = counted(choice, weight.seconds) < first_of[choice.splits_vocabulary]
+            if is_faster and weight.seems_to_fit:
+                number = self._numbers[choice] = len(self._choices)
+                self._choices.append(choice)
+                self._items.append(None)
+                self._put(queue, number, weight)
 
     def _look_around(self) -> None:
         """Estimate what differs in one thing from the best of each kind, as long as that helps.
@@ -587,14 +587,12 @@ class _Search:
             found = list(dict.fromkeys(other for one in new for other in self._around(one)))
             for splits in (True, False):
                 queue = _Queue()
-                for choice in found:
+                of_kind = [choice for choice in found if choice.splits_vocabulary is splits]
+                for choice in of_kind:
                     number = self._numbers.get(choice)
-                    if choice.splits_vocabulary is not splits or number in self._done:
-                        continue
-                    if number is None:
-                        self._weigh_into(queue, choice)
-                    elif number in self._bounds:
+                    if number in self._bounds and number not in self._done:
                         queue.put(number, self._bounds[number], 0.0)
+                self._weigh_into(queue, (one for one in of_kind if one not in self._numbers))
                 self._enough = min(until, self._spent + part / 2)
                 self._estimate(queue, 1)
                 self._queue.add(queue)
