@@ -8,7 +8,7 @@ the base order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from schedules.check import check_base
@@ -32,6 +32,7 @@ from schedules.simulate import in_flight_change, peak_in_flight, sweep
 # may take more.
 _EFFORT = 120_000
 _SHORT = 3  # microbatches per rank of a step that tells which order suits a long one
+_LIKELY = 2  # of the preferences, the ones that are best in nearly all long steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,49 @@ def ordered(
         return _woven(base, problem, network, effort=effort)
     except DeadlockError as error:
         raise BaseOrderError(name, error) from None
+
+
+def shortened(
+    name: str, problem: Problem, cost: CostModel, counts: Sequence[int]
+) -> list[tuple[Schedule, float]]:
+    """Return schedules with `counts` microbatches, made as `generate` makes that of `problem`.
+
+    Each comes with its makespan in seconds. All are tried and refined as often, so that what one
+    microbatch more takes between them is what it takes in the long step. `generate` says what is
+    raised.
+    """
+    network, whole = Network.of(problem, cost), problem.num_microbatches
+    nears = [replace(network, num_microbatches=count) for count in counts]
+    fews = [replace(problem, num_microbatches=count) for count in counts]
+    if problem.split_backward:
+        found = [
+            ordered(name, few, near, effort=_EFFORT * count // whole)
+            for few, near, count in zip(fews, nears, counts, strict=True)
+        ]
+    else:
+        bases = [base_order(name, few) for few in fews]
+
+        def tried(preference: Preference) -> list[tuple[Orders, float]]:
+            woven = [weave(*of_one, preference) for of_one in zip(bases, fews, nears, strict=True)]
+            return [(one, sweep(near, one).makespan) for near, one in zip(nears, woven, strict=True)]
+
+        num_tries = max(_LIKELY, _EFFORT // (network.size * whole))
+        found = min(
+            map(tried, PREFERENCES[:num_tries]),
+            key=lambda tries: promised(whole, counts, [seconds for _, seconds in tries]),
+        )
+    return [
+        (near.schedule(name, orders), seconds)
+        for near, (orders, seconds) in zip(nears, found, strict=True)
+    ]
+
+
+def promised(num_microbatches: int, counts: Sequence[int], seconds: Sequence[float]) -> float:
+    """Return the seconds of a long step, if steps with one or two `counts` take `seconds`."""
+    if len(counts) == 1:
+        return seconds[0]
+    rate = (seconds[1] - seconds[0]) / (counts[1] - counts[0])
+    return seconds[1] + (num_microbatches - counts[1]) * rate
 
 
 def complete(

@@ -47,9 +47,9 @@ _S_FIRST, _T_TOO = (Kind.E, Kind.S), (Kind.E, Kind.S, Kind.T)
 # comes first. Both were found with all generators and equal and unequal stages.
 PREFERENCES = (
     Preference(_S_FIRST, 2, 0.5),
+    Preference(_T_TOO, 3, 0.5),
     Preference(_S_FIRST, 3, 0.5),
     Preference(_S_FIRST, 2, 1.0),
-    Preference(_T_TOO, 3, 0.5),
     Preference(_S_FIRST, 2, 0.0),
 )
 STARTS = (

@@ -26,10 +26,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from schedules.generators import generate
+from schedules.generators import promised, shortened
 from schedules.offload import place_transfers
 from schedules.problem import Problem
-from schedules.simulate import simulate
+from schedules.simulate import simulate_order
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
     ALL,
@@ -63,8 +63,6 @@ from vp_train.planning.weigh import (
 )
 
 _GIB = 2**30
-# Nodes that the generator of a short step may place in search of a better order.
-_SHORT_EFFORT = 12_000
 # Nodes that can be placed while a choice is weighed, and while it is drafted, per stage.
 _WEIGH_NODES, _DRAFT_NODES = 4, 12
 # Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
@@ -854,22 +852,15 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     In its steady state a pipeline takes equally long for every p microbatches.  So the time of two
     short steps gives that of a long one.  The step that is returned keeps what a long one keeps.
     """
-    problem, times = draft.problem, list[float]()
-    counts = short_counts(problem)
-    for number in counts:
-        few = replace(problem, num_microbatches=number)
-        schedule = generate(name, few, draft.cost, effort=_SHORT_EFFORT)
-        if number == counts[-1]:  # what moves to the host delays nothing
-            schedule = place_transfers(schedule, few, draft.cost)
-        timeline = simulate(schedule, few, draft.cost)
-        times.append(timeline.makespan)
+    problem, counts = draft.problem, short_counts(draft.problem)
+    found = shortened(name, problem, draft.cost, counts)
+    few = replace(problem, num_microbatches=counts[-1])
+    schedule = place_transfers(found[-1][0], few, draft.cost)  # it delays nothing
+    timeline = simulate_order(schedule, few, draft.cost)
     step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)
-    seconds = times[-1]
-    if len(counts) > 1:
-        interval = (times[1] - times[0]) / (counts[1] - counts[0])
-        interval = max(interval, busiest_seconds(problem, draft.cost))
-        seconds += (problem.num_microbatches - counts[-1]) * interval
-    return step, seconds, placed_by_short(problem)
+    seconds = promised(problem.num_microbatches, counts, [seconds for _, seconds in found])
+    more = (problem.num_microbatches - counts[-1]) * busiest_seconds(problem, draft.cost)
+    return step, max(seconds, timeline.makespan + more), placed_by_short(problem)
 
 
 def _draft_nodes(item: Candidate) -> int:
@@ -884,18 +875,26 @@ def _plan_nodes(item: Candidate) -> int:
 
 
 def short_counts(problem: Problem) -> tuple[int, ...]:
-    """Return the microbatches of the short steps to simulate: two, or one if the step is short."""
+    """Return the microbatches of the short steps to simulate: two, or one if the step is short.
+
+    They leave as many microbatches as the step after full turns of the ranks, since schedules with
+    chunks run these apart.  Where the backward is split, filled gaps make times uneven, so the two
+    are further apart.
+    """
     period = problem.layout.num_ranks
-    fill = period * max(1 if period >= _MANY_RANKS else 2, -(-8 // period))
-    if problem.num_microbatches <= fill + period:
-        return (problem.num_microbatches,)
-    return fill, fill + period
+    rest = problem.num_microbatches % period
+    is_plain = not problem.split_backward and problem.algorithm.extra_in_flight < 2
+    turns = 1 if is_plain and period >= _MANY_RANKS else max(2, -(-8 // period))
+    fill = turns * period + rest
+    longer = fill + period * (max(2, -(-16 // period)) if problem.split_backward else 1)
+    return (fill, longer) if problem.num_microbatches > longer else (problem.num_microbatches,)
 
 
 def placed_by_short(problem: Problem) -> int:
     """Return about how many nodes `short_step` places."""
+    whole = problem.num_microbatches
     return sum(
-        placed_by(replace(problem, num_microbatches=count), _SHORT_EFFORT)
+        placed_by(replace(problem, num_microbatches=count), WHOLE_EFFORT * count // whole)
         for count in short_counts(problem)
     )
 
