@@ -131,30 +131,32 @@ def ordered(
 
 
 def shortened(
-    name: str, problem: Problem, cost: CostModel, counts: Sequence[int]
+    name: str, problem: Problem, cost: CostModel, counts: Sequence[int], efforts: Sequence[int]
 ) -> list[tuple[Schedule, float]]:
     """Return schedules with `counts` microbatches, made as `generate` makes that of `problem`.
 
-    Each comes with its makespan in seconds. All are tried and refined as often, so that what one
-    microbatch more takes between them is what it takes in the long step. `generate` says what is
-    raised.
+    Each comes with its makespan in seconds. `efforts` are those of `generate`, as many for every
+    microbatch. Then all are tried and refined as often, and what one microbatch more takes between
+    them is what it takes in the long step. `generate` says what is raised.
     """
     network, whole = Network.of(problem, cost), problem.num_microbatches
     nears = [replace(network, num_microbatches=count) for count in counts]
     fews = [replace(problem, num_microbatches=count) for count in counts]
     if problem.split_backward:
         found = [
-            ordered(name, few, near, effort=_EFFORT * count // whole)
-            for few, near, count in zip(fews, nears, counts, strict=True)
+            ordered(name, few, near, effort=effort)
+            for few, near, effort in zip(fews, nears, efforts, strict=True)
         ]
     else:
         bases = [base_order(name, few) for few in fews]
 
         def tried(preference: Preference) -> list[tuple[Orders, float]]:
             woven = [weave(*of_one, preference) for of_one in zip(bases, fews, nears, strict=True)]
-            return [(one, sweep(near, one).makespan) for near, one in zip(nears, woven, strict=True)]
+            return [
+                (one, sweep(near, one).makespan) for near, one in zip(nears, woven, strict=True)
+            ]
 
-        num_tries = max(_LIKELY, _EFFORT // (network.size * whole))
+        num_tries = max(_LIKELY, efforts[-1] // (network.size * counts[-1]))
         found = min(
             map(tried, PREFERENCES[:num_tries]),
             key=lambda tries: promised(whole, counts, [seconds for _, seconds in tries]),

@@ -70,6 +70,17 @@ def total(report):
     return report.ranks[report.worst].memory.total
 
 
+def makes_spare(plan, choice, report):
+    """Return whether a plan is another of the same split, as fast as it and no larger."""
+    same = plan.choice.degrees, plan.choice.micro_batch_size, plan.choice.splits_vocabulary
+    return (
+        same == (choice.degrees, choice.micro_batch_size, choice.splits_vocabulary)
+        and plan.report.step_seconds <= report.step_seconds * 1.005
+        and total(plan.report) <= total(report) * 1.02
+        and plan.report.host.total <= report.host.total * 1.02
+    )
+
+
 def limit_for(everything, part):
     sizes = sorted(total(report) for _, report in everything)
     return sizes[int(part * (len(sizes) - 1))] / GIB * (1 + 1e-9)
@@ -80,11 +91,13 @@ def test_nothing_that_fits_is_faster_than_what_is_found(everything, part):
     limit = limit_for(everything, part)
     config = config_of(f"cluster.memory_gib={limit!r}")
     result = searched(config, 4)
-    fitting = [report for _, report in everything if total(report) <= limit * GIB]
+    fitting = [one for one in everything if total(one[1]) <= limit * GIB]
     assert len(everything) > 100
-    expected = sorted(report.step_seconds for report in fitting)[:4]
-    found = [plan.report.step_seconds for plan in result.best]
-    assert all(ours <= best * 1.001 for ours, best in zip(found, expected, strict=True))
+    assert len(result.best) == 4
+    last = max(plan.report.step_seconds for plan in result.best)
+    for choice, report in fitting:
+        if report.step_seconds * 1.001 < last:
+            assert any(makes_spare(plan, choice, report) for plan in result.best), choice
     assert result.num_open == 0
     assert result.num_planned < len(everything) / 4
     for plan in result.best:
@@ -313,7 +326,7 @@ def test_nothing_fits_and_what_is_closest():
 
 
 def test_its_effort_not_the_clock_ends_a_search_and_the_answer_is_the_same():
-    limits = {"effort": 60_000}
+    limits = {"effort": 20_000}
     first, second = (searched(config_of(), 3, **limits) for _ in range(2))
     assert [plan.choice for plan in first.best] == [plan.choice for plan in second.best]
     assert (first.num_estimated, first.num_open) == (second.num_estimated, second.num_open)

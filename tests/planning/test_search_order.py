@@ -683,8 +683,8 @@ def test_of_equally_fast_ones_less_memory_is_first_by_three_digits_and_four_when
         CONFIG, Limits(4, 0.0, 10**9), lambda: True, len, Space(tuple(world.choices), Counter())
     )
     unplanned = searching.run(plans=False)
-    assert [number_of(world, one) for one in unplanned.estimated] == [2, 1, 0, 3]
-    assert [one.memory for one in unplanned.estimated] == [1.0, 2.0, 3.0, 4.0]
+    assert [number_of(world, one) for one in unplanned.estimated] == [0, 1, 2, 3]
+    assert [one.memory for one in unplanned.estimated] == [3.0, 2.0, 1.0, 4.0]
     assert not any(one.is_planned for one in unplanned.estimated)
     assert unplanned.num_planned == 0
 
@@ -759,19 +759,57 @@ def test_what_may_be_faster_than_the_last_of_the_best_is_open(enter):
 
 @pytest.mark.parametrize(("last", "num_open"), [(6.05, 2), (6.07, 1)])
 def test_an_estimate_that_may_be_faster_than_what_was_planned_is_open(enter, last, num_open):
-    """The best estimate is slower when it is planned, and there is no effort for another plan."""
+    """Three plans are made after the effort, since they should be faster than the first."""
     facts = [
         Facts(0.7, 6.0, short=1.0, whole=9_000),
-        Facts(0.5, 4.0, whole=9_000),
+        *(Facts(0.5, 7.0, short=2.0 + place, whole=9_000) for place in range(3)),
+        Facts(0.5, 5.5, whole=9_000),
         Facts(0.6, last, least=0.0, whole=9_000),
     ]
     world = World(facts)
     enter(world)
     found = run(world, effort=10_000)
-    assert world.asked("short") == [2, 1, 0]
-    assert world.asked("plan") == [0]
-    assert numbers(world, found.best) == [0]
+    assert sorted(world.asked("short")) == [0, 1, 2, 3, 4, 5]
+    assert world.asked("plan") == [0, 1, 2, 3]
+    assert numbers(world, found.best) == [0], "a plan comes before an estimate"
     assert (found.num_open, found.ended) == (num_open, "effort")
+    enter(world)
+    found = run(world, effort=10_000, top=2)
+    assert numbers(world, found.best) == [0]
+    assert [number_of(world, one) for one in found.estimated] == [4], "it belongs among them"
+
+
+def twins(*needs):
+    """Return a world of equally fast choices of one split, whose plans need these bytes."""
+    choices = [choice_of(0, alike=place, offload=1.0) for place in range(len(needs))]
+    facts = [
+        Facts(1.0, 2.0, memory=gpu, host=host, planned_host=host, short_bytes={"adamw": gpu})
+        for gpu, host in needs
+    ]
+    return World(facts, choices)
+
+
+def test_what_is_as_fast_as_another_of_its_split_and_needs_no_less_is_left_out(enter):
+    for needs, expected in (
+        (((10.0, 0.0), (10.0, 0.0), (10.1, 0.0)), [0]),
+        (((10.0, 9.0), (10.1, 5.0), (10.0, 9.5)), [1]),
+        (((10.0, 9.0), (10.3, 5.0), (10.3, 6.0)), [0, 1]),
+    ):
+        world = twins(*needs)
+        enter(world)
+        found = run(world, top=3)
+        assert numbers(world, found.best) == expected, needs
+        assert not found.estimated
+        assert found.num_open == 0
+    for other in (
+        replace(world.choices[1], micro_batch_size=2),
+        replace(world.choices[1], vocab="none"),
+    ):
+        world = twins((10.0, 0.0), (10.0, 0.0))
+        world.facts[other] = world.facts.pop(world.choices[1])
+        world.choices[1] = other
+        enter(world)
+        assert len(run(world, top=3).best) == 2
 
 
 def test_only_the_first_is_planned_without_time(enter):
@@ -1214,26 +1252,34 @@ def problem_of(layout, count, vocab="one_barrier", *, split=False):
     return Problem(layout, count, VOCAB_ALGORITHMS[vocab], split)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "fill"), [(1, 8), (2, 8), (3, 9), (4, 8), (8, 16), (15, 30), (16, 16), (64, 64)]
-)
-def test_a_short_step_fills_the_pipeline_and_another_has_as_many_microbatches_as_ranks_more(
-    ranks, fill
-):
-    """A step that is no longer is taken itself."""
-    layout = Layout("linear", ranks)
-    for count, expected in (
-        (fill + ranks - 1, (fill + ranks - 1,)),
-        (fill + ranks, (fill + ranks,)),
-        (fill + ranks + 1, (fill, fill + ranks)),
-        (10_000, (fill, fill + ranks)),
+def test_a_short_step_fills_the_pipeline_and_another_is_longer_by_turns_of_the_ranks():
+    """A step that is no longer is taken itself, and what is left after full turns stays left."""
+    for ranks, vocab, split, fill, more in (
+        *((ranks, "one_barrier", False, fill, ranks) for ranks, fill in ((1, 8), (2, 8), (3, 9))),
+        *((ranks, "one_barrier", False, fill, ranks) for ranks, fill in ((15, 30), (16, 16))),
+        (16, "two_barrier", False, 32, 16),
+        (2, "none", True, 8, 16),
+        (8, "none", True, 16, 16),
+        (16, "none", True, 32, 32),
     ):
-        problem = problem_of(layout, count)
-        assert search_module.short_counts(problem) == expected
-        assert search_module.placed_by_short(problem) == sum(
-            search_module.placed_by(replace(problem, num_microbatches=one), 12_000)
-            for one in expected
-        )
+        layout = Layout("linear", ranks)
+        for rest in {0, ranks // 2}:
+            short = fill + rest, fill + rest + more
+            for count, expected in (
+                (short[1], short[1:]),
+                (short[1] - ranks, (short[1] - ranks,)),
+                (short[1] + ranks, short),
+                (rest + 200 * ranks, short),
+            ):
+                problem = problem_of(layout, count, vocab, split=split)
+                assert search_module.short_counts(problem) == expected, problem
+                assert search_module.placed_by_short(problem) == sum(
+                    search_module.placed_by(
+                        replace(problem, num_microbatches=one),
+                        int(one * min(120_000 / count, 36_000 / expected[-1])),
+                    )
+                    for one in expected
+                )
 
 
 @pytest.mark.parametrize(
@@ -1249,11 +1295,11 @@ def test_the_effort_of_a_plan_is_that_of_its_passes_and_of_its_tries(layout, voc
     """A split backward is tried twice where there is room, and moved for at least half of it."""
     for count in (3, 50):
         problem, n = problem_of(layout, count, vocab, split=split), nodes * count
-        for effort in (3 * n - 1, 3 * n, 3 * n + 3, n - 1, n, 2 * n, 5 * n, 6 * n, 40 * n):
+        for effort in (3 * n - 1, 3 * n, 3 * n + 3, n - 1, n, 2 * n, 5 * n, 6 * n, 80 * n):
             found = search_module.placed_by(problem, effort)
             if split:
                 tries = 2 if n < effort // 3 else 1
-                assert found == 2 * n + tries * (n + max(2 * n, effort // 2))
+                assert found == 2 * n + tries * (n + max(2 * n, min(effort // 2, 32 * n)))
             else:
                 assert found == n * (2 + min(5, max(1, effort // n)))
         whole = search_module.placed_by(problem, 120_000)
@@ -1272,34 +1318,28 @@ def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count,
     """Every microbatch more takes what it took in the second, or the work of the busiest rank."""
     draft = SimpleNamespace(problem=problem_of(Layout("linear", 4), count), cost="cost")
     lasts = {8: 20.0, 12: 25.0}
-    monkeypatch.setattr(
-        search_module,
-        "generate",
-        lambda name, few, cost, effort: (name, few.num_microbatches, cost, effort),
-    )
+
+    def shortened(name, problem, cost, counts, efforts):
+        each = min(120_000 / count, 3_000)
+        assert efforts == [int(each * one) for one in counts]
+        return [((name, problem.num_microbatches, cost, one), lasts[one]) for one in counts]
+
+    def simulate(schedule, few, cost):
+        assert few.num_microbatches == 12
+        return SimpleNamespace(makespan=25.0)
+
+    monkeypatch.setattr(search_module, "shortened", shortened)
     monkeypatch.setattr(
         search_module, "place_transfers", lambda schedule, few, cost: ("moved", *schedule)
     )
-    simulated = []
-
-    def simulate(schedule, few, cost):
-        simulated.append(schedule)
-        return SimpleNamespace(makespan=lasts[few.num_microbatches])
-
-    monkeypatch.setattr(search_module, "simulate", simulate)
+    monkeypatch.setattr(search_module, "simulate_order", simulate)
     monkeypatch.setattr(search_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
     monkeypatch.setattr(search_module, "busiest_seconds", lambda problem, cost: busiest)
     step, seconds, placed = search_module.short_step(draft, "1f1b")
-    last = ("moved", "1f1b", 12, "cost", 12_000)
-    assert step.schedule == last
+    assert step.schedule == ("moved", "1f1b", count, "cost", 12)
     assert step.timeline.makespan == 25.0
     assert placed == search_module.placed_by_short(draft.problem)
-    if count == 12:
-        assert simulated == [last]
-        assert seconds == 25.0
-    else:
-        assert simulated == [("1f1b", 8, "cost", 12_000), last]
-        assert seconds == 25.0 + 88 * max(1.25, busiest)
+    assert seconds == (25.0 if count == 12 else 25.0 + 88 * max(1.25, busiest))
 
 
 def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans_none(

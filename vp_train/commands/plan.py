@@ -522,7 +522,9 @@ def search_lines(
     if result.best:
         first = result.best[0]
         lines += [*_best_lines(result), ""]
-        lines += [f"the first: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
+        is_first = all(estimate.counted >= first.counted for estimate in result.estimated)
+        head = "the first" if is_first else "the first that is planned whole"
+        lines += [f"{head}: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
         lines += _host_memory_lines(result.best)
         lines += _slow_link_lines(config, first)
         lines += _vocabulary_lines(config, result)
@@ -645,22 +647,25 @@ def _slow_link_lines(config: RunConfig, first: Found) -> list[str]:
 
 
 def _best_lines(result: Result) -> list[str]:
-    """Return a table of the best in lines, those at its end that are only estimated with `~`.
+    """Return a table of the best in lines, those that are only estimated with `~`.
 
     What all have in common stands above it.
     """
     first = result.best[0].report
-    rows = [_choice_words(found.choice) | _report_words(found.report) for found in result.best]
+    timed = [
+        (found.counted, _choice_words(found.choice) | _report_words(found.report))
+        for found in result.best
+    ]
     for estimate in result.estimated:
         mfu = first.mfu * first.step_seconds / estimate.seconds
-        rows.append(
-            _choice_words(estimate.choice)
-            | {
-                "step": f"~{duration(estimate.seconds)}",
-                "MFU": f"~{mfu:.1%}",
-                "GiB": f"~{estimate.memory / _GIB:.1f}",
-            }
-        )
+        words = {
+            "step": f"~{duration(estimate.seconds)}",
+            "MFU": f"~{mfu:.1%}",
+            "GiB": f"~{estimate.memory / _GIB:.1f}",
+        }
+        timed.append((estimate.counted, _choice_words(estimate.choice) | words))
+    # Plans of about the same time keep their order, of less memory first.
+    rows = [row for _, row in sorted(timed, key=lambda one: float(f"{one[0]:.4g}"))]
     common = {
         head: word
         for head, word in _choice_words(result.best[0].choice).items()

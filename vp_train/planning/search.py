@@ -23,12 +23,13 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from schedules.generators import promised, shortened
 from schedules.offload import place_transfers
 from schedules.problem import Problem
+from schedules.render import duration
 from schedules.simulate import simulate_order
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
@@ -63,6 +64,9 @@ from vp_train.planning.weigh import (
 )
 
 _GIB = 2**30
+# Nodes that the generator of a short step may place in search of a better order, and how often
+# about it places each of them until nothing helps.
+_SHORT_EFFORT, _REFINED = 36_000, 32
 # Nodes that can be placed while a choice is weighed, and while it is drafted, per stage.
 _WEIGH_NODES, _DRAFT_NODES = 4, 12
 # Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
@@ -88,6 +92,8 @@ MARGIN_OF_OFFLOADING = 0.005
 # Parts of the best plan: a step that takes so much longer is about as fast, and memory that is so
 # much less is worth a line.
 _ABOUT_AS_FAST, _MUCH_LEANER = 0.01, 0.1
+_NO_MORE = 0.02  # parts by which the memory of a plan may exceed that of one it makes spare
+_MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
 _EFFORT_OF_ONE_LINE = 360_000
@@ -135,11 +141,16 @@ class Found:
     choice: Choice
     report: PlanReport
 
+    @property
+    def counted(self) -> float:
+        return counted(self.choice, self.report.step_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A candidate that fits, the optimizer with which it is fastest, and its seconds and bytes.
 
+    host: the bytes of a node's host memory.
     is_planned: whether these are those of the whole step, not those of a short one.
     unbalanced: the estimate that this one with vocab.balance takes the place of, if it does.
     """
@@ -148,6 +159,7 @@ class Estimate:
     optim: OptimConfig
     seconds: float
     memory: float
+    host: float = 0.0
     is_planned: bool = False
     unbalanced: Estimate | None = None
 
@@ -176,20 +188,34 @@ class Estimate:
         return about, not self.is_planned, seconds, memory
 
     def as_planned(self, report: PlanReport) -> Estimate:
-        memory = report.ranks[report.worst].memory.total
-        return replace(self, seconds=report.step_seconds, memory=memory, is_planned=True)
+        memory, host = report.ranks[report.worst].memory.total, report.host.total
+        return replace(self, seconds=report.step_seconds, memory=memory, host=host, is_planned=True)
+
+    def makes_spare(self, other: Estimate) -> bool:
+        """Return whether this is the same split as fast as printed, and nowhere needs more."""
+        ours, theirs = self.candidate.choice, other.candidate.choice
+        return (
+            ours.degrees == theirs.degrees
+            and ours.micro_batch_size == theirs.micro_batch_size
+            and ours.splits_vocabulary == theirs.splits_vocabulary
+            and duration(self.seconds) == duration(other.seconds)
+            and self.memory <= (1 + _NO_MORE) * other.memory
+            and self.host <= (1 + _NO_MORE) * other.host
+            and (ours.recompute == "none" or theirs.recompute != "none")
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """The result of a search.
 
-    best: the fastest choices that were planned, sorted.
+    best: the fastest choices that were planned, sorted.  One that is as fast as another of the same
+        split and needs no less memory is left out.
     with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
     without_offloading: the fastest that offloads no activations.
     leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
         it needs at least a tenth less.
-    estimated: the fastest of those that were not planned, as many as `best` lacks.
+    estimated: those that were not planned and belong among the best by their estimates.
     leanest: the choice that needs least memory of those that need too much.  Those that only lack
         host memory come first.
     refused: the refused choices with the lowest bounds.
@@ -317,6 +343,9 @@ class _Search:
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
+        # The seconds of what is shown, and of what numbers of choices they were computed.
+        self._shown: list[float] = []
+        self._shown_at: tuple[int, ...] = ()
 
     def run(self, *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
@@ -338,25 +367,28 @@ class _Search:
             after = self._num_estimated, len(self._estimates)
             if not plans or after == before or not self._goes_on():
                 break
-        best = sorted(self._planned.values(), key=_order)
-        top = tuple(best[: self._limits.top])
-        last = _seconds_of(top[-1]) if len(top) == self._limits.top else float("inf")
+        rows, spare = self._distinct()
+        first = next((estimate for estimate in rows if estimate.is_planned), None)
+        top = rows[: self._limits.top]
+        if first is not None and first not in top:  # one plan is made and shown in any case
+            top[-1] = first
+        best = tuple(self._planned[e.candidate.choice] for e in top if e.is_planned)
+        last = top[-1].counted if len(top) == self._limits.top else float("inf")
         left = self._queue.numbers - self._done
-        unplanned = [
-            estimate
-            for estimate in self._estimates
-            if estimate.candidate.choice not in self._planned
-        ]
         num_open = len(self._unweighed) + sum(self._key(number) < last for number in left)
-        num_open += sum(estimate.counted * (1 - _SLACK) < last for estimate in unplanned)
+        num_open += sum(
+            not estimate.is_planned and estimate.counted * (1 - _SLACK) < last
+            for estimate in self._known()
+            if estimate.candidate.choice not in spare
+        )
         refused = sorted(self._refused, key=lambda refusal: refusal.bound)
         return Result(
-            best=top,
+            best=best,
             with_vocabulary=self._first(splits_vocabulary=True),
             without_vocabulary=self._first(splits_vocabulary=False),
             without_offloading=self._without_offloading(),
-            leaner=self._leaner(top[0] if top else None),
-            estimated=tuple(sorted(unplanned, key=lambda e: e.key)[: self._limits.top - len(top)]),
+            leaner=self._leaner(best[0] if best else None),
+            estimated=tuple(estimate for estimate in top if not estimate.is_planned),
             leanest=self._closest(),
             refused=tuple(refused[:_KEPT_REFUSALS]),
             excluded=+self._excluded,  # without those that ruled out nothing
@@ -422,6 +454,22 @@ class _Search:
         for estimate in self._estimates:
             planned = self._planned.get(estimate.candidate.choice)
             yield estimate if planned is None else estimate.as_planned(planned.report)
+
+    def _distinct(self) -> tuple[list[Estimate], set[Choice]]:
+        """Return the different ones, as planned where they were, sorted, and the other choices.
+
+        An estimate is also left out where that of a plan makes it spare.
+        """
+        plans = [e for e in self._estimates if e.candidate.choice in self._planned]
+        kept, spare = list[Estimate](), set[Choice]()
+        for one in sorted(self._known(), key=_order):
+            others = kept if one.is_planned else [*kept, *plans]
+            if any(other.makes_spare(one) for other in others):
+                spare.add(one.candidate.choice)
+                continue
+            spare.update(other.candidate.choice for other in kept if one.makes_spare(other))
+            kept = [other for other in kept if not one.makes_spare(other)] + [one]
+        return kept, spare
 
     def _without_offloading(self) -> Estimate | None:
         """Return the fastest that offloads no activations, as planned if it was."""
@@ -651,7 +699,7 @@ class _Search:
     def _seconds_of(self, estimate: Estimate) -> float:
         """Return the seconds with which an estimate is compared, as planned if it was."""
         planned = self._planned.get(estimate.candidate.choice)
-        return estimate.counted if planned is None else _seconds_of(planned)
+        return estimate.counted if planned is None else planned.counted
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
@@ -697,8 +745,10 @@ class _Search:
 
     def _to_beat(self, top: int) -> tuple[float, dict[bool, float]]:
         """Return the seconds of the last of the `top`, and of the first of each kind."""
-        seconds = sorted(map(self._seconds_of, self._estimates))
-        last = seconds[top - 1] if len(seconds) >= top else float("inf")
+        now = (len(self._estimates), len(self._planned), self._num_estimated, len(self._refused))
+        if now != self._shown_at:
+            self._shown_at, self._shown = now, [one.counted for one in self._distinct()[0]]
+        last = sorted(self._shown)[top - 1] if len(self._shown) >= top else float("inf")
         first_of = {
             splits: min(
                 (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
@@ -735,22 +785,24 @@ class _Search:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue
             try:
-                self._check_hosts(step, optim)
+                host = self._host_bytes(step, optim)
             except HostMemoryError as error:
                 refusal = refusal or error
                 continue
             seconds = passes + self._scales.after(step, optim)
-            found.append(Estimate(candidate, optim, seconds, needs))
+            found.append(Estimate(candidate, optim, seconds, needs, host))
         if not found:
             assert refusal is not None
             raise refusal
         return min(found, key=lambda estimate: estimate.seconds)
 
-    def _check_hosts(self, step: StepPlan, optim: OptimConfig) -> None:
-        """Raise HostMemoryError if a step keeps more in host memory than there is."""
-        if optim.offload or step.cost.offload_bytes:
-            found = most_host_bytes(step, optim, self._cluster.gpus_per_node)
-            check_hosts(found.total, self._cluster)
+    def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
+        """Return what a step keeps in host memory.  Raises HostMemoryError for too much."""
+        if not optim.offload and not step.cost.offload_bytes:
+            return 0.0
+        needs = most_host_bytes(step, optim, self._cluster.gpus_per_node).total
+        check_hosts(needs, self._cluster)
+        return needs
 
     def _balance(self) -> None:
         """Estimate vocab.balance in the place of estimates that may be among the best with it.
@@ -789,24 +841,32 @@ class _Search:
             self._progress(self._words())
 
     def _plan(self) -> None:
-        """Plan the best estimates, as far as the effort suffices."""
+        """Plan the best estimates, as far as the effort suffices.
+
+        After that a few are planned which should be faster than the first plan, so that this is no
+        slower than what was not planned.  Of what is alike only one is planned.
+        """
         queue = sorted(self._estimates, key=lambda estimate: estimate.key)
         firsts = [
             next((e for e in queue if e.splits_vocabulary is splits), None)
             for splits in (True, False)
         ]
         ahead = sorted((e for e in firsts if e is not None), key=lambda estimate: estimate.key)
+        beyond = 0
         for estimate in [*ahead, *(e for e in queue if e not in ahead)]:
-            times = sorted(map(_seconds_of, self._planned.values()))
+            plans = [e for e in self._estimates if e.candidate.choice in self._planned]
+            times = [one.counted for one in self._distinct()[0] if one.is_planned]
             enough = len(times) >= self._limits.top and estimate not in ahead
             if enough and estimate.counted * (1 - _SLACK) >= times[self._limits.top - 1]:
                 break
-            if estimate.candidate.choice in self._planned:
+            if any(other is estimate or other.makes_spare(estimate) for other in plans):
                 continue
             cost = _plan_nodes(estimate.candidate)
             if self._planned and self._spent + cost > self._limits.effort:
                 self._spent = self._limits.effort
-                return
+                if estimate.counted >= times[0] or beyond == _MOST_BEYOND:
+                    continue
+                beyond += 1
             if self._planned and not self._in_time():
                 return
             self._progress(f"{self._words()}; planning a step whole")
@@ -853,7 +913,7 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     short steps gives that of a long one.  The step that is returned keeps what a long one keeps.
     """
     problem, counts = draft.problem, short_counts(draft.problem)
-    found = shortened(name, problem, draft.cost, counts)
+    found = shortened(name, problem, draft.cost, counts, _short_efforts(problem, counts))
     few = replace(problem, num_microbatches=counts[-1])
     schedule = place_transfers(found[-1][0], few, draft.cost)  # it delays nothing
     timeline = simulate_order(schedule, few, draft.cost)
@@ -890,12 +950,18 @@ def short_counts(problem: Problem) -> tuple[int, ...]:
     return (fill, longer) if problem.num_microbatches > longer else (problem.num_microbatches,)
 
 
+def _short_efforts(problem: Problem, counts: Sequence[int]) -> list[int]:
+    """Return the efforts of short steps: as much for a microbatch as in a plan, unless too much."""
+    each = min(WHOLE_EFFORT / problem.num_microbatches, _SHORT_EFFORT / counts[-1])
+    return [int(each * count) for count in counts]
+
+
 def placed_by_short(problem: Problem) -> int:
     """Return about how many nodes `short_step` places."""
-    whole = problem.num_microbatches
+    counts = short_counts(problem)
     return sum(
-        placed_by(replace(problem, num_microbatches=count), WHOLE_EFFORT * count // whole)
-        for count in short_counts(problem)
+        placed_by(replace(problem, num_microbatches=count), effort)
+        for count, effort in zip(counts, _short_efforts(problem, counts), strict=True)
     )
 
 
@@ -907,7 +973,8 @@ def placed_by(problem: Problem, effort: int | None = None) -> int:
     effort = WHOLE_EFFORT if effort is None else effort
     if problem.split_backward:
         starts = 2 if nodes < effort // 3 else 1
-        return 2 * nodes + starts * (nodes + max(2 * nodes, effort // 2))
+        refined = max(2 * nodes, min(effort // 2, _REFINED * nodes))
+        return 2 * nodes + starts * (nodes + refined)
     return nodes * (2 + min(5, max(1, effort // nodes)))
 
 
@@ -917,15 +984,10 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, choice.num_microbatches
 
 
-def _seconds_of(found: Found) -> float:
-    """Return the seconds with which a plan is compared."""
-    return counted(found.choice, found.report.step_seconds)
-
-
-def _order(found: Found) -> tuple[float, float]:
+def _order(estimate: Estimate) -> tuple[float, float]:
     """Return the sort key: faster first, and less memory first if times agree in four digits."""
-    seconds = float(f"{found.report.step_seconds:.4g}")
-    return counted(found.choice, seconds), _memory_of(found)
+    seconds = float(f"{estimate.seconds:.4g}")
+    return counted(estimate.candidate.choice, seconds), estimate.memory
 
 
 def _memory_of(found: Found) -> float:
