@@ -23,6 +23,7 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 
 from schedules.cost import CostModel
 from schedules.ir import Kind, Offload, Pass, Schedule
@@ -49,16 +50,17 @@ def place_transfers(schedule: Schedule, problem: Problem, cost: CostModel) -> Sc
     swept = sweep(network, orders)
     early = [start + network.seconds[n % network.size] for n, start in enumerate(swept.start)]
     late = _with_late_forwards(network, problem, orders, swept.order, early)
-    best, lowest = schedule, [peak(network.byte_changes(order)) for order in orders]
+    ranks = [
+        _Rank.of(order, numbers, problem, cost, network)
+        for order, numbers in zip(schedule.ranks, orders, strict=True)
+    ]
+    best, lowest = schedule, [peak(rank.changes) for rank in ranks]
     following: list[list[float]] = []
 
     def try_at(ends: list[list[float]]) -> None:
         """Keep what is placed at these ends of the passes of every rank if it is better."""
         nonlocal best, lowest, following
-        placed = [
-            _Rank.of(order, of_rank, problem, cost).best()
-            for order, of_rank in zip(schedule.ranks, ends, strict=True)
-        ]
+        placed = [rank.best(of_rank) for rank, of_rank in zip(ranks, ends, strict=True)]
         peaks = [of_rank for _, of_rank in placed]
         if not _is_lower(peaks, lowest):
             return
@@ -120,36 +122,38 @@ def _is_lower(peaks: list[float], others: list[float]) -> bool:
 class _Kept:
     """The activations of a stage and microbatch: places of their F and of their first reader."""
 
-    item: Pass
     made: int
     read: int
+    num_bytes: float
     seconds: float  # of one transfer
 
 
-@dataclass(frozen=True, slots=True)
-class _Away:
-    """Activations that are away from the pass at the place `first` to that at `last`."""
-
-    kept: _Kept
-    first: int
-    last: int
+# Activations that are away from the pass at one place to that at another.
+_Away = tuple[_Kept, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    """The passes of one rank with their times, and what it may offload."""
+    """The passes of one rank, with their seconds and the bytes that they add, and what may move.
+
+    `kept` is sorted by the forward passes. A long step has many, so the loops over it call little.
+    """
 
     order: tuple[Pass, ...]
-    starts: list[float]
-    ends: list[float]
+    seconds: list[float]
+    changes: list[float]
     kept: list[_Kept]
-    cost: CostModel
 
     @classmethod
     def of(
-        cls, order: tuple[Pass, ...], ends: list[float], problem: Problem, cost: CostModel
+        cls,
+        order: tuple[Pass, ...],
+        numbers: list[int],
+        problem: Problem,
+        cost: CostModel,
+        network: Network,
     ) -> _Rank:
-        """Return the rank; what it may offload is sorted by its forward passes."""
+        """Return the rank whose passes have these ids."""
         readers = {
             (item.stage, item.microbatch): place
             for place, item in enumerate(order)
@@ -159,61 +163,77 @@ class _Rank:
         for place, item in enumerate(order):
             num_bytes, seconds = cost.offload(item.stage) if item.kind is Kind.F else (0.0, 0.0)
             if num_bytes > 0:
-                kept.append(_Kept(item, place, readers[item.stage, item.microbatch], seconds))
-        starts = [end - cost.seconds(item) for end, item in zip(ends, order, strict=True)]
-        return cls(order, starts, ends, kept, cost)
+                reader = readers[item.stage, item.microbatch]
+                kept.append(_Kept(place, reader, num_bytes, seconds))
+        size, seconds_of = network.size, network.seconds
+        durations = [seconds_of[number % size] for number in numbers]
+        return cls(order, durations, network.byte_changes(numbers), kept)
 
-    def best(self) -> tuple[list[Offload], float]:
-        """Return what is offloaded with the lowest peak, the fewest of that, and that peak."""
+    def best(self, ends: list[float]) -> tuple[list[Offload], float]:
+        """Return what is offloaded with the lowest peak, the fewest of that, and that peak.
+
+        `ends` are those of the passes.
+        """
+        starts = [end - seconds for end, seconds in zip(ends, self.seconds, strict=True)]
         found: list[_Away] = []
-        changes = list(map(self.cost.byte_change, self.order))
-        lowest = peak(changes)
+        lowest = peak(self.changes)
         for wait in _WAITS:
-            placed = self._placed(wait)
-            held = self._peak(placed, changes)
+            placed, some_stay = self._placed(wait, starts, ends)
+            held = self._peak(placed)
             if held < lowest * (1 - 1e-9) or (held <= lowest and len(placed) < len(found)):
                 found, lowest = placed, held
+            if not some_stay:  # nothing waits longer
+                break
+        order = self.order
         offloads = [
-            Offload(one.kept.item, self.order[one.first], self.order[one.last]) for one in found
+            Offload(order[kept.made], order[first], order[last]) for kept, first, last in found
         ]
         return offloads, lowest
 
-    def _peak(self, placed: list[_Away], changes: list[float]) -> float:
-        """Return the most bytes on the device, where passes add `changes`."""
-        before, after = [0.0] * len(changes), [0.0] * len(changes)
-        for one in placed:
-            num_bytes, _ = self.cost.offload(one.kept.item.stage)
-            before[one.first] += num_bytes
-            after[one.last] += num_bytes
-        return device_peak(changes, before, after)
+    def _peak(self, placed: list[_Away]) -> float:
+        """Return the most bytes on the device."""
+        before, after = [0.0] * len(self.changes), [0.0] * len(self.changes)
+        for kept, first, last in placed:
+            before[first] += kept.num_bytes
+            after[last] += kept.num_bytes
+        return device_peak(self.changes, before, after)
 
-    def _placed(self, wait: float) -> list[_Away]:
+    def _placed(
+        self, wait: float, starts: list[float], ends: list[float]
+    ) -> tuple[list[_Away], bool]:
         """Return what can be offloaded that leaves within `wait` transfers after its forward.
 
-        It is in the order of the forward passes.
+        It is in the order of the forward passes. Also return whether any stays for its wait.
         """
-        free = 0.0
-        leaving: list[tuple[_Kept, int]] = []  # with the first pass during which it is away
+        free, some_stay = 0.0, False
+        leaving: list[tuple[int, _Kept, int]] = []  # with the first pass during which it is away
         for kept in self.kept:
-            end = self.ends[kept.made]
-            start = max(end, free)
-            gone = start + (1 + _SLACK) * kept.seconds
-            first = bisect_left(self.starts, gone, kept.made + 1)
-            if start - end > wait * kept.seconds:
+            made, read, seconds = kept.made, kept.read, kept.seconds
+            end = ends[made]
+            start = free if free > end else end
+            if start - end > wait * seconds:
+                some_stay = True
                 continue
-            if first <= self._last(kept, self.starts[kept.read]):
-                free = start + kept.seconds
-                leaving.append((kept, first))
+            first = bisect_left(starts, start + (1 + _SLACK) * seconds, made + 1)
+            # The last pass after which a reload ends in time.
+            if first < read and first < bisect_right(ends, starts[read] - seconds):
+                free = start + seconds
+                leaving.append((-read, kept, first))
+        leaving.sort(key=_by_reader)
         found: list[_Away] = []
         busy = math.inf  # from then on the way back is taken
-        for kept, first in sorted(leaving, key=lambda pair: -pair[0].read):
-            until = min(busy, self.starts[kept.read] - _SLACK * kept.seconds)
-            last = self._last(kept, until)
+        for _, kept, first in leaving:
+            seconds, read = kept.seconds, kept.read
+            until = starts[read] - _SLACK * seconds
+            if busy < until:
+                until = busy
+            last = bisect_right(ends, until - seconds)
+            last = (read if read < last else last) - 1
             if first <= last:
-                found.append(_Away(kept, first, last))
-                busy = until - kept.seconds
-        return found[::-1]
+                found.append((kept, first, last))
+                busy = until - seconds
+        found.reverse()
+        return found, some_stay
 
-    def _last(self, kept: _Kept, until: float) -> int:
-        """Return the place of the last pass after which a reload ends by `until`."""
-        return min(bisect_right(self.ends, until - kept.seconds), kept.read) - 1
+
+_by_reader = itemgetter(0)
