@@ -138,7 +138,7 @@ def _longest_paths(
     ends = np.ascontiguousarray(factors.T)
     ends *= np.tile(network.seconds, network.num_microbatches)[:, None]
     start = np.empty(len(factors))
-    issues = {} if links is None else links.issues_with_seconds()
+    issues = {} if links is None else links.issues
     free: dict[tuple[int, str], np.ndarray] = {}  # from when on, for every direction of a link
     copied: dict[int, np.ndarray] = {}  # by the node that waits for it
     for number, before in chains:
@@ -154,8 +154,8 @@ def _longest_paths(
         if number in copied:
             np.maximum(start, copied.pop(number), out=start)
         ends[number] += start
-        for issue, awaited, seconds in issues.get(number, ()):
-            link = network.lanes[k], issue.kind
+        for _, kind, seconds, awaited in issues.get(number, ()):
+            link = network.lanes[k], kind
             begin = np.maximum(ends[number], free[link]) if link in free else ends[number]
             free[link] = begin + seconds
             copied[awaited] = np.maximum(free[link], copied.get(awaited, 0.0))

@@ -46,16 +46,26 @@ class Moves:
         issues: dict[Pass, list[Issue]] = {}
         frees: dict[Pass, list[Pass]] = {}
         restores: dict[Pass, Pass] = {}
-        for offload in schedule.offloads:
-            item, free_before = offload.item, offload.free_before
-            issues[item] = [Issue(item, free_before, OFFLOAD)]
-            frees.setdefault(free_before, []).append(item)
-        for offload in schedule.offloads:
-            item = offload.item
-            reader = Pass(item.stage, problem.backward, item.microbatch)
-            issues.setdefault(offload.reload_after, []).append(Issue(item, reader, RELOAD))
-            restores[reader] = item
+        for issuer, item, awaited, kind in _issued(schedule, problem):
+            issues.setdefault(issuer, []).append(Issue(item, awaited, kind))
+            if kind == OFFLOAD:
+                frees.setdefault(awaited, []).append(item)
+            else:
+                restores[awaited] = item
         return cls(issues, frees, restores)
+
+
+def _issued(schedule: Schedule, problem: Problem) -> Iterator[tuple[Pass, Pass, Pass, str]]:
+    """Yield every transfer: the pass that issues it, what it moves, who waits for it, its kind.
+
+    Of those that a pass issues, the one to the host comes first.
+    """
+    for offload in schedule.offloads:
+        yield offload.item, offload.item, offload.free_before, OFFLOAD
+    for offload in schedule.offloads:
+        item = offload.item
+        reader = Pass(item.stage, problem.backward, item.microbatch)
+        yield offload.reload_after, item, reader, RELOAD
 
 
 @dataclass(slots=True)
@@ -67,10 +77,12 @@ class Link:
     free: dict[str, float] = field(default_factory=lambda: {OFFLOAD: 0.0, RELOAD: 0.0})
     _run: list[tuple[Pass, str, float, float, float]] = field(default_factory=list)
 
-    def issue(self, item: Pass, kind: str, now: float) -> float:
+    def issue(self, item: Pass, kind: str, seconds: float, now: float) -> float:
         """Run a transfer of what `item` keeps that is issued `now`, and return its end."""
-        start = max(now, self.free[kind])
-        end = self.free[kind] = start + self.cost.offload(item.stage)[1]
+        start = self.free[kind]
+        if now > start:
+            start = now
+        end = self.free[kind] = start + seconds
         self._run.append((item, kind, now, start, end))
         return end
 
@@ -86,12 +98,12 @@ class Link:
 class HostLinks:
     """The links of all ranks in a sweep over a network.
 
-    `issues` maps the id of a pass to what it issues at its end, with the ids of the passes that
-    wait for that.
+    `issues` maps the id of a pass to the transfers that it issues at its end: what moves, the kind,
+    the seconds, and the id of the pass that waits.
     """
 
     links: tuple[Link, ...]
-    issues: dict[int, list[tuple[Issue, int]]]
+    issues: dict[int, list[tuple[Pass, str, float, int]]]
 
     @classmethod
     def of(
@@ -101,27 +113,20 @@ class HostLinks:
         if not schedule.offloads:
             return None
         number = network.numbers()
-        return cls(
-            tuple(Link(rank, cost) for rank in range(problem.layout.num_ranks)),
-            {
-                number(item): [(issue, number(issue.awaited)) for issue in issues]
-                for item, issues in Moves.of(schedule, problem).issues.items()
-            },
-        )
+        seconds = [cost.offload(stage)[1] for stage in range(problem.layout.num_stages)]
+        issues: dict[int, list[tuple[Pass, str, float, int]]] = {}
+        for issuer, item, awaited, kind in _issued(schedule, problem):
+            one = item, kind, seconds[item.stage], number(awaited)
+            issues.setdefault(number(issuer), []).append(one)
+        return cls(tuple(Link(rank, cost) for rank in range(problem.layout.num_ranks)), issues)
 
     def issue(self, number: int, rank: int, end: float, ready: list[float]) -> None:
         """Run the transfers that a pass issues at its end. Who waits is not ready before theirs."""
-        for issue, awaited in self.issues[number]:
-            done = self.links[rank].issue(issue.item, issue.kind, end)
-            ready[awaited] = max(ready[awaited], done)
-
-    def issues_with_seconds(self) -> dict[int, list[tuple[Issue, int, float]]]:
-        """Return `issues` with the seconds of every transfer."""
-        cost = self.links[0].cost
-        return {
-            number: [(issue, other, cost.offload(issue.item.stage)[1]) for issue, other in issues]
-            for number, issues in self.issues.items()
-        }
+        link = self.links[rank]
+        for item, kind, seconds, awaited in self.issues[number]:
+            done = link.issue(item, kind, seconds, end)
+            if done > ready[awaited]:
+                ready[awaited] = done
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:

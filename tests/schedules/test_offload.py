@@ -14,6 +14,7 @@ from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Offload, Pass, Schedule
 from schedules.jitter import Disturbance, disturbed_steps
 from schedules.lower import TRANSFERS, Action, Op, Program, lower
+from schedules.network import Network
 from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.replay import CUDA, GLOO, replay
@@ -343,16 +344,17 @@ def test_of_all_waits_for_the_link_the_lowest_peak_counts_and_then_the_fewest_tr
         for transfer in (0.1, 0.7, 1.3, 2.5):
             case = problem_of("1f1b", "one_barrier", p, m)
             costs = costs_of(case, transfer, chance.choice((0.3, 1.0)))
-            schedule = generate("1f1b", case, costs)
+            schedule, network = generate("1f1b", case, costs), Network.of(case, costs)
             for rank, spans in enumerate(simulate(schedule, case, costs).compute):
-                order = schedule.ranks[rank]
-                its = offloads._Rank.of(order, [span.end for span in spans], case, costs)
+                order, numbers = schedule.ranks[rank], network.orders(schedule)[rank]
+                starts, ends = [span.start for span in spans], [span.end for span in spans]
+                its = offloads._Rank.of(order, numbers, case, costs, network)
                 changes = [costs.byte_change(item) for item in order]
-                tried = [[], *(its._placed(wait) for wait in offloads._WAITS)]
-                peaks = [round(its._peak(one, changes), 9) for one in tried]
+                tried = [[], *(its._placed(wait, starts, ends)[0] for wait in offloads._WAITS)]
+                peaks = [round(its._peak(one), 9) for one in tried]
                 best = min(zip(peaks, map(len, tried), strict=True))
                 together.add(len(set(zip(peaks, map(len, tried), strict=True))))
-                found, lowest = its.best()
+                found, lowest = its.best(ends)
                 peak = HostBytes.of(found, costs).peak(order, changes)
                 assert (round(peak, 9), len(found)) == best
                 assert lowest == peak

@@ -293,7 +293,7 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
     working = _kept_bytes(step, rank) + _MESSAGES * message + _rounded_weight_bytes(step, rank)
     peak = activations, held, working
     highest = sum(peak)
-    stages = step.problem.layout.stages_of(rank)
+    stages = frozenset(step.problem.layout.stages_of(rank))
     offloads = [one for one in step.schedule.offloads if one.item.stage in stages]
     hosted = HostBytes.of(offloads, cost).away(order) if offloads else repeat((0.0, 0.0))
     # Microbatches are equal, so what a pass does to memory is computed once for its stage and kind.
@@ -309,18 +309,16 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
             layers, shards = (0.0, change) if in_held else (change, 0.0)
             effects[key] = (layers, shards, left, _working_bytes(item, step))
         layers, shards, left, meanwhile = effects[key]
-        during = (
-            activations + (layers if layers > 0.0 else 0.0) - away,
-            held + (shards if shards > 0.0 else 0.0),
-            working + left + meanwhile,
-        )
-        if sum(during) > highest:
-            peak, highest = during, sum(during)
+        kept = activations + (layers if layers > 0.0 else 0.0) - away
+        sharded = held + (shards if shards > 0.0 else 0.0)
+        during = working + left + meanwhile
+        if kept + sharded + during > highest:
+            peak, highest = (kept, sharded, during), kept + sharded + during
         activations, held, working = activations + layers, held + shards, working + left
         if offloads:  # reloads take their memory before the next pass
-            after = activations - away_after, held, working
-            if sum(after) > highest:
-                peak, highest = after, sum(after)
+            kept = activations - away_after
+            if kept + held + working > highest:
+                peak, highest = (kept, held, working), kept + held + working
     return peak
 
 

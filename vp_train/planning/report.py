@@ -5,13 +5,15 @@ Pure: nothing starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from schedules.bound import step_bound
 from schedules.generators.auto import Watch
 from schedules.ir import Kind
-from schedules.simulate import simulate_order
+from schedules.network import Network
+from schedules.simulate import simulate_order, sweep
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_seconds
@@ -387,21 +389,26 @@ def report_of(
         bound=bound.seconds,
         bound_reason=bound.reason,
         exchange=exchanged,
-        offloading=offloading_of(step, optim),
+        offloading=_offloading_of(step, optim, state, memories),
         host=most_host_bytes(step, optim, cluster.gpus_per_node),
         layer_seconds=layer_pass_seconds(work, replace(cost, layer_launch_seconds=0.0), "none"),
         layer_launch_seconds=(not measured_layers(work, cost)) * (cost.layer_launch_seconds or 0.0),
     )
 
 
-def offloading_of(step: StepPlan, optim: OptimConfig) -> Offloading | None:
-    """Return what goes to host memory in a step; None if parallel.offload_activations is 0."""
+def _offloading_of(
+    step: StepPlan, optim: OptimConfig, state: StateBytes | None, memories: Sequence[RankMemory]
+) -> Offloading | None:
+    """Return what goes to host memory in a step; None if parallel.offload_activations is 0.
+
+    `memories` are those of its ranks.
+    """
     timeline, ranks = step.timeline, range(step.num_ranks)
     if not step.cost.offload_bytes:
         return None
     kept = replace(step, schedule=replace(step.schedule, offloads=()))
-    kept = replace(kept, timeline=simulate_order(kept.schedule, step.problem, step.cost))
-    worst = [max(rank_memory(one, optim, rank).total for rank in ranks) for one in (step, kept)]
+    network = Network.of(step.problem, step.cost)
+    alone = sweep(network, network.orders(kept.schedule)).makespan
     num_moved = len(step.schedule.offloads)
     num_stages = sum(num_bytes > 0 for num_bytes in step.cost.offload_bytes)
     links = [timeline.link_busy(rank) for rank in ranks]
@@ -410,8 +417,9 @@ def offloading_of(step: StepPlan, optim: OptimConfig) -> Offloading | None:
         num_moved=num_moved,
         num_kept=num_stages * step.problem.num_microbatches - num_moved,
         busy=max(links, key=sum),
-        exposed=max(0.0, timeline.makespan - kept.timeline.makespan),
-        saved=worst[1] - worst[0],
+        exposed=max(0.0, timeline.makespan - alone),
+        saved=max(rank_memory(kept, optim, rank, state).total for rank in ranks)
+        - max(memory.total for memory in memories),
     )
 
 
