@@ -14,6 +14,7 @@ from vp_train.planning import weigh
 from vp_train.planning.choice import (
     Kept,
     Space,
+    as_typed,
     optimizers_of,
     replicas_of,
     space_of,
@@ -287,12 +288,22 @@ def test_stages_recompute_for_the_optimizer_that_is_chosen():
     assert candidate.seems_to_fit
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_v"])
-@pytest.mark.parametrize("vocab", ["none", "one_barrier"])
-def test_a_short_step_gives_the_time_and_the_memory_of_a_long_one(schedule, vocab):
+@pytest.mark.parametrize(
+    ("schedule", "vocab", "count"),
+    [
+        ("1f1b", "none", 48),
+        ("interleaved", "one_barrier", 50),
+        ("interleaved", "two_barrier", 50),
+        ("zb_v", "one_barrier", 48),
+        ("v_half", "one_barrier", 48),
+        ("v_min", "two_barrier", 48),
+    ],
+)
+def test_short_steps_give_the_time_and_the_memory_of_a_long_one(schedule, vocab, count):
+    """They are made as the long one is, and leave as many microbatches after its full turns."""
     config = load_config(
         [
-            *("model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=48"),
+            *("model=gpt_4b", "cluster=a100_80g_node", f"num_microbatches={count}"),
             *("parallel.pp=4", "parallel.dp=2"),
             *(f"schedule={schedule}", f"vocab={vocab}"),
         ]
@@ -300,10 +311,24 @@ def test_a_short_step_gives_the_time_and_the_memory_of_a_long_one(schedule, voca
     drafted = draft_step(config, 8)
     step, seconds, _ = short_step(drafted, schedule)
     whole = drafted.with_named(schedule)
-    assert seconds == pytest.approx(whole.timeline.makespan, rel=0.02)
+    close = 0.015 if drafted.problem.split_backward else 0.001
+    assert seconds == pytest.approx(whole.timeline.makespan, rel=close)
     scales = Scales(config, 75 * GIB)
     needs, needed = (scales.needs(one, [config.optim])[0][0] for one in (step, whole))
     assert needs == pytest.approx(needed, rel=0.05)
+
+
+def test_no_search_is_slower_than_what_was_typed():
+    """It is estimated before anything else, so that no effort is too small for it."""
+    words = ["num_microbatches=8", "parallel.pp=2", "schedule=zb_v", "vocab=two_barrier"]
+    result = searched(config_of(*words), effort=1)
+    assert result.ended == "effort"
+    ((choice, report),) = [(found.choice, found.report) for found in result.best]
+    typed = make_report(replace(config_of(*words), optim=choice.optimizer))
+    assert report.step_seconds <= typed.step_seconds
+    assert as_typed(config_of(*words)) in space_of(config_of(*words)).choices
+    for other in ("schedule.file=orders.txt", "parallel.layers_per_stage=[1,1,1,1]", "vocab=auto"):
+        assert as_typed(config_of(*words, other)) not in space_of(config_of(*words)).choices
 
 
 def test_nothing_fits_and_what_is_closest():

@@ -516,6 +516,38 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
                     )
 
 
+def as_typed(config: RunConfig) -> Choice | None:
+    """Return the choice that a search makes if it leaves the run of `config` as it is.
+
+    None if no search makes it, as with layers given per stage, an order from a file, or degrees
+    that do not fit the cluster.
+    """
+    try:
+        degrees = split_ranks(config.parallel, config.cluster.num_gpus)
+        layout = GENERATORS[config.schedule.name].layout_of(degrees.pp, config.schedule.num_chunks)
+    except (ConfigError, KeyError, ValueError):
+        return None
+    is_even = config.model.num_layers % layout.num_stages == 0
+    placement = config.parallel.placement
+    choice = Choice(
+        degrees,
+        config.micro_batch_size,
+        batch_of(config) // degrees.dp // config.micro_batch_size,
+        config.schedule.name,
+        config.vocab.algorithm,
+        config.parallel.recompute,
+        layout.num_chunks if layout.name == "loop" else None,
+        placement if placement == "redistribute" else "even" if is_even else "balanced",
+        config.parallel.sequence_parallel,
+        offload=config.parallel.offload_activations,
+    )
+    given = (
+        *(config.parallel.layers_per_stage, config.parallel.recompute_per_stage),
+        *(config.schedule.file, config.vocab.shards),
+    )
+    return choice if given == (None,) * len(given) else None
+
+
 def _chunks(schedule: str, pp: int, num_layers: int, kept: Kept = ALL) -> Iterator[int | None]:
     """Yield the stages per rank to try.
 

@@ -5,8 +5,8 @@ It goes from cheap to dear, and each stage sees fewer choices:
 1. Weigh every choice by arithmetic: bytes of state and leanest activations, of which too many
    refuse it, and a lower bound on the time of its step.
 2. Draft those with the lowest bounds: the costs of all passes, and with them tighter bounds.
-3. Estimate them by the simulation of a short step, from which the time of a long one follows.
-   While none fits, the leanest is tried first.
+3. Estimate them by the simulation of short steps, from which the time of a long one follows.  The
+   run as it was typed comes first, and while none fits, the leanest.
 4. Estimate with offloaded activations what device memory alone rules out and may be faster.
 5. Estimate what differs in one setting from the best with and without vocabulary parallelism.
 6. Estimate vocab.balance in the place of what may be among the best with it.
@@ -37,6 +37,7 @@ from vp_train.planning.choice import (
     Choice,
     Kept,
     Space,
+    as_typed,
     batch_of,
     fitting_batches,
     neighbours,
@@ -320,6 +321,7 @@ class _Search:
         space: Space,
     ) -> None:
         self._cluster, self._limits, self._space = config.cluster, limits, space
+        self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
@@ -352,6 +354,8 @@ class _Search:
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
         self._enough = part * self._limits.effort
         self._weigh()
+        if plans:
+            self._estimate_typed()
         while True:
             before = self._num_estimated, len(self._estimates)
             self._estimate(self._queue, self._limits.top)
@@ -516,6 +520,23 @@ class _Search:
             return True
         enough = self._enough if self._estimates else max(self._limits.effort, self._enough)
         return self._spent < enough and self._in_time()
+
+    def _estimate_typed(self) -> None:
+        """Estimate the run as it was typed if it seems to fit, so that no result is slower."""
+        number = None if self._typed is None else self._numbers.get(self._typed)
+        if number is None or number not in self._bounds:
+            return
+        try:
+            item = self._items[number] = self._scales.draft(self._choices[number])
+            self._spent += _draft_nodes(item)
+            self._bounds[number] = item.seconds
+            if self._is_doubtful(item, self._queue):
+                return
+            self._done.add(number)
+            self._estimates.append(self._estimate_of(item))
+        except ConfigError as error:
+            self._done.add(number)
+            self._refuse(self._choices[number], error, self._bounds[number])
 
     def _estimate(self, queue: _Queue, top: int) -> None:
         """Estimate choices until none left could be among the `top`, or the effort is spent.
