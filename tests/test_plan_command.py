@@ -6,13 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 
-from vp_train.commands.plan import main
+from vp_train.commands.plan import main, search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.report import make_report
+from vp_train.planning.search import Limits, search
 from vp_train.settings import load_config
 
 AS_TYPED = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32"]
@@ -156,6 +158,17 @@ def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
     assert len(others) == 2
     assert all("~" in row for row in others)
     assert "\n~ estimated from short steps, not planned whole\n" in out
+
+
+def test_rows_are_in_the_order_of_their_times_also_where_an_estimate_is_the_fastest():
+    config, limits = load_config(NANO), Limits(top=3, effort=6_000)
+    result = search(config, limits, lambda: True, lambda words: None)
+    fast = replace(result.estimated[0], seconds=result.best[0].report.step_seconds / 2)
+    result = replace(result, estimated=(result.estimated[1], fast))
+    lines = search_lines(config, limits, result)
+    rows = [line for line in lines if re.match(r"[123] ", line)]
+    assert ["~" in row for row in rows] == [True, False, True]
+    assert [line for line in lines if line.startswith("the first that is planned whole: ")]
 
 
 @pytest.mark.parametrize(

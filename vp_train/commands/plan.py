@@ -672,7 +672,7 @@ def _best_lines(result: Result) -> list[str]:
         if len(rows) > 1 and all(row[head] == word for row in rows)
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    heads = [head for head in rows[0] if head not in common]
+    heads = [head for head in timed[0][1] if head not in common]  # those of a plan
     if not any(found.report.host.total for found in result.best):
         heads.remove(_HOST_MEMORY)
     table.add_column("", justify="right")
