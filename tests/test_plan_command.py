@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from schedules.render import duration
 from vp_train.commands.plan import main
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.report import make_report
@@ -37,7 +38,7 @@ def test_as_in_the_readme_without_torch():
     assert done.returncode == EXIT_OK, done.stderr
     lines = done.stdout.splitlines()
     assert lines.pop() == "False"
-    assert len(lines) <= 24
+    assert len(lines) <= 28
     assert max(map(len, lines)) <= 120
     found = make_report(load_config(AS_TYPED))
     assert (
@@ -45,8 +46,13 @@ def test_as_in_the_readme_without_torch():
         "reach 78% of it, attention 56%" in done.stdout
     )
     assert f"MFU {found.mfu:.1%}" in done.stdout
-    assert lines[-2] == f"binds     {found.binds}"
-    assert lines[-1].startswith("without   vocabulary parallelism, best of this split: ")
+    binds = lines.index(f"binds     {found.binds}")
+    assert lines[binds + 1].startswith("without   vocabulary parallelism, best of this split: ")
+    helps = re.match(r"helps     (.+): (.+ s) \((.+)% faster\), ", lines[binds + 2])
+    again = make_report(load_config([*AS_TYPED, *helps[1].split()]))
+    assert "schedule.name=interleaved" in helps[1], "which is much faster beside 1F1B of few"
+    assert helps[2] == duration(again.step_seconds)
+    assert helps[3] == f"{100 * (1 - again.step_seconds / found.step_seconds):.1f}"
 
 
 def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
@@ -72,7 +78,7 @@ def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
 
 
 def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_path):
-    words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "num_microbatches=32"]
+    words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "model.num_layers=8"]
     assumed = "; its passes at assumed rates, not as measured\n"
     assert assumed in vp_plan(*words, "cost=a100_4b")[1]
     assert assumed not in vp_plan(*words)[1]
@@ -102,6 +108,12 @@ def test_json_has_every_rank(vp_plan, tmp_path):
         parts = ("weights", "gradients", "optimizer", "activations", "vocabulary", "working")
         assert rank["total_bytes"] == pytest.approx(sum(memory[name] for name in parts))
     assert record["tokens_per_second"] == pytest.approx(8 * 64 / record["step_seconds"])
+    assert record["fsdp"] is None, "there are no GPUs"
+    most = max(rank["total_bytes"] for rank in record["ranks"])
+    assert record["spare_bytes"] == record["limit_bytes"] - most
+    for one in record["helps"]:
+        again = make_report(load_config([*NANO, *one["overrides"].split()]))
+        assert one["step_seconds"] == again.step_seconds < 0.99 * record["step_seconds"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +150,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert out.count("the best without vocabulary parallelism, on any split: ") == 1
     assert record["without_vocabulary_parallelism"]["step_seconds"] > steps[0]
     assert (record["choices"], record["ended"]) > (0, "")
+    assert (record["margin"], record["fsdp"]) == (0.05, None)
     shown = out[out.index("in all rows: ") : out.index("the first: ")].splitlines()
     assert max(map(len, shown)) <= 110
     plans = record["best"]

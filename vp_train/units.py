@@ -27,3 +27,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def compared(seconds: float, than: float) -> str:
+    """Return how much slower or faster `seconds` are than others: `1.5% slower`, or `as fast`."""
+    change = seconds / than - 1
+    if abs(change) < 0.0005:
+        return "as fast"
+    return f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"

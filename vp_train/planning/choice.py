@@ -141,6 +141,15 @@ class Choice:
         other = [name for name in _WHERE_OTHER if _value(chosen, name) != _value(config, name)]
         return " ".join(f"{name}={_word(_value(chosen, name))}" for name in (*_ALWAYS, *other))
 
+    def changes(self, config: RunConfig) -> str:
+        """Return the overrides of what this choice changes in `config`, whose degrees are set."""
+        chosen = self.applied(config)
+        return " ".join(
+            f"{name}={_word(_value(chosen, name))}"
+            for name in (*_ALWAYS, *_WHERE_OTHER)
+            if _value(chosen, name) != _value(config, name)
+        )
+
 
 KEPT_WHERE_TYPED = "vocab.balance"  # by a search, also without --keep
 # What a search may keep, and the value of a choice.
@@ -409,8 +418,8 @@ def offloading(choice: Choice, num_layers: int) -> list[Choice]:
     ]
 
 
-def neighbours(choice: Choice, others: Iterable[Choice]) -> list[Choice]:
-    """Return those of the `others` that differ from `choice` in one thing, offloading as much.
+def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> list[Choice]:
+    """Return those of the `others` that differ in `number` things, offloading as much as `choice`.
 
     These things are the degrees, the size of a microbatch, the schedule with its chunks, the
     vocabulary algorithm, the placement, what is recomputed, and sequence parallelism.  With the
@@ -419,7 +428,7 @@ def neighbours(choice: Choice, others: Iterable[Choice]) -> list[Choice]:
     return [
         replace(other, offload=choice.offload)
         for other in others
-        if _differences(choice, other) == 1
+        if _differences(choice, other) == number
         and not (choice.offload and other.recompute_where_needed)
     ]
 

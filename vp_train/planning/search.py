@@ -944,8 +944,12 @@ def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
 
     Its schedule, chunks and placement are free, and short steps are simulated.
     """
-    limits = Limits(top=1, margin=0.0, effort=_EFFORT_OF_ONE_LINE)
-    space = without_vocabulary_of(config, degrees)
+    return simulated(config, without_vocabulary_of(config, degrees), _EFFORT_OF_ONE_LINE)
+
+
+def simulated(config: RunConfig, space: Space, effort: int) -> Result:
+    """Return the fastest of `space` by short steps of `effort` passes, without a margin."""
+    limits = Limits(top=1, margin=0.0, effort=effort)
     return _Search(config, limits, lambda: True, lambda words: None, space).run(plans=False)
 
 
