@@ -239,7 +239,7 @@ def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_pla
         again = make_report(load_config([*typed, *words, *first["overrides"].split()]))
         assert again.step_seconds == pytest.approx(first["step_seconds"])
         steps.append(first["step_seconds"])
-        assert ("one_barrier balanced" in out) is (not words)
+        assert ("one_barrier, uneven rows" in out) is (not words)
         assert (" vocab.balance=true" in first["overrides"]) is (not words)
         assert (", vocab.balance=false\n" in out) is bool(words)
     assert steps[0] < 0.995 * steps[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+AS_FAST = "as fast"
+
 
 def plural(count: int, name: str) -> str:
     """Return `name` as it stands behind a count: 1 -> rank, 2 -> ranks, 0 -> microbatches."""
@@ -33,5 +35,5 @@ def compared(seconds: float, than: float) -> str:
     """Return how much slower or faster `seconds` are than others: `1.5% slower`, or `as fast`."""
     change = seconds / than - 1
     if abs(change) < 0.0005:
-        return "as fast"
+        return AS_FAST
     return f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"

@@ -35,6 +35,7 @@ from vp_train.model import shape
 from vp_train.planning.choice import (
     ALL,
     KEPT_WHERE_TYPED,
+    TOO_LONG,
     Choice,
     Kept,
     batch_of,
@@ -86,6 +87,7 @@ _MOST_TOKENS = 10**9
 # Of the table of a search: the columns with words, and that of GiB per node.
 _WORDS = ("schedule x chunks", "vocab", "recompute", "optim")
 _HOST_MEMORY = "host RAM"
+_DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
 _NOT_ALONE = ", which is not enough alone"
 
 
@@ -141,12 +143,14 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
                 raise ConfigError(f"{name} belongs to --search; add that, or drop {name}")
         return show_plan(config, _json_file(options))
     kept = kept_of(config, overrides, options.get("--keep"))
-    counts, tokens = typed(overrides, "num_microbatches"), None
+    counts, tokens, multiple = typed(overrides, "num_microbatches"), None, ""
     if "--tokens" in options:
         if counts:
             raise ConfigError(f"--tokens and {counts[0]}: both set the batch; drop one of the two")
-        tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
-        config = with_batch_of(config, tokens)
+        tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS, example="4e6")
+        parts = {name: kept.values[name] for name in _DIVIDE_THE_BATCH if name in kept.values}
+        multiple = " x ".join(f"{name}={value}" for name, value in parts.items() if value > 1)
+        config = with_batch_of(config, tokens, math.prod(parts.values()))
     config = with_replicas(config)
     limits = Limits(
         top=whole_number(options, "--top", 5),
@@ -162,12 +166,16 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         hint = "; --keep typed keeps them" if _keeps_typed(config, overrides, options) else ""
         print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
     is_default = not counts and tokens is None
-    print(_batch_words(config, tokens, is_default=is_default), flush=True)
+    print(_batch_words(config, tokens, multiple, is_default=is_default), flush=True)
     return show_search(config, limits, seconds, path, kept)
 
 
-def _batch_words(config: RunConfig, tokens: int | None, *, is_default: bool) -> str:
-    """Return the batch of a search in words, and where it comes from; `tokens` is --tokens."""
+def _batch_words(config: RunConfig, tokens: int | None, multiple: str, *, is_default: bool) -> str:
+    """Return the batch of a search in words, and where it comes from.
+
+    tokens: --tokens.
+    multiple: the settings of which it is a multiple, because they are kept.
+    """
     count, length = batch_of(config), config.model.seq_length
     words = f"batch: {count:,} {plural(count, 'sequence')} of {length:,} tokens"
     words += f", {count * length:,} tokens in a step"
@@ -175,7 +183,8 @@ def _batch_words(config: RunConfig, tokens: int | None, *, is_default: bool) -> 
         return f"{words}, by default; --tokens N sets another"
     if tokens is None or tokens == count * length:
         return words
-    return f"{words}, rounded from --tokens {tokens:,}"
+    of_what = f" to a multiple of {multiple}" if multiple else ""
+    return f"{words}, rounded from --tokens {tokens:,}{of_what}"
 
 
 def _json_file(options: Mapping[str, str]) -> Path | None:
@@ -230,8 +239,9 @@ def _compared_record(config: RunConfig, rivals: Rivals, helps: Sequence[Help]) -
         "helps": [
             {
                 "overrides": one.overrides,
-                "step_seconds": one.report.step_seconds,
-                "bytes": one.report.ranks[one.report.worst].memory.total,
+                "step_seconds": one.seconds,
+                "bytes": one.memory,
+                "planned": one.is_planned,
             }
             for one in helps
         ],
@@ -407,25 +417,15 @@ def _decides_lines(
 
 
 def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -> list[str]:
-    """Return what makes a plan faster, or lets it fit, in lines; all was planned."""
+    """Return what makes a plan faster, or lets it fit, in lines."""
+    words = [f"{one.overrides}: {_compared(one, report.step_seconds)}" for one in helps]
     if not report.fits:
-        return [
-            f"would fit: {one.overrides}: {_plan_words(one.report, report.step_seconds)}"
-            for one in helps
-        ]
-    words = [f"{one.overrides}: {_plan_words(one.report, report.step_seconds)}" for one in helps]
+        return [f"would fit: {one}" for one in words]
     if larger is not None:
-        gain = 2 * report.step_seconds / larger.report.step_seconds - 1
+        gain = 2 * report.step_seconds / larger.seconds - 1
         words.append(f"{larger.overrides}, a batch twice as large: {gain:.1%} more tokens/s")
     lines = [line for one in words for line in _wrapped("", one)]
     return [f"helps     {lines[0][10:]}", *lines[1:]] if lines else []
-
-
-def _plan_words(report: PlanReport, seconds: float) -> str:
-    """Return time and memory of a plan, and its time against that of another, in words."""
-    memory = report.ranks[report.worst].memory.total / _GIB
-    step = report.step_seconds
-    return f"{duration(step)} ({compared(step, seconds)}), {memory:.1f} GiB"
 
 
 def without_lines(report: PlanReport, result: Result | None) -> list[str]:
@@ -448,7 +448,7 @@ def short_words(choice: Choice) -> str:
     return f"{choice.schedule}{chunks}{placed}"
 
 
-def _compared(estimate: Estimate, seconds: float) -> str:
+def _compared(estimate: Estimate | Help, seconds: float) -> str:
     """Return time and memory of an estimate, and its time against that of a plan, in words."""
     about, how = "" if estimate.is_planned else "about ", compared(estimate.seconds, seconds)
     return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
@@ -659,7 +659,8 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
         return []
     splits = first.choice.splits_vocabulary
     other = result.without_vocabulary if splits else result.with_vocabulary
-    kind = f"{'without' if splits else 'with'} vocabulary parallelism, on any split"
+    where = "with what is kept" if kept else "on any split"
+    kind = f"{'without' if splits else 'with'} vocabulary parallelism, {where}"
     kind = f"the best {'found ' if result.num_open and other is not None else ''}{kind}"
     if other is None:
         left = result.num_unseen[not splits]
@@ -718,12 +719,14 @@ def _other_words(config: RunConfig, first: Found, other: Estimate) -> str:
 
 
 def _host_memory_lines(best: Sequence[Found]) -> list[str]:
-    """Return a line with the host memory that plans need at most, and what it was checked with."""
-    most = max(found.report.host.total for found in best)
+    """Return a line with the host memory of plans, and what it was checked with."""
+    first, most = best[0].report.host.total, max(found.report.host.total for found in best)
     known = best[0].report.cluster.host_memory_gib
     if not most:
         return []
-    need = f"up to {most / _GIB:,.0f} GiB per node"
+    need = f"the first needs {first / _GIB:,.0f} GiB per node" if first else "the first needs none"
+    if most > first:
+        need += f", others up to {most / _GIB:,.0f} GiB{'' if first else ' per node'}"
     if known is None:
         line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
     else:
@@ -818,7 +821,7 @@ def _report_words(report: PlanReport) -> dict[str, str]:
 
 
 def _vocab_words(choice: Choice) -> str:
-    return choice.vocab + " balanced" * (choice.balance and choice.splits_vocabulary)
+    return choice.vocab + ", uneven rows" * (choice.balance and choice.splits_vocabulary)
 
 
 def _recompute_words(choice: Choice) -> str:
@@ -838,15 +841,18 @@ def _optimizer_words(choice: Choice) -> str:
 
 
 def _excluded_lines(result: Result) -> list[str]:
-    """Return one line with the constraint that rules out most choices, and one with the next."""
-    counted = result.excluded.most_common()
-    if not counted:
-        return []
-    shown = [
-        f"{words}: {_choices(count)} ({count / result.num_choices:.0%})"
-        for words, count in counted[: 1 + _SHOWN_REFUSALS]
+    """Return lines with the constraints that rule out most choices, and what is too long."""
+    counted = [one for one in result.excluded.most_common() if one[0] != TOO_LONG]
+    lines = [
+        f"{'then' if place else 'ruled out most'}: {words}: {_choices(count)} "
+        f"({count / result.num_choices:.0%})"
+        for place, (words, count) in enumerate(counted[: 1 + _SHOWN_REFUSALS])
     ]
-    return [f"ruled out most: {shown[0]}", *(f"then: {words}" for words in shown[1:])]
+    if too_long := result.excluded[TOO_LONG]:
+        lines.append(
+            f"cannot be planned, although some may be faster: {_choices(too_long)} with {TOO_LONG}"
+        )
+    return lines
 
 
 def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:

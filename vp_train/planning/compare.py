@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from schedules.generators import GENERATORS
 from schedules.render import duration
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import RECOMPUTE, ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import Choice, Space, neighbours, offloading, space_of
-from vp_train.planning.degrees import Degrees
+from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.fsdp import FsdpReport, Rivals, best_fsdp
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import Estimate, simulated
-from vp_train.units import compared
+from vp_train.units import AS_FAST, compared
 
 _EFFORT = 60_000  # passes that one look for what would help may place
+_SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, in about a second
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
 _MANY = 1_000  # choices with two other settings; of more only those beside the best with one
 _LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
@@ -61,15 +63,40 @@ def pipeline_way(words: str, config: RunConfig, seconds: float, factor: float = 
     if algorithm is None or not algorithm.sharded or config.schedule.is_solved:
         return Way(words, seconds, lambda part: seconds, factor=factor)
 
+    # Of a long step a shorter one says by which factor it changes.
+    short = _shortened(config)
+
     @cache
-    def at(part: float) -> float | None:
+    def planned(part: float) -> PlanReport | None:
         try:
-            report = make_report(_with_contention(config, part))
+            report = make_report(_with_contention(short, part))
         except ConfigError:
             return None
-        return report.step_seconds if report.fits else None
+        return report if report.fits else None
+
+    def at(part: float) -> float | None:
+        then = planned(part)
+        if then is None or short is config:
+            return None if then is None else then.step_seconds
+        now = planned(_contention_of(config)[1])
+        return None if now is None else seconds * then.passes / now.passes
 
     return Way(words, seconds, at, is_slow=True, factor=factor)
+
+
+def _num_passes(config: RunConfig) -> int:
+    """Return the forward passes of a step of all stages."""
+    family = GENERATORS[config.schedule.name]
+    pp = split_ranks(config.parallel, config.cluster.num_gpus).pp
+    return config.num_microbatches * family.layout_of(pp, config.schedule.num_chunks).num_stages
+
+
+def _shortened(config: RunConfig) -> RunConfig:
+    """Return `config` with fewer microbatches if its step has more passes than are planned here."""
+    if config.schedule.file is not None or _num_passes(config) <= _SHORT:
+        return config
+    stages = _num_passes(config) // config.num_microbatches
+    return replace(config, num_microbatches=max(2 * stages, _SHORT // 2 // stages))
 
 
 def fsdp_way(config: RunConfig, report: PlanReport, rivals: Rivals, margin: float) -> Way | None:
@@ -122,9 +149,11 @@ def _turn(first: Way, other: Way, now: float, part: float) -> str:
             return ""
         then = [found[0], found[1]]
     (fast, winner), (slow, loser) = sorted(zip(then, (first.words, other.words), strict=True))
+    how = compared(fast, slow)
+    if how == AS_FAST:
+        return ""
     return (
-        f"with {part:g} {winner} is {compared(fast, slow)} than {loser} "
-        f"({duration(fast)} against {duration(slow)})"
+        f"with {part:g} {winner} is {how} than {loser} ({duration(fast)} against {duration(slow)})"
     )
 
 
@@ -144,10 +173,16 @@ def _with_contention(config: RunConfig, part: float) -> RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """Settings that help a plan: the overrides to append, and the plan with them."""
+    """Settings that help a plan: the overrides to append, and the step with them.
+
+    memory: the bytes of the rank that needs most.
+    is_planned: whether the whole step was planned, not a short one.
+    """
 
     overrides: str
-    report: PlanReport
+    seconds: float
+    memory: float
+    is_planned: bool = True
 
 
 def helps_of(
@@ -156,8 +191,9 @@ def helps_of(
     """Return what makes a plan faster, or lets it fit: one setting, and two if they do more.
 
     Schedules, chunks, vocabulary algorithms, degrees, micro-batch sizes, recomputation, offloading
-    and optimizers are tried by short steps, and the best are planned.  One that gains less than
-    1 % does not count.  There is none for a schedule from a file or from schedule=auto.
+    and optimizers are tried by short steps, and the best are planned unless their step is long.
+    What gains less than 1 % does not count.  There is none for a schedule from a file or from
+    schedule=auto.
     """
     if config.schedule.is_solved or config.schedule.file is not None:
         return []
@@ -186,9 +222,9 @@ def helps_of(
     before = report.step_seconds if report.fits else math.inf
     for best in (first, second):
         planned = None if best is None else _planned(config, best)
-        if planned is not None and planned.report.step_seconds < (1 - _LEAST_GAIN) * before:
+        if planned is not None and planned.seconds < (1 - _LEAST_GAIN) * before:
             found.append(planned)
-            before = planned.report.step_seconds
+            before = planned.seconds
     return found
 
 
@@ -235,27 +271,36 @@ def _fastest(
 
 
 def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
-    """Return the whole plan of an estimate, None if it does not fit."""
+    """Return the plan of an estimate, the estimate of a long step, None if it does not fit."""
     choice = replace(estimate.choice, balance=config.vocab.balance)
     if not choice.redistributes and config.parallel.placement == "balanced":
         choice = replace(choice, placement="balanced")
-    chosen = choice.applied(config)
+    chosen, words = choice.applied(config), choice.changes(config)
+    if _num_passes(chosen) > _SHORT:
+        return Help(words, estimate.seconds, estimate.memory, is_planned=False)
+    return _help_of(chosen, words)
+
+
+def _help_of(config: RunConfig, words: str) -> Help | None:
+    """Return the plan of `config`, None if it does not fit or cannot be planned."""
     try:
-        report = make_report(chosen)
+        report = make_report(config)
     except ConfigError:
         return None
-    return Help(choice.changes(config), report) if report.fits else None
+    memory = report.ranks[report.worst].memory.total
+    return Help(words, report.step_seconds, memory) if report.fits else None
 
 
 def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
-    """Return a batch twice as large if that gains 1 % of tokens per second, else None."""
+    """Return a batch twice as large if that gains 1 % of tokens per second.
+
+    Else None, also of a long step, which is full anyway.
+    """
     waiting = 1 - report.ranks[report.busiest].busy / report.step_seconds
     if waiting < _LEAST_WAITING or config.schedule.is_solved or config.schedule.file is not None:
         return None
     count = 2 * config.num_microbatches
-    try:
-        larger = make_report(replace(config, num_microbatches=count))
-    except ConfigError:
-        return None
-    gains = larger.step_seconds < 2 * (1 - _LEAST_GAIN) * report.step_seconds
-    return Help(f"num_microbatches={count}", larger) if gains and larger.fits else None
+    larger = replace(config, num_microbatches=count)
+    found = _help_of(larger, f"num_microbatches={count}") if _num_passes(larger) <= _SHORT else None
+    gains = found is not None and found.seconds < 2 * (1 - _LEAST_GAIN) * report.step_seconds
+    return found if gains else None
