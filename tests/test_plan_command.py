@@ -225,6 +225,7 @@ def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
     group = ["parallel=redistribute", "parallel.pp=2"]
     _, out, _ = vp_plan("--search", "--keep", "typed", *NANO, *group)
     assert "kept: parallel.placement=redistribute, parallel.pp=2\n" in out
+    assert " vocabulary parallelism, with what is kept: " in out
 
 
 def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_plan, tmp_path):
@@ -333,6 +334,11 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
     assert f"{line}\n" in vp_plan(*quick, "--tokens", "1.024e3")[1]
     _, out, _ = vp_plan(*quick, "parallel.pp=2")
     assert f"{line}, by default; --tokens N sets another\n" in out
+    kept = ("--keep", "micro_batch_size", "micro_batch_size=3")
+    code, out, _ = vp_plan(*quick, "--tokens", 1000, *kept)
+    assert code == EXIT_OK
+    assert "batch: 15 sequences of 64 tokens" in out
+    assert ", rounded from --tokens 1,000 to a multiple of micro_batch_size=3\n" in out
 
 
 @pytest.mark.parametrize(
@@ -344,7 +350,15 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             ["--search", "--tokens", "4e6", "num_microbatches=8"],
             "--tokens and num_microbatches=8: both set the batch; drop one of the two",
         ),
-        (["--search", "--tokens", "1.5"], "--tokens 1.5 is not a whole number in"),
+        (["--search", "--tokens", "abc"], "[1, 1,000,000,000]; write for example --tokens 4e6"),
+        (
+            [
+                *("--search", "--keep", "schedule,schedule.num_chunks", "model=nano"),
+                *("schedule=interleaved", "schedule.num_chunks=11"),
+            ],
+            "--keep schedule.num_chunks=11: with parallel.pp=2 that is 22 stages, too many for "
+            "model.num_layers=4; keep at most 2",
+        ),
         (
             ["parallel.tp=2", "cluster.num_nodes=8"],
             "model.num_layers=8 does not split over 16 stages; use parallel.pp=2 or 4 or 8, "
