@@ -661,6 +661,7 @@ def cuda_tests(where: Where, report: Report) -> None:
         files += [
             "tests/model/test_attention.py",
             "tests/model/test_elementwise.py",
+            "tests/model/test_graphs.py",
             "tests/pipeline/test_cuda.py",
             "tests/test_profile.py::test_on_a_gpu_what_waits_for_a_sum_reads_what_was_formed",
         ]
@@ -1269,16 +1270,19 @@ def profiled(where: Where, report: Report) -> None:
     from vp_train.planning.report import make_report
     from vp_train.settings import load_config
 
+    graphs = "run.cuda_graphs=true"
+    small = ["parallel.pp=8", "num_microbatches=16"]
     jobs: tuple[tuple[str, str, list[str]], ...] = (
-        ("gpt_4b", "0", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=16"]),
+        ("gpt_4b", "0", ["cluster=h100_80g_node", *small]),
+        ("gpt_4b", "0", ["cluster=h100_80g_node", *small, graphs]),
         ("llama3_8b", "7", ["cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=8"]),
     )
     if not where.on_gpu:
-        jobs = (
-            ("gpt_4b", "0", ["parallel.pp=2", "num_microbatches=2", "cluster.gpus_per_node=2"]),
-        )
-    for name, ranks, more in jobs:
-        words, file = [*model_words(name, where), *more], where.folder / f"{name}.json"
+        small = ["parallel.pp=2", "num_microbatches=2", "cluster.gpus_per_node=2"]
+        jobs = (("gpt_4b", "0", small), ("gpt_4b", "0", [*small, graphs]))
+    for model, ranks, more in jobs:
+        name = f"{model} by graphs" if graphs in more else model
+        words, file = [*model_words(model, where), *more], where.folder / f"{name}.json"
         start = "from vp_train.commands.profile import main; main()"
         command(
             where,

@@ -23,6 +23,7 @@ from vp_train.config import (
 from vp_train.mesh import Mesh, starting
 from vp_train.model.elementwise import Fuse, choose_fuse, plain
 from vp_train.model.float8 import Float8Products
+from vp_train.model.graphs import GraphedStage
 from vp_train.model.linear import PLAIN, Products
 from vp_train.model.shape import compiles_layers
 from vp_train.model.stage import Stage, init_rows
@@ -33,7 +34,14 @@ from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
 from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
-from vp_train.pipeline.executor import BLIND, Executor, Observer, PlacedBatch, RankModules
+from vp_train.pipeline.executor import (
+    BLIND,
+    Executor,
+    Observer,
+    PlacedBatch,
+    RankModules,
+    StageModule,
+)
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
 from vp_train.tensors.compiling import (
@@ -78,7 +86,7 @@ class RankModel:
     splits: dict[str, TensorSlice]
     trainer: Executor
     evaluator: Executor
-    stages: dict[int, Stage]
+    stages: Mapping[int, Stage | GraphedStage]
     output_layer: OutputLayer | None
     copied: frozenset[str]
     gradients: Gradients
@@ -247,7 +255,13 @@ def build_rank(
     # The optimizer may move the parameters, so the modules that hold views of them come after it.
     optimizer = _build_optimizer(config.optim, weights.parameters, gradients, replicas)
     completions = _completions_of(weights, gradients, optimizer, mesh)
-    training, evaluating = _build_modules(config, plan, mesh, weights, gradients, completions)
+    stages: Mapping[int, Stage | GraphedStage] = weights.stages
+    if config.run.cuda_graphs:
+        split = plan.problem.split_backward
+        stages = {n: GraphedStage(stage, split=split) for n, stage in weights.stages.items()}
+    training, evaluating = _build_modules(
+        config, plan, mesh, weights, stages, gradients, completions
+    )
     comms = Comms(transport or _process_groups(config, mesh, device))
     if missing := _missing(config):
         tell(f"to be faster, {missing}")
@@ -262,7 +276,7 @@ def build_rank(
         splits=weights.splits,
         trainer=Executor(plan.program, rank, training, comms),
         evaluator=Executor(plan.evaluation_program, rank, evaluating, comms),
-        stages=weights.stages,
+        stages=stages,
         output_layer=training.output_layer,
         copied=weights.copied,
         gradients=gradients,
@@ -355,6 +369,7 @@ def _build_modules(
     plan: RunPlan,
     mesh: Mesh,
     weights: _Weights,
+    stages: Mapping[int, StageModule],
     gradients: Gradients,
     updates: _Completions,
 ) -> tuple[RankModules, RankModules]:
@@ -367,7 +382,7 @@ def _build_modules(
     options = LossOptions(loss.label_smoothing, loss.z_loss, config.model.logit_softcap)
     products = VocabProducts()  # a step and an evaluation never run at the same time
     training = RankModules(
-        weights.stages,
+        stages,
         input_layer,
         _output_layer(config, weights, gradients, plan.problem.algorithm, options, products),
         dtype=DTYPES[config.run.dtype],
@@ -381,7 +396,8 @@ def _build_modules(
     )
     measured = plan.evaluation_problem.algorithm
     output_layer = _output_layer(config, weights, gradients, measured, options.measured, products)
-    return training, replace(training, output_layer=output_layer, normalisation="token")
+    evaluating = replace(training, output_layer=output_layer, normalisation="token")
+    return training, replace(evaluating, stages=weights.stages)
 
 
 def _output_layer(

@@ -230,6 +230,15 @@ def _check(prefix: str, section: object) -> None:
         setting_of(item).check(f"{prefix}{item.name}", value, item.default)
 
 
+def refuse_with_graphs(name: str, value: object, needed: object) -> None:
+    """Raise ConfigError if the setting `name` is not as run.cuda_graphs needs it."""
+    if value != needed:
+        raise ConfigError(
+            f"run.cuda_graphs=true replays passes of {name}={needed}, not of {value}; "
+            f"drop run.cuda_graphs, or set {name}={needed}"
+        )
+
+
 def _frozen(value: Any) -> Any:
     """Return `value` with tuples for lists, in lists too."""
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
@@ -984,6 +993,7 @@ class CostConfig:
         None, "run.linear_dtype when measured.", choices=_LINEAR_DTYPES
     )
     measured_device: str | None = setting(None, "run.device when measured.", choices=_DEVICES)
+    measured_cuda_graphs: bool | None = setting(None, "run.cuda_graphs when measured.")
     measured_on: str | None = setting(None, "Name of the device in the report of vp-plan.")
     layer_forward_seconds: float | None = setting(None, "Measured F of a layer.", unit="s", least=0)
     layer_backward_seconds: float | None = setting(
@@ -1212,6 +1222,10 @@ class RunSettings:
         "Compile; auto: where it pays, on cuda or in 16 bits on a CPU, with a compiler; "
         "on: all elementwise work but LayerNorm, GELU; off: nothing.",
         choices=("auto", "on", "off"),
+    )
+    cuda_graphs: bool = setting(
+        False,
+        "Replay the passes of layers as CUDA graphs: less for the host to do, some more memory.",
     )
     deterministic: bool = setting(
         False, "Use only algorithms with bitwise reproducible results; slower on cuda."
@@ -1442,6 +1456,9 @@ class RunConfig:
                 object.__setattr__(self, item.name, value)
                 setting_of(item).check(item.name, value, item.default)
         self._check_ramp()
+        if self.run.cuda_graphs:
+            refuse_with_graphs("data.packing", self.data.packing, "none")
+            refuse_with_graphs("run.linear_dtype", self.run.linear_dtype, "compute")
         if self.run.linear_dtype == "float8" and not self.cluster.float8:
             raise ConfigError(
                 "run.linear_dtype=float8 needs GPUs that have it, such as an H100, and those of "

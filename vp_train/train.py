@@ -770,7 +770,10 @@ class Run:
         return figures_of(list(map(RankFigures.of, health.figures)), best)
 
     def _memory(self) -> tuple[float, float]:
-        """Return the most bytes allocated and reserved; see `RankFigures`."""
+        """Return the most bytes allocated and reserved; see `RankFigures`.
+
+        CUDA graphs use memory that counts only as reserved, so with them that is both.
+        """
         if self.config.run.device == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, 0.0
         stats = torch.cuda.memory_stats_as_nested_dict()
@@ -778,7 +781,7 @@ class Run:
         allocated, reserved = (
             float(stats[f"{name}_bytes"]["all"]["peak"]) for name in ("allocated", "reserved")
         )
-        return allocated, reserved
+        return reserved if self.config.run.cuda_graphs else allocated, reserved
 
     @cached_property
     def _best_seconds(self) -> float | None:

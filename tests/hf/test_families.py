@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,10 +215,12 @@ FAMILIES = {
     "olmo2_7b": "olmo2",
     "granite_2b": "granite",
     "gpt2": "gpt2",
+    **{f"gpt_{size}": "gpt2" for size in ("4b", "7b", "10b", "16b", "21b", "30b")},
     "gemma_7b": "gemma",
     "gemma2_9b": "gemma2",
     "gemma3_1b": "gemma3_text",
     "gemma3_12b": "gemma3_text",
+    "nano": "llama",
     "small": "llama",
     "small_qwen": "qwen3",
     "small_gemma": "gemma3_text",
@@ -289,6 +292,11 @@ def test_an_activation_that_is_left_out_is_that_of_the_family():
     for name, published in PUBLISHED.items():
         silent = {key: value for key, value in published.items() if key != "hidden_act"}
         assert model_of(silent) == model_of(published), name
+
+
+def test_every_preset_has_a_family():
+    presets = Path(__file__).parents[2] / "configs" / "model"
+    assert FAMILIES.keys() == {file.stem for file in presets.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

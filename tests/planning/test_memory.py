@@ -299,6 +299,29 @@ def test_the_peak_of_a_step_is_that_of_a_ledger_of_all_its_passes():
     assert num_moved > 0
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "v_half"])
+def test_graphs_keep_as_much_for_every_microbatch_that_a_stage_ever_has_in_flight(schedule):
+    words = [f"schedule={schedule}", "parallel.pp=4", "model.num_layers=8", "num_microbatches=8"]
+    config, step = planned(*words, "run.cuda_graphs=true", num_ranks=4)
+    _, without = planned(*words, num_ranks=4)
+    last = step.problem.stage_kinds[-1]
+    of_one = set()
+    for rank, order in enumerate(step.schedule.ranks):
+        kinds = [
+            [item.kind for item in order if item.stage == stage]
+            for stage in step.problem.layout.stages_of(rank)
+        ]
+        in_flight = sum(
+            max(found[:stop].count(Kind.F) - found[:stop].count(last) for stop in range(len(found)))
+            for found in kinds
+        )
+        kept, less = (step_peak(one, config.optim, rank)[0] for one in (step, without))
+        assert less < kept
+        if step.problem.root(End.OUTPUT) != rank:  # it has the final norm, too
+            of_one.add(round(kept / in_flight))
+    assert len(of_one) == 1
+
+
 def test_what_stays_between_steps_is_counted_by_hand():
     """Layers, norms and positions on one tensor-parallel rank, and the larger share of the rows."""
     for config, step in drawn():

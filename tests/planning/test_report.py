@@ -140,6 +140,7 @@ def test_layers_take_no_less_than_the_cpu_needs_to_issue_them():
             assert rank.layers == pytest.approx(3 * layer * rank.num_layers * count)
     measured = [f"cost.layer_{name}_seconds=1e-9" for name in ("forward", "backward")]
     assert not report("cluster.layer_launch_seconds=10", *measured).launch_words
+    assert not report("cluster.layer_launch_seconds=10", "run.cuda_graphs=true").launch_words
     split = report("parallel.tp=2", "parallel.pp=2", "cluster.layer_launch_seconds=10")
     assert split.launch_words.endswith("a larger micro-batch or a smaller tp helps")
 

@@ -20,8 +20,8 @@ class RankFigures:
     """The figures of one rank in one step.
 
     seconds: by part; they add up to the time from one exchange of loss and norm to the next.
-    allocated, reserved: bytes.  On a GPU the highest in the step, of torch's allocator.  On a CPU
-    the highest resident size so far, and 0.
+    allocated, reserved: bytes.  On a GPU the highest in the step, of torch's allocator; with CUDA
+    graphs both are what is reserved.  On a CPU the highest resident size so far, and 0.
     """
 
     seconds: Mapping[Part, float]

@@ -226,12 +226,20 @@ def computed_layer(work: Workload, cost: CostConfig) -> LayerSeconds:
     )
 
 
+def issue_seconds(work: Workload, cost: CostConfig) -> float:
+    """Return the seconds that the CPU needs for the kernels of a layer; 0 if they do not count."""
+    if work.cuda_graphs or measured_layers(work, cost):
+        return 0.0
+    return cost.layer_launch_seconds or 0.0
+
+
 def launch_factor(work: Workload, cost: CostConfig, seconds: float) -> float:
     """Return by what a layer is slower than its passes, which take `seconds` together.
 
-    Passes cannot take less time than the CPU needs to issue their kernels.  Measured ones do not.
+    Passes cannot take less time than the CPU needs to issue their kernels.  Measured ones do not,
+    and a CUDA graph is issued at once.
     """
-    issued = 0.0 if measured_layers(work, cost) else cost.layer_launch_seconds or 0.0
+    issued = issue_seconds(work, cost)
     return max(1.0, issued / seconds) if seconds else 1.0
 
 
@@ -402,8 +410,8 @@ def _check_measured(work: Workload, cost: CostConfig) -> None:
         ("dtype", cost.measured_dtype, work.dtype),
         ("linear_dtype", cost.measured_linear_dtype, work.linear_dtype),
         ("device", cost.measured_device, work.device),
+        ("cuda_graphs", cost.measured_cuda_graphs, work.cuda_graphs),
     ):
         if of_cost not in (None, of_run):
-            raise ConfigError(
-                f"cost.measured_{name}={of_cost}, but run.{name}={of_run}: {_OTHER_RUN}"
-            )
+            words = f"cost.measured_{name}={of_cost}, but run.{name}={of_run}".lower()
+            raise ConfigError(f"{words}: {_OTHER_RUN}")

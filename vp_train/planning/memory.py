@@ -23,6 +23,7 @@ from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
 from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 
+_GRAPH_MESSAGES = 3  # of [T, H]: the output of a stage, and its gradients of output and input
 _MESSAGES = 4  # of [T, H] that are on their way or received early, at any time
 _INDEX_BYTES = 8 * 6  # per token of a batch: ids, owners and their order (int64)
 _TOKEN_BYTES = 4 * 8  # per token of a step: losses and statistics (fp32)
@@ -289,7 +290,7 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
     work, order, cost = step.work, step.schedule.ranks[rank], step.cost
     message, on_cpu = float(work.message_bytes), not work.on_cuda
     exponentials = _exponentials_bytes(step, rank)
-    activations, held = 0.0, _pool_bytes(step, rank)
+    activations, held = _graph_bytes(step, rank), _pool_bytes(step, rank)
     working = _kept_bytes(step, rank) + _MESSAGES * message + _rounded_weight_bytes(step, rank)
     peak = activations, held, working
     highest = sum(peak)
@@ -307,7 +308,10 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
             if in_held and on_cpu and exponentials:
                 change -= math.copysign(exponentials, change)
             layers, shards = (0.0, change) if in_held else (change, 0.0)
-            effects[key] = (layers, shards, left, _working_bytes(item, step))
+            meanwhile = _working_bytes(item, step)
+            if work.cuda_graphs and not item.kind.is_vocabulary:
+                layers, meanwhile = 0.0, message  # it gives a copy of its result away
+            effects[key] = (layers, shards, left, meanwhile)
         layers, shards, left, meanwhile = effects[key]
         during = (
             activations + (layers if layers > 0.0 else 0.0) - away,
@@ -322,6 +326,28 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
             if sum(after) > highest:
                 peak, highest = after, sum(after)
     return peak
+
+
+def _graph_bytes(step: StepPlan, rank: int) -> float:
+    """Return the bytes of CUDA graphs, which stay allocated.
+
+    A stage has a set of graphs for every microbatch that it has in flight at any time.  Each has
+    all that its passes keep and need at their peak, and what comes into a pass and out of it.
+    """
+    if not step.work.cuda_graphs:
+        return 0.0
+    problem, found = step.problem, 0.0
+    last = Kind.W if problem.split_backward else Kind.B
+    for stage in problem.layout.stages_of(rank):
+        in_flight = most = 0
+        for item in step.schedule.ranks[rank]:
+            if item.stage == stage:
+                in_flight += (item.kind is Kind.F) - (item.kind is last)
+                most = max(most, in_flight)
+        forward, backward = Pass(stage, Kind.F, 0), Pass(stage, problem.backward, 0)
+        kept, needed = step.cost.byte_change(forward), _working_bytes(backward, step)
+        found += most * (kept + needed + _GRAPH_MESSAGES * step.work.message_bytes)
+    return found
 
 
 def _most_held(order: tuple[Pass, ...]) -> int:

@@ -18,8 +18,8 @@ from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_sec
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import (
     exposed_tensor_seconds,
+    issue_seconds,
     layer_pass_seconds,
-    measured_layers,
 )
 from vp_train.planning.memory import (
     HostUsage,
@@ -391,7 +391,7 @@ def report_of(
         offloading=offloading_of(step, optim),
         host=most_host_bytes(step, optim, cluster.gpus_per_node),
         layer_seconds=layer_pass_seconds(work, replace(cost, layer_launch_seconds=0.0), "none"),
-        layer_launch_seconds=(not measured_layers(work, cost)) * (cost.layer_launch_seconds or 0.0),
+        layer_launch_seconds=issue_seconds(work, cost),
     )
 
 

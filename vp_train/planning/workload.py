@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vp_train.config import ModelConfig, RunConfig, VocabConfig
+from vp_train.config import ModelConfig, RunConfig, VocabConfig, refuse_with_graphs
 from vp_train.model import shape
 from vp_train.planning.degrees import Degrees, check_float8_split, check_tensor_split
 
@@ -19,9 +19,9 @@ _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 class Workload:
     """The model, its split over ranks, and the microbatches of one replica's step.
 
-    `dtype`, `linear_dtype`, `device` and `compile` are those of `run`.  The layers of each stage
-    are not part of it, because they depend on the schedule.  `share` is the model with layers of
-    the size of one tensor-parallel share; it follows from `model` and `degrees`.
+    `dtype`, `linear_dtype`, `device`, `compile` and `cuda_graphs` are those of `run`.  The layers
+    of each stage are not part of it, because they depend on the schedule.  `share` is the model
+    with layers of the size of one tensor-parallel share; it follows from `model` and `degrees`.
     """
 
     model: ModelConfig
@@ -34,6 +34,7 @@ class Workload:
     device: str
     linear_dtype: str = "compute"
     compile: str = "auto"
+    cuda_graphs: bool = False
     share: ModelConfig = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -45,12 +46,16 @@ class Workload:
     def of(cls, config: RunConfig, degrees: Degrees) -> Workload:
         """Return the work of a step of `config`, split as `degrees` say.
 
-        Raises ConfigError if tensor parallelism cannot split the model so, or if the shares do not
-        go with linear layers in float8.
+        Raises ConfigError if tensor parallelism cannot split the model so, or if that does not go
+        with linear layers in float8 or with CUDA graphs.
         """
         check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
         if config.run.linear_dtype == "float8":
             check_float8_split(config.model, degrees.tp)
+        if config.run.cuda_graphs:
+            offloaded = config.parallel.offload_activations
+            refuse_with_graphs("parallel.tp", degrees.tp, 1)
+            refuse_with_graphs("parallel.offload_activations", offloaded, 0)
         return cls(
             model=config.model,
             vocab=config.vocab,
@@ -62,6 +67,7 @@ class Workload:
             device=config.run.device,
             linear_dtype=config.run.linear_dtype,
             compile=config.run.compile,
+            cuda_graphs=config.run.cuda_graphs,
         )
 
     @property

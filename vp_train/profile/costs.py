@@ -111,10 +111,11 @@ def measured_cost(
         taken = [seconds for (each, _), seconds in passes.items() if each is kind and seconds]
         if taken:
             cost[name] = median(taken)
-    where = {
+    where: dict[str, float | str] = {
         "measured_dtype": work.dtype,
         "measured_linear_dtype": work.linear_dtype,
         "measured_device": work.device,
+        "measured_cuda_graphs": work.cuda_graphs,
     }
     return {"measured_layer_flops": float(work.layer_flops), **where, **cost}
 

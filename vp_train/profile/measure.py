@@ -21,7 +21,7 @@ import torch.multiprocessing as multiprocessing
 from schedules.ir import Kind
 from vp_train.assembly import RankModel, build_rank, rank_device
 from vp_train.communication.nccl import require_float8, require_gpu, set_environment
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.mesh import build_mesh
 from vp_train.model import megatron
 from vp_train.pipeline.recorder import Recorder
@@ -109,7 +109,7 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
     shape = (config.num_microbatches, config.micro_batch_size, config.model.seq_length)
     generator = torch.Generator().manual_seed(1)
     batch = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator)
-    steps = _Steps(model, batch, on_cuda, pipeline_rank)
+    steps = _Steps(model, batch, config.run, pipeline_rank)
     steps.run()  # compiles, and allocates what stays
     passes: dict[tuple[Kind, int], list[float]] = {}
     programs, optimizers = [], []
@@ -229,11 +229,12 @@ class _Steps:
     """Training steps of one rank."""
 
     def __init__(
-        self, model: RankModel, batch: torch.Tensor, on_cuda: bool, pipeline_rank: int
+        self, model: RankModel, batch: torch.Tensor, run: RunSettings, pipeline_rank: int
     ) -> None:
-        self._model, self._on_cuda, self._rank = model, on_cuda, pipeline_rank
+        self._model, self._rank = model, pipeline_rank
+        self._on_cuda, self._cuda_graphs = run.device == "cuda", run.cuda_graphs
         self._tokens, self._labels = batch
-        self._clock = _when_computed if on_cuda else time.perf_counter
+        self._clock = _when_computed if self._on_cuda else time.perf_counter
 
     def run(self) -> tuple[float, float]:
         """Run one step and return the seconds of its passes and of its optimizer."""
@@ -282,10 +283,16 @@ class _Steps:
         return {name: deviation.item() for name, deviation in found.items()}
 
     def bytes_on_cuda(self) -> tuple[int, int]:
-        """Return the bytes allocated between steps and at the peak of a step, on a GPU."""
+        """Return the bytes allocated between steps and at the peak of a step, on a GPU.
+
+        The peak is of what is reserved if there are CUDA graphs, as in `RankFigures`.
+        """
         state = torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         self.run()
+        if self._cuda_graphs:
+            return state, torch.cuda.max_memory_reserved()
         return state, torch.cuda.max_memory_allocated()
 
     def bytes_on_cpu(self) -> tuple[int, int]:
