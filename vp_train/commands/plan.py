@@ -420,7 +420,8 @@ def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -
     """Return what makes a plan faster, or lets it fit, in lines."""
     words = [f"{one.overrides}: {_compared(one, report.step_seconds)}" for one in helps]
     if not report.fits:
-        return [f"would fit: {one}" for one in words]
+        nothing = "nothing found with one or two other settings; vp-plan --search tries all"
+        return [f"would fit: {one}" for one in words or [nothing]]
     if larger is not None:
         gain = 2 * report.step_seconds / larger.seconds - 1
         words.append(f"{larger.overrides}, a batch twice as large: {gain:.1%} more tokens/s")
