@@ -7,8 +7,10 @@ of the search.  What was not published is given to the expert: of all chunks, bo
 the micro-batches named here the fastest that fits counts, each with as little recomputation as
 fits.  The search has its default effort, and keeps the default margin of 5 % of the memory free,
 which the expert need not.  No expert offloads activations, so a second search does not either.
-Plans of FSDP are those of `planning.fsdp`; the search has no such plan.  `slower` above 0 is a row
-that the search loses.  Nothing is measured.  Rows of a FILE that are not searched again stay in it.
+Plans of FSDP are those of `planning.fsdp` with the published degrees and micro-batch, and as little
+recomputation as fits; the search has no such plan.  The first search may use host memory, and is
+compared with FSDP that may too.  `slower` above 0 is a row that the search loses.  Nothing is
+measured.  Rows of a FILE that are not searched again stay in it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from vp_train.commands.command import collect_rarely
 from vp_train.config import ConfigError
 from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.fsdp import fsdp_step
+from vp_train.planning.fsdp import best_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import Limits, search
 from vp_train.planning.workload import Workload
@@ -45,7 +47,7 @@ ON_DEVICE = Kept({"parallel.offload_activations": 0.0})  # no activations go to 
 class Expert:
     """A published plan: the model with its cluster and batch, the plan, and what was left open.
 
-    fsdp: what it recomputes, if it is fully sharded data parallelism; else "".
+    is_fsdp: whether it is fully sharded data parallelism.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Expert:
     job: tuple[str, ...]
     plan: tuple[str, ...]
     open: tuple[tuple[str, ...], ...]
-    fsdp: str = ""
+    is_fsdp: bool = False
 
     @property
     def plans(self) -> list[str]:
@@ -135,7 +137,7 @@ def torchtitan(row: dict[str, Any]) -> Expert:
         ),
         (f"micro_batch_size={size}", "num_microbatches=1"),
         (),
-        row["recompute"],
+        is_fsdp=True,
     )
 
 
@@ -156,8 +158,8 @@ def experts() -> list[Expert]:
 
 def best_of_expert(expert: Expert) -> dict[str, Any] | None:
     """Return the fastest plan of the expert that fits."""
-    if expert.fsdp:
-        return fully_sharded(expert)
+    if expert.is_fsdp:
+        return fully_sharded(expert, uses_hosts=False)
     found = []
     for words, recompute in itertools.product(expert.plans, RECOMPUTE):
         if found and found[-1][0].startswith(f"{words} "):
@@ -173,22 +175,22 @@ def best_of_expert(expert: Expert) -> dict[str, Any] | None:
     return None if best is None else described(*best)
 
 
-def fully_sharded(expert: Expert) -> dict[str, Any] | None:
+def fully_sharded(expert: Expert, *, uses_hosts: bool) -> dict[str, Any] | None:
     """Return the step of an FSDP plan, None if it does not fit."""
     config = load_config([*expert.job, *expert.plan])
     work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
-    step = fsdp_step(work, config.cluster, config.cost, config.optim, recompute=expert.fsdp)
-    return (
-        None
-        if not step.fits
-        else {
-            "overrides": " ".join(expert.plan),
-            "step_seconds": step.seconds,
-            "mfu": step.mfu,
-            "gib": step.num_bytes / GIB,
-            "words": f"dp={step.degrees.dp}, 1 x {step.micro_batch_size}, FSDP, {step.recompute}",
-        }
-    )
+    settings = work, config.cluster, config.cost, config.optim
+    step = best_step(*settings, uses_hosts=uses_hosts)
+    if step is None or not step.fits:
+        return None
+    how = step.memory_words.removeprefix("recomputation ")
+    return {
+        "overrides": " ".join(expert.plan),
+        "step_seconds": step.seconds,
+        "mfu": step.mfu,
+        "gib": step.num_bytes / GIB,
+        "words": f"dp={step.degrees.dp}, 1 x {step.micro_batch_size}, FSDP, {how}",
+    }
 
 
 def row_of(expert: Expert) -> dict[str, Any]:
@@ -202,6 +204,9 @@ def row_of(expert: Expert) -> dict[str, Any]:
     }
     best = best_of_expert(expert)
     row["expert"] = best
+    rivals = {"search": best, "on_device": best}
+    if expert.is_fsdp:
+        rivals["search"] = row["expert_on_hosts"] = fully_sharded(expert, uses_hosts=True)
     config = load_config([*expert.job, f"num_microbatches={expert.sequences}"])
     for name, kept in (("search", Kept()), ("on_device", ON_DEVICE)):
         started, space = time.process_time(), space_of(config, kept)
@@ -213,8 +218,8 @@ def row_of(expert: Expert) -> dict[str, Any]:
                 "cpu_seconds": time.process_time() - started,
                 "open": result.num_open,
             }
-            if best is not None:
-                row[name]["slower"] = first.report.step_seconds / best["step_seconds"] - 1
+            if (rival := rivals[name]) is not None:
+                row[name]["slower"] = first.report.step_seconds / rival["step_seconds"] - 1
     return row
 
 
@@ -245,7 +250,10 @@ def shown(row: dict[str, Any]) -> str:
             cells += ["nothing fits", "", ""]
             continue
         slower = f" ({100 * plan['slower']:+.1f} %)" if "slower" in plan else ""
-        cells += [f"{plan['step_seconds']:.2f}{slower}", f"{plan['gib']:.1f}", plan["words"]]
+        words, hosts = plan["words"], row.get("expert_on_hosts") if key == "expert" else None
+        if hosts is not None and hosts["words"] != words:
+            words += f"; with host memory {hosts['step_seconds']:.2f} s"
+        cells += [f"{plan['step_seconds']:.2f}{slower}", f"{plan['gib']:.1f}", words]
     return f"| {' | '.join(cells)} |"
 
 

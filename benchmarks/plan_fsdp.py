@@ -7,7 +7,7 @@ fastest of all micro-batch sizes, recomputations and tensor-parallel degrees of 
 (`planning.fsdp`), once with host memory for activations and the optimizer, and once without.
 Pipelines are those that `vp-plan --search` finds with pp of at least 2 and its default effort: the
 fastest with vocabulary parallelism, and the fastest without.  Neither need leave memory free.  Both
-may use host memory.
+may use host memory.  A pipeline that uses none is compared with FSDP that uses none.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ CASES = ((8, 8), (64, 8), (512, 8), (64, 1), (512, 1))
 class Pipeline:
     """The fastest pipeline found: seconds, MFU, GiB of the worst rank, and how to get it.
 
+    uses_hosts: whether activations or the optimizer are in host memory.
     num_open: the choices that might be faster and that the effort left.
     """
 
@@ -49,6 +50,7 @@ class Pipeline:
     gib: float
     words: str
     overrides: str
+    uses_hosts: bool
     num_open: int
 
 
@@ -91,6 +93,7 @@ def pipeline_of(config: RunConfig, found: Found, result: Result) -> Pipeline:
         f"{report.degrees}, {choice.num_microbatches} x {choice.micro_batch_size}, "
         f"{report.schedule}{chunks}, {report.vocab}, recompute {recompute}{hosts}",
         choice.overrides(config),
+        report.host.total > 0,
         result.num_open,
     )
 
@@ -123,7 +126,8 @@ def row_of(name: str, num_gpus: int, rails: int) -> dict[str, Any]:
     for key, pipeline in pipelines.items():
         row[key] = None
         if pipeline is not None:
-            slower = None if fsdp is None else 100 * (fsdp.seconds / pipeline.seconds - 1)
+            rival = fsdp if pipeline.uses_hosts else alone
+            slower = None if rival is None else 100 * (rival.seconds / pipeline.seconds - 1)
             row[key] = asdict(pipeline) | {"fsdp_slower_pct": slower}
     return row
 
@@ -161,7 +165,7 @@ def show(row: dict[str, Any]) -> None:
             f"{found['seconds']:.2f}",
             f"{found['gib']:.1f}",
             found["words"],
-            "" if slower is None else f"{slower:+.0f} %",
+            "" if slower is None else f"{slower:+.0f} %{'' if found['uses_hosts'] else ' *'}",
         ]
     print(f"| {' | '.join(cells)} |", flush=True)
 

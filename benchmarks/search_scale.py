@@ -47,7 +47,7 @@ def row_of(model: str, num_gpus: int, limits: Limits, seconds: float) -> dict[st
     except ConfigError as error:
         return row | {"error": str(error), "cpu_seconds": time.process_time() - cpu}
     took = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-    record = search_record(config, result)
+    record = search_record(config, limits, result)
     for plan in record["best"]:
         plan["worst_bytes"] = max(rank["total_bytes"] for rank in plan.pop("ranks"))
     record["excluded"] = dict(result.excluded.most_common(4))

@@ -122,7 +122,7 @@ DOORS = {
 }
 # The only modules of planning that know the whole configuration; the others take its sections and
 # the Workload that is made of it.
-KNOW_THE_RUN = {"workload", "plan", "report", "choice", "weigh", "search"}
+KNOW_THE_RUN = {"workload", "plan", "report", "choice", "compare", "weigh", "search"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from schedules.render import duration
 from vp_train.commands.plan import main, search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.report import make_report
@@ -39,7 +40,7 @@ def test_as_in_the_readme_without_torch():
     assert done.returncode == EXIT_OK, done.stderr
     lines = done.stdout.splitlines()
     assert lines.pop() == "False"
-    assert len(lines) <= 24
+    assert len(lines) <= 28
     assert max(map(len, lines)) <= 120
     found = make_report(load_config(AS_TYPED))
     assert (
@@ -47,8 +48,13 @@ def test_as_in_the_readme_without_torch():
         "reach 78% of it, attention 56%" in done.stdout
     )
     assert f"MFU {found.mfu:.1%}" in done.stdout
-    assert lines[-2] == f"binds     {found.binds}"
-    assert lines[-1].startswith("without   vocabulary parallelism, best of this split: ")
+    binds = lines.index(f"binds     {found.binds}")
+    assert lines[binds + 1].startswith("without   vocabulary parallelism, best of this split: ")
+    helps = re.match(r"helps     (.+): (.+ s) \((.+)% faster\), ", lines[binds + 2])
+    again = make_report(load_config([*AS_TYPED, *helps[1].split()]))
+    assert "schedule.name=interleaved" in helps[1], "which is much faster beside 1F1B of few"
+    assert helps[2] == duration(again.step_seconds)
+    assert helps[3] == f"{100 * (1 - again.step_seconds / found.step_seconds):.1f}"
 
 
 def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
@@ -74,7 +80,7 @@ def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
 
 
 def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_path):
-    words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "num_microbatches=32"]
+    words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "model.num_layers=8"]
     assumed = "; its passes at assumed rates, not as measured\n"
     assert assumed in vp_plan(*words, "cost=a100_4b")[1]
     assert assumed not in vp_plan(*words)[1]
@@ -104,6 +110,12 @@ def test_json_has_every_rank(vp_plan, tmp_path):
         parts = ("weights", "gradients", "optimizer", "activations", "vocabulary", "working")
         assert rank["total_bytes"] == pytest.approx(sum(memory[name] for name in parts))
     assert record["tokens_per_second"] == pytest.approx(8 * 64 / record["step_seconds"])
+    assert record["fsdp"] is None, "there are no GPUs"
+    most = max(rank["total_bytes"] for rank in record["ranks"])
+    assert record["spare_bytes"] == record["limit_bytes"] - most
+    for one in record["helps"]:
+        again = make_report(load_config([*NANO, *one["overrides"].split()]))
+        assert one["step_seconds"] == again.step_seconds < 0.99 * record["step_seconds"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +152,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert out.count("the best without vocabulary parallelism, on any split: ") == 1
     assert record["without_vocabulary_parallelism"]["step_seconds"] > steps[0]
     assert (record["choices"], record["ended"]) > (0, "")
+    assert (record["margin"], record["fsdp"]) == (0.05, None)
     shown = out[out.index("in all rows: ") : out.index("the first: ")].splitlines()
     assert max(map(len, shown)) <= 110
     plans = record["best"]
@@ -225,6 +238,7 @@ def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
     group = ["parallel=redistribute", "parallel.pp=2"]
     _, out, _ = vp_plan("--search", "--keep", "typed", *NANO, *group)
     assert "kept: parallel.placement=redistribute, parallel.pp=2\n" in out
+    assert " vocabulary parallelism, with what is kept: " in out
 
 
 def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_plan, tmp_path):
@@ -239,7 +253,7 @@ def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_pla
         again = make_report(load_config([*typed, *words, *first["overrides"].split()]))
         assert again.step_seconds == pytest.approx(first["step_seconds"])
         steps.append(first["step_seconds"])
-        assert ("one_barrier balanced" in out) is (not words)
+        assert ("one_barrier, uneven rows" in out) is (not words)
         assert (" vocab.balance=true" in first["overrides"]) is (not words)
         assert (", vocab.balance=false\n" in out) is bool(words)
     assert steps[0] < 0.995 * steps[1]
@@ -333,6 +347,11 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
     assert f"{line}\n" in vp_plan(*quick, "--tokens", "1.024e3")[1]
     _, out, _ = vp_plan(*quick, "parallel.pp=2")
     assert f"{line}, by default; --tokens N sets another\n" in out
+    kept = ("--keep", "micro_batch_size", "micro_batch_size=3")
+    code, out, _ = vp_plan(*quick, "--tokens", 1000, *kept)
+    assert code == EXIT_OK
+    assert "batch: 15 sequences of 64 tokens" in out
+    assert ", rounded from --tokens 1,000 to a multiple of micro_batch_size=3\n" in out
 
 
 @pytest.mark.parametrize(
@@ -344,7 +363,15 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             ["--search", "--tokens", "4e6", "num_microbatches=8"],
             "--tokens and num_microbatches=8: both set the batch; drop one of the two",
         ),
-        (["--search", "--tokens", "1.5"], "--tokens 1.5 is not a whole number in"),
+        (["--search", "--tokens", "abc"], "[1, 1,000,000,000]; write for example --tokens 4e6"),
+        (
+            [
+                *("--search", "--keep", "schedule,schedule.num_chunks", "model=nano"),
+                *("schedule=interleaved", "schedule.num_chunks=11"),
+            ],
+            "--keep schedule.num_chunks=11: with parallel.pp=2 that is 22 stages, too many for "
+            "model.num_layers=4; keep at most 2",
+        ),
         (
             ["parallel.tp=2", "cluster.num_nodes=8"],
             "model.num_layers=8 does not split over 16 stages; use parallel.pp=2 or 4 or 8, "

@@ -258,7 +258,10 @@ def build_rank(
     stages: Mapping[int, Stage | GraphedStage] = weights.stages
     if config.run.cuda_graphs:
         split = plan.problem.split_backward
-        stages = {n: GraphedStage(stage, split=split) for n, stage in weights.stages.items()}
+        stages = {
+            number: GraphedStage(stage, split=split) if plan.layers[number] else stage
+            for number, stage in weights.stages.items()
+        }
     training, evaluating = _build_modules(
         config, plan, mesh, weights, stages, gradients, completions
     )

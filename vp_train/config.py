@@ -548,6 +548,12 @@ class VocabConfig:
 RECOMPUTE = ("none", "selective", "full")
 
 
+def _run_of(word: str) -> tuple[str, ...]:
+    """Return the values that an item of a list stands for: `3*full` for three."""
+    count, times, value = str(word).partition("*")
+    return (value,) * int(count) if times and re.fullmatch("[0-9]{1,4}", count) else (word,)
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """The degrees of parallelism, and the placement of layers on stages.
@@ -586,7 +592,9 @@ class ParallelConfig:
         choices=RECOMPUTE,
     )
     recompute_per_stage: tuple[str, ...] | None = setting(
-        None, "Recomputation of each stage; instead of recompute.", choices=RECOMPUTE
+        None,
+        "Recomputation of each stage, instead of recompute; 4*full is four of them.",
+        choices=RECOMPUTE,
     )
     sequence_parallel: bool = setting(
         False, "Split norms and residuals over the tensor-parallel ranks too, by tokens."
@@ -600,6 +608,9 @@ class ParallelConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.recompute_per_stage is not None:
+            whole = tuple(kind for word in self.recompute_per_stage for kind in _run_of(word))
+            object.__setattr__(self, "recompute_per_stage", whole)
         _check("parallel.", self)
         if self.recompute != "none" and self.recompute_per_stage is not None:
             raise ConfigError(

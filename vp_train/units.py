@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+AS_FAST = "as fast"
+
 
 def plural(count: int, name: str) -> str:
     """Return `name` as it stands behind a count: 1 -> rank, 2 -> ranks, 0 -> microbatches."""
@@ -27,3 +29,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def compared(seconds: float, than: float) -> str:
+    """Return how much slower or faster `seconds` are than others: `1.5% slower`, or `as fast`."""
+    change = seconds / than - 1
+    if abs(change) < 0.0005:
+        return AS_FAST
+    return f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"

@@ -13,6 +13,7 @@ from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config import ConfigError
 from vp_train.planning import choice as choice_module
 from vp_train.planning.choice import (
+    TOO_LONG,
     Choice,
     Kept,
     batch_of,
@@ -200,6 +201,31 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
         ]
 
 
+def test_what_has_too_many_passes_to_be_planned_is_ruled_out_and_counted(monkeypatch):
+    config = config_of(batch=24)
+    every = space_of(config).choices
+    monkeypatch.setattr(choice_module, "MOST_FORWARD_PASSES", 48)
+    space = space_of(config)
+    passes = [one.layout.num_stages * one.num_microbatches for one in every]
+    assert space.choices == tuple(
+        one for one, count in zip(every, passes, strict=True) if count <= 48
+    )
+    assert space.excluded[TOO_LONG] == sum(count > 48 for count in passes) > 0
+
+
+def test_stages_that_recompute_alike_are_typed_as_runs():
+    typed = "parallel.recompute_per_stage=[3*full,none,selective,2*none]"
+    config = load_config(["model=nano", "parallel.pp=7", typed])
+    whole = (*3 * ("full",), "none", "selective", "none", "none")
+    assert config.parallel.recompute_per_stage == whole
+    choice = replace(space_of(NANO).choices[0], recompute_per_stage=whole)
+    assert typed in choice.overrides(NANO).split()
+    assert typed in choice.changes(NANO).split()
+    assert choice.changes(choice.applied(NANO)) == ""
+    with pytest.raises(ConfigError, match="'2x\\*full' is not known"):
+        load_config(["model=nano", "parallel.recompute_per_stage=[2x*full]"])
+
+
 def test_neighbours_differ_in_one_thing_and_lead_from_any_choice_to_all_others():
     choices = space_of(config_of(per_node=2, batch=2)).choices
     (start,) = (
@@ -219,6 +245,10 @@ def test_neighbours_differ_in_one_thing_and_lead_from_any_choice_to_all_others()
     assert replace(start, num_chunks=2, placement="balanced", recompute="none") not in near
     for other in near:
         assert start in neighbours(other, choices)
+    further = neighbours(start, choices, 2)
+    assert not {start, *near} & set(further)
+    assert replace(start, num_chunks=2, placement="balanced", recompute="none") in further
+    assert all(start in neighbours(other, choices, 2) for other in further[::20])
     moving = neighbours(replace(start, offload=0.5), choices)
     assert moving == [replace(one, offload=0.5) for one in near if not one.recompute_where_needed]
     reached, waiting = {start}, [start]

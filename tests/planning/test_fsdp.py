@@ -21,7 +21,7 @@ from vp_train.planning.estimate import (
     recomputed_seconds,
     tensor_seconds,
 )
-from vp_train.planning.fsdp import best_fsdp, fsdp_step, fsdp_words
+from vp_train.planning.fsdp import Rivals, best_fsdp, fsdp_step
 from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
@@ -371,29 +371,37 @@ def test_what_fsdp_takes_is_said_to_three_digits():
         host_bytes=0.0,
         offloads_optimizer=False,
     )
-    begin = f"3.50 GiB: dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
-    begin += f"{work.micro_batch_size}, recomputation selective"
+    size, how = "3.50 GiB of 75 GiB", f"dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
+    how += f"{work.micro_batch_size}, recomputation selective"
     end = ", exposed 20.0%"
-    assert fsdp_words(one, 8.0) == f"10.00 s at best, 25.0% slower, {begin}{end}"
-    assert fsdp_words(one, 12.5) == f"10.00 s at best, 20.0% faster, {begin}{end}"
-    some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)
-    how = " in 8 of 9 layers, activations of 2 layers offloaded, optimizer offloaded"
-    assert fsdp_words(some, 8.0) == f"10.00 s at best, 25.0% slower, {begin}{how}{end}"
-    some = replace(some, num_recomputed=9, num_offloaded=1, host_bytes=1.0)
-    how = ", activations of 1 layer offloaded, optimizer offloaded"
-    alone = replace(one, compute=8.0, num_bytes=one.limit)
-    words = f"10.00 s at best, 25.0% slower, {begin}{how}{end}; without host memory"
-    assert fsdp_words(some, 8.0, alone) == f"{words} 12.00 s"
-    alone = replace(alone, num_bytes=one.limit + 1)
-    assert fsdp_words(some, 8.0, alone) == f"{words} it does not fit"
-    assert fsdp_words(one, 8.0, alone) == fsdp_words(one, 8.0)
-    assert fsdp_words(replace(one, num_bytes=one.limit), 10.0).startswith(
-        "10.00 s at best, as fast, 75"
+
+    def words(with_hosts, without_hosts, seconds=8.0, uses_hosts=True):
+        return Rivals(with_hosts, without_hosts, uses_hosts).words(seconds)
+
+    begin = f"{size}, host memory would not help: {how}"
+    assert words(one, one) == f"10.00 s at best, 25.0% slower, {begin}{end}"
+    assert words(one, one, 12.5, uses_hosts=False) == (
+        f"10.00 s at best, 20.0% faster, {begin}{end}"
     )
-    large = replace(one, num_bytes=one.limit + 2**30)
-    assert not large.fits
-    assert fsdp_words(large, 8.0) == "does not fit: at least 76.00 GiB, more than 75 GiB"
-    assert fsdp_words(None, 8.0) == "the batch does not divide over the GPUs"
+    some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)
+    some = replace(some, host_bytes=1.0)
+    more = " in 8 of 9 layers, activations of 2 layers offloaded, optimizer offloaded"
+    alone = replace(one, compute=8.0, num_bytes=one.limit)
+    begin = f"{size}, with host memory, as the plan: {how}"
+    whole = f"10.00 s at best, 25.0% slower, {begin}{more}{end}; without "
+    assert words(some, alone) == f"{whole}12.00 s"
+    alone = replace(alone, num_bytes=one.limit + 2**30)
+    assert words(some, alone) == f"{whole}it does not fit"
+    small = "does not fit, without host memory, as the plan: at least 76.00 GiB, more than 75 GiB"
+    assert words(some, alone, uses_hosts=False) == f"{small}; with 10.00 s"
+    few = replace(some, num_recomputed=9, num_offloaded=1)
+    assert ", activations of 1 layer offloaded, optimizer offloaded" in words(few, alone)
+    begin = "10.00 s at best, as fast, 75.00 GiB of 75 GiB, host"
+    assert words(replace(one, num_bytes=one.limit), one, 10.0).startswith(begin)
+    assert words(None, None) == "the batch does not divide over the GPUs"
+    record = Rivals(some, None, uses_hosts=True).record()
+    assert (record["without_hosts"], record["plan_uses_hosts"]) == (None, True)
+    assert record["with_hosts"]["seconds"] == 10.0
 
 
 def work_of(*words):

@@ -176,9 +176,13 @@ def test_a_search_does_not_offload_more_than_hosts_have():
         state = 18 * num_parameters(config.model) / GIB
         lines = "\n".join(search_lines(config, Limits(), result))
         if fits:
-            need = f"up to {result.best[0].report.host.total / GIB:.0f} GiB per node"
+            need = f"the first needs {result.best[0].report.host.total / GIB:.0f} GiB per node"
             assert f"host RAM: {need}, of the 600 GiB that cluster.host_memory_gib says" in lines
             assert "SPENT" not in lines
+            (first,) = result.best
+            more = replace(first, report=replace(first.report, host=HostUsage(0.0, 550 * GIB)))
+            both = "\n".join(search_lines(config, Limits(), replace(result, best=(first, more))))
+            assert f"host RAM: {need}, others up to 550 GiB, of the 600 GiB" in both
         else:
             assert result.num_estimated == result.num_open == 0, "arithmetic says so"
             words = (

@@ -840,8 +840,8 @@ def test_out_of_time_a_random_part_of_the_choices_is_weighed(enter, answers, wei
     assert found.num_open == 300 - weighed + faster
     counts = [f"{place} of 300 choices weighed" for place in (0, 128, 256) if place <= weighed]
     assert said[: len(counts)] == counts
-    assert said[len(counts)] == f"1 simulated; the best takes about {9.0 + plan:.3g} s"
-    assert said[-1] == f"1 simulated, 1 planned; the best takes about {9.0 + plan:.3g} s"
+    assert said[len(counts)] == f"1 simulated; the best takes about {9.0 + plan:.2f} s"
+    assert said[-1] == f"1 simulated, 1 planned; the best takes about {9.0 + plan:.2f} s"
 
 
 def test_no_choice_is_weighed_in_vain_and_time_ends_nothing_before_one_was_not_refused(enter):

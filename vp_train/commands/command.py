@@ -200,11 +200,18 @@ def split_options(
 
 
 def whole_number(
-    options: Mapping[str, str], name: str, default: int, *, least: int = 1, most: int = 1_000_000
+    options: Mapping[str, str],
+    name: str,
+    default: int,
+    *,
+    least: int = 1,
+    most: int = 1_000_000,
+    example: str | None = None,
 ) -> int:
     """Return the value of an option that takes a count, `default` if it was not given.
 
-    It may be written as 1e6 too.  Raises ConfigError, which names the bounds.
+    It may be written as 1e6 too.  Raises ConfigError, which names the bounds and an `example`, the
+    default if it is None.
     """
     if name not in options:
         return default
@@ -214,7 +221,7 @@ def whole_number(
     if not (value.is_integer() and least <= value <= most):
         raise ConfigError(
             f"{name} {word} is not a whole number in [{least:,}, {most:,}]; "
-            f"write for example {name} {min(most, max(default, least))}"
+            f"write for example {name} {example or min(most, max(default, least))}"
         )
     return int(value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ from vp_train.model import shape
 from vp_train.planning.choice import (
     ALL,
     KEPT_WHERE_TYPED,
+    TOO_LONG,
     Choice,
     Kept,
     batch_of,
@@ -43,8 +45,18 @@ from vp_train.planning.choice import (
     with_batch_of,
     with_replicas,
 )
+from vp_train.planning.compare import (
+    Help,
+    Way,
+    contention_words,
+    fsdp_way,
+    helps_of,
+    larger_batch_of,
+    pipeline_way,
+    rivals_of,
+)
 from vp_train.planning.degrees import split_ranks
-from vp_train.planning.fsdp import best_fsdp, fsdp_words
+from vp_train.planning.fsdp import Rivals
 from vp_train.planning.placement import (
     nothing_offloaded_words,
     offloaded_layers,
@@ -58,21 +70,24 @@ from vp_train.planning.search import (
     Found,
     Limits,
     Result,
+    counted,
     fits_on,
     search,
     without_vocabulary,
 )
 from vp_train.planning.weigh import about_bytes
-from vp_train.units import human_bytes, plural
+from vp_train.units import compared, human_bytes, plural
 
 _SHOWN_RANKS = 16
 _SHOWN_REFUSALS = 3
 _GIB = 2**30
 _LARGE_GAP = 0.1  # above the lower bound
+_WIDTH = 120  # columns of the lines of a plan that are wrapped
 _MOST_TOKENS = 10**9
 # Of the table of a search: the columns with words, and that of GiB per node.
 _WORDS = ("schedule x chunks", "vocab", "recompute", "optim")
 _HOST_MEMORY = "host RAM"
+_DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
 _NOT_ALONE = ", which is not enough alone"
 
 
@@ -128,12 +143,14 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
                 raise ConfigError(f"{name} belongs to --search; add that, or drop {name}")
         return show_plan(config, _json_file(options))
     kept = kept_of(config, overrides, options.get("--keep"))
-    counts, tokens = typed(overrides, "num_microbatches"), None
+    counts, tokens, multiple = typed(overrides, "num_microbatches"), None, ""
     if "--tokens" in options:
         if counts:
             raise ConfigError(f"--tokens and {counts[0]}: both set the batch; drop one of the two")
-        tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS)
-        config = with_batch_of(config, tokens)
+        tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS, example="4e6")
+        parts = {name: kept.values[name] for name in _DIVIDE_THE_BATCH if name in kept.values}
+        multiple = " x ".join(f"{name}={value}" for name, value in parts.items() if value > 1)
+        config = with_batch_of(config, tokens, math.prod(parts.values()))
     config = with_replicas(config)
     limits = Limits(
         top=whole_number(options, "--top", 5),
@@ -149,12 +166,16 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         hint = "; --keep typed keeps them" if _keeps_typed(config, overrides, options) else ""
         print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
     is_default = not counts and tokens is None
-    print(_batch_words(config, tokens, is_default=is_default), flush=True)
+    print(_batch_words(config, tokens, multiple, is_default=is_default), flush=True)
     return show_search(config, limits, seconds, path, kept)
 
 
-def _batch_words(config: RunConfig, tokens: int | None, *, is_default: bool) -> str:
-    """Return the batch of a search in words, and where it comes from; `tokens` is --tokens."""
+def _batch_words(config: RunConfig, tokens: int | None, multiple: str, *, is_default: bool) -> str:
+    """Return the batch of a search in words, and where it comes from.
+
+    tokens: --tokens.
+    multiple: the settings of which it is a multiple, because they are kept.
+    """
     count, length = batch_of(config), config.model.seq_length
     words = f"batch: {count:,} {plural(count, 'sequence')} of {length:,} tokens"
     words += f", {count * length:,} tokens in a step"
@@ -162,7 +183,8 @@ def _batch_words(config: RunConfig, tokens: int | None, *, is_default: bool) -> 
         return f"{words}, by default; --tokens N sets another"
     if tokens is None or tokens == count * length:
         return words
-    return f"{words}, rounded from --tokens {tokens:,}"
+    of_what = f" to a multiple of {multiple}" if multiple else ""
+    return f"{words}, rounded from --tokens {tokens:,}{of_what}"
 
 
 def _json_file(options: Mapping[str, str]) -> Path | None:
@@ -195,12 +217,40 @@ def show_plan(config: RunConfig, path: Path | None) -> int:
         searching.work_on("planning the step")
         report = make_report(config, searching.watch)
     with Searching(keeps_best=False) as comparing:
-        lines = plan_lines(config, report, comparing.work_on)
+        rivals = rivals_of(config, report)
+        lines = plan_lines(config, report, comparing.work_on, rivals)
         comparing.work_on("searching the same split without vocabulary parallelism")
-        lines += [*without_lines(config, report), *searching.words]
+        without = without_of(config, report)
+        lines += without_lines(report, without)
+        lines += _decides_lines(config, report, rivals, without)
+        helps = helps_of(config, report, comparing.work_on)
+        comparing.work_on("planning a batch twice as large")
+        larger = larger_batch_of(config, report) if report.fits else None
+        lines += [*help_lines(report, helps, larger), *searching.words]
     print("\n".join(lines), flush=True)
-    _write(path, report.record())
+    _write(path, report.record() | _compared_record(config, rivals, helps))
     return searching.exit_code if report.fits else EXIT_CONFIG
+
+
+def _compared_record(config: RunConfig, rivals: Rivals, helps: Sequence[Help]) -> dict[str, Any]:
+    """Return for JSON what a plan was compared with."""
+    return {
+        "fsdp": rivals.record() if _has_fsdp(config) else None,
+        "helps": [
+            {
+                "overrides": one.overrides,
+                "step_seconds": one.seconds,
+                "bytes": one.memory,
+                "planned": one.is_planned,
+            }
+            for one in helps
+        ],
+    }
+
+
+def _has_fsdp(config: RunConfig) -> bool:
+    """Return whether plans are compared with FSDP: on several GPUs."""
+    return config.run.device == "cuda" and config.cluster.num_gpus > 1
 
 
 def show_search(
@@ -224,14 +274,17 @@ def show_search(
         result = search(config, limits, in_time, show, space_of(config, kept))
     lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
     print("\n".join(lines), flush=True)
-    _write(path, search_record(config, result))
+    _write(path, search_record(config, limits, result))
     if searching.is_stopped or result.best:
         return searching.exit_code
     return EXIT_TIME if result.num_open else EXIT_CONFIG
 
 
-def search_record(config: RunConfig, result: Result) -> dict[str, Any]:
+def search_record(config: RunConfig, limits: Limits, result: Result) -> dict[str, Any]:
     """Return the result of a search for JSON, in bytes and seconds."""
+    rivals = None
+    if result.best and _has_fsdp(config):
+        rivals = rivals_of(config, result.best[0].report, limits.margin).record()
     firsts = {
         "with_vocabulary_parallelism": result.with_vocabulary,
         "without_vocabulary_parallelism": result.without_vocabulary,
@@ -252,6 +305,8 @@ def search_record(config: RunConfig, result: Result) -> dict[str, Any]:
             {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
             for refusal in result.refused
         ],
+        "fsdp": rivals,
+        "margin": limits.margin,
         "kept": dict(result.kept.values),
         "excluded": dict(result.excluded.most_common()),
         "choices": result.num_choices,
@@ -272,11 +327,14 @@ def _estimate_record(config: RunConfig, estimate: Estimate) -> dict[str, Any]:
 
 
 def plan_lines(
-    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+    config: RunConfig,
+    report: PlanReport,
+    progress: Callable[[str], object] = lambda words: None,
+    rivals: Rivals | None = None,
 ) -> list[str]:
     """Return the report of one plan in lines; it fits on a screen for up to 16 ranks.
 
-    `progress` gets lines to show while it looks for what would help.
+    `progress` gets lines to show while it looks for what would help.  `rivals` are shown if given.
     """
     parts, step, worst = report.parts, report.step_seconds, report.ranks[report.worst].memory
     shares = ", ".join(
@@ -307,8 +365,8 @@ def plan_lines(
     lines[-2:-2] = _host_lines(report)
     if report.launch_words:
         lines.insert(-1, f"launch    {report.launch_words}")
-    if report.work.on_cuda and report.degrees.num_ranks > 1:
-        lines.insert(-1, f"fsdp      {_fsdp_words(config, report)}")
+    if rivals is not None and _has_fsdp(config):
+        lines[-1:-1] = _wrapped("fsdp", _fsdp_words(config, report, rivals))
     if report.gap > _LARGE_GAP:
         held = report.gap_in_its_memory
         cause = "" if held is None or held > report.gap / 2 else " because it keeps so little"
@@ -326,11 +384,55 @@ def plan_lines(
     return lines
 
 
-def without_lines(config: RunConfig, report: PlanReport) -> list[str]:
+def _wrapped(label: str, words: str) -> list[str]:
+    """Return words behind a label in lines of the report of a plan."""
+    return textwrap.wrap(
+        words,
+        _WIDTH,
+        initial_indent=f"{label:10}",
+        subsequent_indent=10 * " ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def without_of(config: RunConfig, report: PlanReport) -> Result | None:
+    """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
+    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees)
+
+
+def _decides_lines(
+    config: RunConfig, report: PlanReport, rivals: Rivals, without: Result | None
+) -> list[str]:
+    """Return what says that the contention decides whether this plan is faster than others."""
+    best = None if without is None else without.without_vocabulary
+    other = None
+    if best is not None and report.vocab != "none":
+        words = "the best of this split without vocabulary parallelism"
+        other = pipeline_way(words, best.choice.applied(config), best.seconds)
+    rival = fsdp_way(config, report, rivals, 0.0) if _has_fsdp(config) else None
+    first = pipeline_way("this plan", config, report.step_seconds)
+    words = contention_words(config, first, (other, rival)) if report.fits else ""
+    return _wrapped("decides", words)
+
+
+def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -> list[str]:
+    """Return what makes a plan faster, or lets it fit, in lines."""
+    words = [f"{one.overrides}: {_compared(one, report.step_seconds)}" for one in helps]
+    if not report.fits:
+        nothing = "nothing found with one or two other settings; vp-plan --search tries all"
+        return [f"would fit: {one}" for one in words or [nothing]]
+    if larger is not None:
+        gain = 2 * report.step_seconds / larger.seconds - 1
+        words.append(f"{larger.overrides}, a batch twice as large: {gain:.1%} more tokens/s")
+    lines = [line for one in words for line in _wrapped("", one)]
+    return [f"helps     {lines[0][10:]}", *lines[1:]] if lines else []
+
+
+def without_lines(report: PlanReport, result: Result | None) -> list[str]:
     """Return a line with the best plan of this split that does not split the vocabulary."""
-    if report.degrees.pp == 1:
+    if result is None:
         return []
-    result = without_vocabulary(config, report.degrees)
     best, head = result.without_vocabulary, "without   vocabulary parallelism, best of this split:"
     if best is None:
         reason = "" if result.leanest is None else f": {result.leanest.reason}"
@@ -347,15 +449,9 @@ def short_words(choice: Choice) -> str:
     return f"{choice.schedule}{chunks}{placed}"
 
 
-def _compared(estimate: Estimate, seconds: float) -> str:
+def _compared(estimate: Estimate | Help, seconds: float) -> str:
     """Return time and memory of an estimate, and its time against that of a plan, in words."""
-    ratio = estimate.seconds / seconds - 1
-    how = (
-        "as fast"
-        if abs(ratio) < 0.0005
-        else f"{abs(ratio):.1%} {'slower' if ratio > 0 else 'faster'}"
-    )
-    about = "" if estimate.is_planned else "about "
+    about, how = "" if estimate.is_planned else "about ", compared(estimate.seconds, seconds)
     return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
 
 
@@ -389,22 +485,9 @@ def _offload_lines(found: Offloading | None, step_seconds: float) -> list[str]:
     ]
 
 
-def _fsdp_words(config: RunConfig, report: PlanReport) -> str:
+def _fsdp_words(config: RunConfig, report: PlanReport, rivals: Rivals) -> str:
     """Return what fully sharded data parallelism would take for the same batch, in words."""
-    work = report.work
-    sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
-    found, alone = (
-        best_fsdp(
-            work,
-            config.cluster,
-            config.cost,
-            config.optim,
-            num_sequences=sequences,
-            uses_hosts=uses_hosts,
-        )
-        for uses_hosts in (True, False)
-    )
-    words = fsdp_words(found, report.step_seconds, alone)
+    words = rivals.words(report.step_seconds)
     assumed = config.cost.is_measured and not config.cost.has_rates
     return f"{words}; its passes at assumed rates, not as measured" if assumed else words
 
@@ -529,8 +612,10 @@ def search_lines(
         lines += _slow_link_lines(config, first)
         lines += _vocabulary_lines(config, result)
         lines += _other_lines(config, result)
-        if first.report.work.on_cuda and first.report.degrees.num_ranks > 1:
-            lines += [f"fsdp: {_fsdp_words(config, first.report)}"]
+        rivals = rivals_of(config, first.report, limits.margin)
+        if _has_fsdp(config):
+            lines += [f"fsdp: {_fsdp_words(config, first.report, rivals)}"]
+        lines += _contention_lines(config, limits, result, rivals)
         lines += [""]
     excluded = sum(result.excluded.values())
     counted = (
@@ -577,13 +662,38 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
         return []
     splits = first.choice.splits_vocabulary
     other = result.without_vocabulary if splits else result.with_vocabulary
-    kind = f"{'without' if splits else 'with'} vocabulary parallelism, on any split"
+    where = "with what is kept" if kept else "on any split"
+    kind = f"{'without' if splits else 'with'} vocabulary parallelism, {where}"
     kind = f"the best {'found ' if result.num_open and other is not None else ''}{kind}"
     if other is None:
         left = result.num_unseen[not splits]
         found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
         return [f"{kind}: {found}"]
     return [f"{kind}: {_other_words(config, first, other)}"]
+
+
+def _contention_lines(
+    config: RunConfig, limits: Limits, result: Result, rivals: Rivals
+) -> list[str]:
+    """Return a line if the contention decides which of the compared plans is the fastest."""
+    first = result.best[0]
+    splits = first.choice.splits_vocabulary
+    other = result.without_vocabulary if splits else result.with_vocabulary
+    rival = None
+    if _has_fsdp(config):
+        rival = fsdp_way(config, first.report, rivals, limits.margin)
+
+    def way(words: str, choice: Choice, seconds: float) -> Way:
+        return pipeline_way(words, choice.applied(config), seconds, counted(choice, 1.0))
+
+    best = None
+    if other is not None:
+        kind = "without" if splits else "with"
+        words = f"the best {kind} vocabulary parallelism"
+        best = way(words, other.choice, other.seconds)
+    fastest = way("the first", first.choice, first.report.step_seconds)
+    words = contention_words(config, fastest, (best, rival))
+    return [f"decides: {words}"] if words else []
 
 
 def _other_lines(config: RunConfig, result: Result) -> list[str]:
@@ -612,12 +722,14 @@ def _other_words(config: RunConfig, first: Found, other: Estimate) -> str:
 
 
 def _host_memory_lines(best: Sequence[Found]) -> list[str]:
-    """Return a line with the host memory that plans need at most, and what it was checked with."""
-    most = max(found.report.host.total for found in best)
+    """Return a line with the host memory of plans, and what it was checked with."""
+    first, most = best[0].report.host.total, max(found.report.host.total for found in best)
     known = best[0].report.cluster.host_memory_gib
     if not most:
         return []
-    need = f"up to {most / _GIB:,.0f} GiB per node"
+    need = f"the first needs {first / _GIB:,.0f} GiB per node" if first else "the first needs none"
+    if most > first:
+        need += f", others up to {most / _GIB:,.0f} GiB{'' if first else ' per node'}"
     if known is None:
         line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
     else:
@@ -715,7 +827,7 @@ def _report_words(report: PlanReport) -> dict[str, str]:
 
 
 def _vocab_words(choice: Choice) -> str:
-    return choice.vocab + " balanced" * (choice.balance and choice.splits_vocabulary)
+    return choice.vocab + ", uneven rows" * (choice.balance and choice.splits_vocabulary)
 
 
 def _recompute_words(choice: Choice) -> str:
@@ -735,15 +847,18 @@ def _optimizer_words(choice: Choice) -> str:
 
 
 def _excluded_lines(result: Result) -> list[str]:
-    """Return one line with the constraint that rules out most choices, and one with the next."""
-    counted = result.excluded.most_common()
-    if not counted:
-        return []
-    shown = [
-        f"{words}: {_choices(count)} ({count / result.num_choices:.0%})"
-        for words, count in counted[: 1 + _SHOWN_REFUSALS]
+    """Return lines with the constraints that rule out most choices, and what is too long."""
+    counted = [one for one in result.excluded.most_common() if one[0] != TOO_LONG]
+    lines = [
+        f"{'then' if place else 'ruled out most'}: {words}: {_choices(count)} "
+        f"({count / result.num_choices:.0%})"
+        for place, (words, count) in enumerate(counted[: 1 + _SHOWN_REFUSALS])
     ]
-    return [f"ruled out most: {shown[0]}", *(f"then: {words}" for words in shown[1:])]
+    if too_long := result.excluded[TOO_LONG]:
+        lines.append(
+            f"cannot be planned, although some may be faster: {_choices(too_long)} with {TOO_LONG}"
+        )
+    return lines
 
 
 def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:

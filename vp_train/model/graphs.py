@@ -9,8 +9,9 @@ flight at once, and each is recorded when it is first needed.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import count
 from threading import Lock
 from typing import Any
@@ -36,14 +37,35 @@ class Recorder:
     def __call__(self, work: Work) -> Work:
         """Return what runs `work` again on the same tensors.  `work` itself is not run."""
         graph = torch.cuda.CUDAGraph()
-        with _recording, torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):
             # Other threads copy batches to the device, and NCCL's looks at its events.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(Exception):  # of a recording that the first error has ended
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
+
+
+@contextmanager
+def _recording_alone() -> Iterator[None]:
+    """Let no other thread record meanwhile, and nothing be freed that CUDA frees at no such time.
+
+    These are graphs that only Python's garbage collector finds, and memory that torch has cached.
+    """
+    with _recording:
+        gc.collect()
+        torch.cuda.empty_cache()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 def repeated(work: Work) -> Work:
@@ -134,6 +156,7 @@ class GraphedStage(nn.Module):
         super().__init__()
         self.stage, self._split = stage, split
         self._stream: torch.cuda.Stream | None = None
+        self._recorded: list[int] = []  # addresses
         self._free: list[_Slot] = []
         self.weight_grads = _WeightGrads(stage.weight_grads, self._free)
 
@@ -149,13 +172,21 @@ class GraphedStage(nn.Module):
         """Return a slot that no microbatch has, for an input `like` this [s, b, h]."""
         if self._free:
             return self._free.pop()
-        assert all(parameter.grad is not None for parameter in self.stage.parameters())
-        if like.is_cuda and self._stream is None:
-            # One for all slots, because autograd adds to a parameter on a stream that stays.
-            self._stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
-            self._warm_up(like, self._stream)
-        record = repeated if self._stream is None else Recorder(self._stream)
-        return _Slot(self.stage, like, record, split=self._split)
+        self._recorded = self._addresses()
+        if not like.is_cuda:
+            return _Slot(self.stage, like, repeated, split=self._split)
+        with _recording_alone():
+            if self._stream is None:
+                # One for all slots, because autograd adds to a parameter on a stream that stays.
+                self._stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+                self._warm_up(like, self._stream)
+            return _Slot(self.stage, like, Recorder(self._stream), split=self._split)
+
+    def _addresses(self) -> list[int]:
+        """Return the addresses of all parameters and gradients, which graphs have recorded."""
+        tensors = [(parameter, parameter.grad) for parameter in self.stage.parameters()]
+        assert all(gradient is not None for _, gradient in tensors)
+        return [tensor.data_ptr() for pair in tensors for tensor in pair if tensor is not None]
 
     def _warm_up(self, like: Tensor, stream: torch.cuda.Stream) -> None:
         """Run the passes once, because what libraries do at first cannot be recorded.
@@ -171,6 +202,7 @@ class GraphedStage(nn.Module):
             if self._split:
                 slot.weights()
         current.wait_stream(stream)
+        del slot, zeros
         torch.cuda.empty_cache()  # no other work takes the memory of this stream
 
     def backward(self, slot: _Slot, dy: Tensor) -> Tensor:
@@ -180,7 +212,8 @@ class GraphedStage(nn.Module):
         return dx
 
     def fixed_weights(self) -> AbstractContextManager[None]:
-        """Return the context of the stage."""
+        """Return the context of the stage, at the start of a step."""
+        assert self._recorded in ([], self._addresses()), "a parameter or a gradient has moved"
         return self.stage.fixed_weights()
 
     @contextmanager

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 from schedules.generators import GENERATORS, searched_schedules
@@ -23,13 +23,15 @@ from vp_train.config import (
 )
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.placement import offloaded_layers, split_layers
-from vp_train.planning.plan import SEQUENCE_DEVICES
+from vp_train.planning.plan import MOST_FORWARD_PASSES, SEQUENCE_DEVICES
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 # Stages of a rank that interleaved schedules are tried with, besides those that split evenly.
 _CHUNKS = (2, 3, 4, 6, 8)
 _MOST_CHUNKS = 16
 _MOST_EMPTY = 2  # stages without a layer
+# What rules out a step that has too many passes.
+TOO_LONG = f"more than {MOST_FORWARD_PASSES:,} forward passes (microbatches x stages)"
 OFFLOADED = (0.5, 1.0)  # parts of the layers that searches offload, besides none
 # Settings that a choice makes.  These are printed always, the others where they differ.
 _ALWAYS = (
@@ -140,6 +142,15 @@ class Choice:
         chosen = self.applied(config)
         other = [name for name in _WHERE_OTHER if _value(chosen, name) != _value(config, name)]
         return " ".join(f"{name}={_word(_value(chosen, name))}" for name in (*_ALWAYS, *other))
+
+    def changes(self, config: RunConfig) -> str:
+        """Return the overrides of what this choice changes in `config`, whose degrees are set."""
+        chosen = self.applied(config)
+        return " ".join(
+            f"{name}={_word(_value(chosen, name))}"
+            for name in (*_ALWAYS, *_WHERE_OTHER)
+            if _value(chosen, name) != _value(config, name)
+        )
 
 
 KEPT_WHERE_TYPED = "vocab.balance"  # by a search, also without --keep
@@ -289,7 +300,15 @@ def _word(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+    return f"[{','.join(_runs(value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _runs(values: tuple[Any, ...]) -> Iterator[str]:
+    """Yield the items of a list as they are typed, of words that repeat `4*full` for four."""
+    for value, run in groupby(values):
+        count = len(list(run))
+        repeats = isinstance(value, str) and count > 1
+        yield from [f"{count}*{value}"] if repeats else [str(value)] * count
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,12 +365,19 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
             count = batch // degrees.dp // size
             for variant in variants:
                 choice = replace(variant, micro_batch_size=size, num_microbatches=count)
-                other = kept.against(choice) or _moves_nothing(choice, config)
+                other = kept.against(choice) or _too_long(choice) or _moves_nothing(choice, config)
                 if other is None:
                     found.append(choice)
                 else:
                     excluded[other] += 1
     return Space(tuple(found), excluded, kept.optimizers(config), kept)
+
+
+def _too_long(choice: Choice) -> str | None:
+    """Return what rules out a choice whose step has more passes than can be planned."""
+    if choice.layout.num_stages * choice.num_microbatches <= MOST_FORWARD_PASSES:
+        return None
+    return TOO_LONG
 
 
 def _moves_nothing(choice: Choice, config: RunConfig) -> str | None:
@@ -409,8 +435,8 @@ def offloading(choice: Choice, num_layers: int) -> list[Choice]:
     ]
 
 
-def neighbours(choice: Choice, others: Iterable[Choice]) -> list[Choice]:
-    """Return those of the `others` that differ from `choice` in one thing, offloading as much.
+def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> list[Choice]:
+    """Return those of the `others` that differ in `number` things, offloading as much as `choice`.
 
     These things are the degrees, the size of a microbatch, the schedule with its chunks, the
     vocabulary algorithm, the placement, what is recomputed, and sequence parallelism.  With the
@@ -419,7 +445,7 @@ def neighbours(choice: Choice, others: Iterable[Choice]) -> list[Choice]:
     return [
         replace(other, offload=choice.offload)
         for other in others
-        if _differences(choice, other) == 1
+        if _differences(choice, other) == number
         and not (choice.offload and other.recompute_where_needed)
     ]
 
@@ -560,27 +586,33 @@ def _chunks(schedule: str, pp: int, num_layers: int, kept: Kept = ALL) -> Iterat
             yield None
         return
     wanted = kept.values.get("schedule.num_chunks")
-    most = min(-(-num_layers // pp), (num_layers + _MOST_EMPTY) // pp)
+    most = most_chunks(pp, num_layers)
     for count in range(2, most + 1):
         is_regular = num_layers % (pp * count) == 0 or pp * count > num_layers
         if count in _CHUNKS or (is_regular and count <= _MOST_CHUNKS) or count == wanted:
             yield count
 
 
-def with_batch_of(config: RunConfig, num_tokens: int) -> RunConfig:
-    """Return `config` with a batch of about so many tokens.
+def most_chunks(pp: int, num_layers: int) -> int:
+    """Return the most stages of a rank that a search tries with so many ranks."""
+    return min(-(-num_layers // pp), (num_layers + _MOST_EMPTY) // pp)
 
-    Where a sequence does not divide them, it is of the counts within 5 % that a power of two
-    divides best, because dp must divide the batch.
+
+def with_batch_of(config: RunConfig, num_tokens: int, multiple: int = 1) -> RunConfig:
+    """Return `config` with a batch of about so many tokens, a `multiple` of so many sequences.
+
+    Where these do not divide the tokens, it is of the counts within 5 % that a power of two divides
+    best, because dp must divide the batch.
     """
     length = config.model.seq_length
-    exact, rest = divmod(num_tokens, length)
+    exact, rest = divmod(num_tokens, length * multiple)
     if rest:
-        near = range(math.ceil(0.95 * num_tokens / length), int(1.05 * num_tokens / length) + 1)
+        wanted = num_tokens / length / multiple
+        near = range(math.ceil(0.95 * wanted), int(1.05 * wanted) + 1)
         exact = max(
-            near or (max(1, exact),),
-            key=lambda count: (count & -count, -abs(count - num_tokens / length)),
+            near or (max(1, exact),), key=lambda count: (count & -count, -abs(count - wanted))
         )
+    exact *= multiple
     parallel = replace(config.parallel, dp=None, pp=None, tp=1)
     try:
         return replace(config, num_microbatches=exact, micro_batch_size=1, parallel=parallel)

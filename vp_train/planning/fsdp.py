@@ -15,7 +15,9 @@ optimizer runs on the host.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from schedules.ir import Kind
 from schedules.render import duration
@@ -35,7 +37,7 @@ from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.workload import Workload
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES, rounded_up
-from vp_train.units import human_bytes, plural
+from vp_train.units import compared, human_bytes, plural
 from vp_train.vocab.chunks import CHUNKS
 
 _GIB = 2**30
@@ -96,6 +98,10 @@ class FsdpReport:
     def fits(self) -> bool:
         return self.num_bytes <= self.limit
 
+    def record(self) -> dict[str, Any]:
+        """Return the step for JSON, in bytes, seconds and fractions."""
+        return asdict(self) | {"seconds": self.seconds, "fits": self.fits}
+
 
 def best_fsdp(
     work: Workload,
@@ -117,53 +123,107 @@ def best_fsdp(
     cost: measured rates count, and measured seconds do not, since they are of another split.
     uses_hosts: whether activations and the optimizer may be in host memory.
     """
-    cost = replace(cost, measured_layer_flops=None, layer_forward_seconds=None)
-    offloads = (False, True) if uses_hosts else (False,)
-    places = [replace(optim, name="zero1", offload=offload) for offload in offloads]
-    known, limit = cluster.host_memory_gib, math.inf if uses_hosts else 0.0
-    if uses_hosts and known is not None:
-        limit = known * _GIB / cluster.gpus_per_node
     found = [
         step
         for tp in _tensor_degrees(work, cluster)
         for replaced in _microbatches(work, cluster, tp, num_sequences)
-        for costs in [on_cluster(replaced, cluster, cost)]
-        for recompute in RECOMPUTE
-        for place in places
-        if (step := _leanest(replaced, cluster, costs, place, recompute, limit)) is not None
+        for step in _steps_of(replaced, cluster, cost, optim, uses_hosts=uses_hosts)
     ]
+    return _best(found)
+
+
+def best_step(
+    work: Workload,
+    cluster: ClusterConfig,
+    cost: CostConfig,
+    optim: OptimConfig,
+    *,
+    uses_hosts: bool,
+) -> FsdpReport | None:
+    """Return the best step of `best_fsdp` whose degrees and microbatches are those of `work`.
+
+    None if host memory cannot keep the optimizer.
+    """
+    return _best(_steps_of(work, cluster, cost, optim, uses_hosts=uses_hosts))
+
+
+def _best(found: Sequence[FsdpReport]) -> FsdpReport | None:
+    """Return the fastest step that fits; if none does, the one with the fewest bytes."""
     fitting = [report for report in found if report.fits]
     if fitting:
         return min(fitting, key=lambda report: report.seconds)
     return min(found, key=lambda report: report.num_bytes, default=None)
 
 
-def fsdp_words(
-    found: FsdpReport | None, seconds: float, without_hosts: FsdpReport | None = None
-) -> str:
-    """Return in words what FSDP takes at best where the plan takes `seconds`.
+def _steps_of(
+    work: Workload,
+    cluster: ClusterConfig,
+    cost: CostConfig,
+    optim: OptimConfig,
+    *,
+    uses_hosts: bool,
+) -> list[FsdpReport]:
+    """Return the leanest steps of every recomputation and both places of the optimizer."""
+    cost = replace(cost, measured_layer_flops=None, layer_forward_seconds=None)
+    costs = on_cluster(work, cluster, cost)
+    offloads = (False, True) if uses_hosts else (False,)
+    known, limit = cluster.host_memory_gib, math.inf if uses_hosts else 0.0
+    if uses_hosts and known is not None:
+        limit = known * _GIB / cluster.gpus_per_node
+    return [
+        step
+        for recompute in RECOMPUTE
+        for offload in offloads
+        for place in [replace(optim, name="zero1", offload=offload)]
+        if (step := _leanest(work, cluster, costs, place, recompute, limit)) is not None
+    ]
 
-    without_hosts: what it takes without host memory, said where `found` uses some.
+
+@dataclass(frozen=True, slots=True)
+class Rivals:
+    """The best steps with FSDP for the batch of a plan: with host memory, and without.
+
+    Each is None if the batch does not divide over the GPUs.
+    uses_hosts: whether the plan uses host memory, and so which of them is its `rival`.
     """
-    if found is None:
-        return "the batch does not divide over the GPUs"
-    size = human_bytes(found.num_bytes)
-    if not found.fits:
-        return f"does not fit: at least {size}, more than {found.limit / _GIB:g} GiB"
-    change, alone = found.seconds / seconds - 1, ""
-    how = "as fast"
-    if abs(change) >= 0.0005:
-        how = f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"
-    if without_hosts is not None and found.host_bytes:
-        fits = without_hosts.fits
-        alone = duration(without_hosts.seconds) if fits else "it does not fit"
-        alone = f"; without host memory {alone}"
-    return (
-        f"{duration(found.seconds)} at best, {how}, {size}: "
-        f"dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch {found.micro_batch_size}, "
-        f"{found.memory_words}, exposed "
-        f"{(found.exposed + found.tensor) / found.seconds:.1%}{alone}"
-    )
+
+    with_hosts: FsdpReport | None
+    without_hosts: FsdpReport | None
+    uses_hosts: bool
+
+    @property
+    def rival(self) -> FsdpReport | None:
+        """The step that has the means of the plan."""
+        return self.with_hosts if self.uses_hosts else self.without_hosts
+
+    def words(self, seconds: float) -> str:
+        """Return in words what FSDP takes at best where the plan takes `seconds`."""
+        found, other = self.rival, self.without_hosts if self.uses_hosts else self.with_hosts
+        if found is None or other is None:
+            return "the batch does not divide over the GPUs"
+        means, others = ("with", "without") if self.uses_hosts else ("without", "with")
+        means = f"{means} host memory, as the plan"
+        ends = duration(other.seconds) if other.fits else "it does not fit"
+        ends = f"; {others} {ends}"
+        if self.with_hosts is not None and not self.with_hosts.host_bytes:
+            means, ends = "host memory would not help", ""
+        size, limit = human_bytes(found.num_bytes), f"{found.limit / _GIB:.4g} GiB"
+        if not found.fits:
+            return f"does not fit, {means}: at least {size}, more than {limit}{ends}"
+        return (
+            f"{duration(found.seconds)} at best, {compared(found.seconds, seconds)}, "
+            f"{size} of {limit}, {means}: "
+            f"dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch {found.micro_batch_size}, "
+            f"{found.memory_words}, exposed "
+            f"{(found.exposed + found.tensor) / found.seconds:.1%}{ends}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the steps for JSON, in bytes and seconds."""
+        steps = {"with_hosts": self.with_hosts, "without_hosts": self.without_hosts}
+        return {"plan_uses_hosts": self.uses_hosts} | {
+            name: None if one is None else one.record() for name, one in steps.items()
+        }
 
 
 def _tensor_degrees(work: Workload, cluster: ClusterConfig) -> list[int]:

@@ -24,6 +24,7 @@ from vp_train.units import human_bytes
 from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 
 _GRAPH_MESSAGES = 3  # of [T, H]: the output of a stage, and its gradients of output and input
+_CUBLAS_BYTES = 32 << 20  # that cuBLAS works in, for every thread and stream, on an H100
 _MESSAGES = 4  # of [T, H] that are on their way or received early, at any time
 _INDEX_BYTES = 8 * 6  # per token of a batch: ids, owners and their order (int64)
 _TOKEN_BYTES = 4 * 8  # per token of a step: losses and statistics (fp32)
@@ -309,7 +310,7 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
                 change -= math.copysign(exponentials, change)
             layers, shards = (0.0, change) if in_held else (change, 0.0)
             meanwhile = _working_bytes(item, step)
-            if work.cuda_graphs and not item.kind.is_vocabulary:
+            if not item.kind.is_vocabulary and _has_graphs(step, item.stage):
                 layers, meanwhile = 0.0, message  # it gives a copy of its result away
             effects[key] = (layers, shards, left, meanwhile)
         layers, shards, left, meanwhile = effects[key]
@@ -326,22 +327,29 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
     return peak
 
 
+def _has_graphs(step: StepPlan, stage: int) -> bool:
+    """Return whether the passes of a stage run as CUDA graphs; without layers there are none."""
+    return step.work.cuda_graphs and bool(step.layers[stage])
+
+
 def _graph_bytes(step: StepPlan, rank: int) -> float:
     """Return the bytes of CUDA graphs, which stay allocated.
 
     A stage has a set of graphs for every microbatch that it has in flight at any time.  Each has
-    all that its passes keep and need at their peak, and what comes into a pass and out of it.
+    all that its passes keep and need at their peak, and what comes into a pass and out of it.  On a
+    GPU cuBLAS has memory of its own for the forward and for the backward of a stage.
     """
-    if not step.work.cuda_graphs:
-        return 0.0
     problem, found = step.problem, 0.0
     last = Kind.W if problem.split_backward else Kind.B
     for stage in problem.layout.stages_of(rank):
+        if not _has_graphs(step, stage):
+            continue
         in_flight = most = 0
         for item in step.schedule.ranks[rank]:
             if item.stage == stage:
                 in_flight += (item.kind is Kind.F) - (item.kind is last)
                 most = max(most, in_flight)
+        found += 2 * _CUBLAS_BYTES * step.work.on_cuda
         forward, backward = Pass(stage, Kind.F, 0), Pass(stage, problem.backward, 0)
         kept, needed = step.cost.byte_change(forward), _working_bytes(backward, step)
         found += most * (kept + needed + _GRAPH_MESSAGES * step.work.message_bytes)

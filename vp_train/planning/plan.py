@@ -61,7 +61,7 @@ _MICROBATCH = re.compile(r"\b[0-9]{1,9}[A-Z]([0-9]{1,9})\b")  # of a pass
 _VISIBLE = 5e-4  # of a gap; less is printed as the same
 _LONGEST_NAME = 200  # characters of a schedule's name
 # Planning takes a minute at this size, which 64 ranks reach with 2,048 microbatches.
-_MOST_FORWARD_PASSES = 1 << 17
+MOST_FORWARD_PASSES = 1 << 17
 
 
 def in_its_memory_words(gap: float, held: float | None) -> str:
@@ -408,10 +408,10 @@ def draft(
 
 def _check_size(num_stages: int, num_microbatches: int, setting: str) -> None:
     """Raise ConfigError for a step with more passes than can be planned."""
-    if num_stages * num_microbatches > _MOST_FORWARD_PASSES:
+    if num_stages * num_microbatches > MOST_FORWARD_PASSES:
         raise ConfigError(
             f"{setting}: {num_microbatches:,} microbatches on {num_stages:,} stages are more than "
-            f"{_MOST_FORWARD_PASSES:,} forward passes; lower one of the two"
+            f"{MOST_FORWARD_PASSES:,} forward passes; lower one of the two"
         )
 
 
@@ -483,7 +483,7 @@ def _check_microbatches(text: str, num_microbatches: int) -> None:
     found = max(map(int, _MICROBATCH.findall(text)), default=num_microbatches - 1) + 1
     if found == num_microbatches:
         return
-    fits = found * 2 <= _MOST_FORWARD_PASSES
+    fits = found * 2 <= MOST_FORWARD_PASSES
     way_out = f"use num_microbatches={found}" if fits else "that is more than can be planned"
     raise ValueError(f"it is for {found:,} microbatches, not {num_microbatches}; {way_out}")
 

@@ -310,6 +310,7 @@ class PlanReport:
             "layer_launch_seconds": self.layer_launch_seconds,
             "fits": self.fits,
             "limit_bytes": self.limit,
+            "spare_bytes": -self.excess,
             "ranks": [
                 asdict(rank) | {"total_bytes": rank.memory.total, "busy_seconds": rank.busy}
                 for rank in self.ranks

@@ -34,12 +34,14 @@ from schedules.simulate import simulate_order
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
     ALL,
+    TOO_LONG,
     Choice,
     Kept,
     Space,
     as_typed,
     batch_of,
     fitting_batches,
+    most_chunks,
     neighbours,
     offloading,
     replicas_of,
@@ -262,6 +264,8 @@ def search(
     """
     space = space_of(config) if space is None else space
     if not space.choices:
+        if space.excluded[TOO_LONG] and not space.kept.values:
+            raise ConfigError(f"every choice has {TOO_LONG}; use a smaller batch, or more GPUs")
         if space.kept.values and space_of(config).choices:
             raise ConfigError(_nothing_kept_words(config, space))
         raise ConfigError(no_choice_words(config))
@@ -922,7 +926,7 @@ class _Search:
 
     def _words(self) -> str:
         best = min((e.seconds for e in self._estimates), default=None)
-        shown = "none fits yet" if best is None else f"the best takes about {best:.3g} s"
+        shown = "none fits yet" if best is None else f"the best takes about {duration(best)}"
         planned = f", {len(self._planned)} planned" if self._planned else ""
         return f"{self._num_estimated:,} simulated{planned}; {shown}"
 
@@ -1026,8 +1030,12 @@ def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
 
     Its schedule, chunks and placement are free, and short steps are simulated.
     """
-    limits = Limits(top=1, margin=0.0, effort=_EFFORT_OF_ONE_LINE)
-    space = without_vocabulary_of(config, degrees)
+    return simulated(config, without_vocabulary_of(config, degrees), _EFFORT_OF_ONE_LINE)
+
+
+def simulated(config: RunConfig, space: Space, effort: int) -> Result:
+    """Return the fastest of `space` by short steps of `effort` passes, without a margin."""
+    limits = Limits(top=1, margin=0.0, effort=effort)
     return _Search(config, limits, lambda: True, lambda words: None, space).run(plans=False)
 
 
@@ -1055,17 +1063,30 @@ def _nothing_kept_words(config: RunConfig, space: Space) -> str:
         for name in ("dp", "pp", "tp")
         if f"parallel.{name}" in values
     }
-    if not any(
-        all(getattr(split, name) == value for name, value in degrees.items())
+    splits = [
+        split
         for split in splits_of(config)
-    ):
+        if all(getattr(split, name) == value for name, value in degrees.items())
+    ]
+    if not splits:
         typed = ", ".join(f"parallel.{name}={value}" for name, value in degrees.items())
         return (
             f"--keep {','.join(values)}: no split of {config.cluster.num_gpus:,} GPUs into dp x pp "
             f"x tp, with tp within a node, has {typed}; keep fewer degrees, or change them"
         )
-    ((most, _),) = space.excluded.most_common(1)
-    return f"--keep {','.join(values)} leaves no choice; ruled out most: {most}"
+    chunks = values.get("schedule.num_chunks")
+    pipelines = {split.pp for split in splits if split.pp > 1}
+    if chunks is not None and pipelines:
+        pp, num_layers = min(pipelines), config.model.num_layers
+        most = most_chunks(pp, num_layers)
+        if chunks > most:
+            return (
+                f"--keep schedule.num_chunks={chunks}: with parallel.pp={pp} that is "
+                f"{chunks * pp} stages, too many for model.num_layers={num_layers}; "
+                f"keep at most {most}"
+            )
+    ((constraint, _),) = space.excluded.most_common(1)
+    return f"--keep {','.join(values)} leaves no choice; ruled out most: {constraint}"
 
 
 def no_choice_words(config: RunConfig) -> str:

@@ -1,0 +1,105 @@
+"""What a plan is compared with: another contention, and what would help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vp_train.planning.compare import (
+    Way,
+    contention_words,
+    helps_of,
+    larger_batch_of,
+    pipeline_way,
+    rivals_of,
+)
+from vp_train.planning.report import make_report
+from vp_train.settings import load_config
+
+GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=8"]
+
+
+def way(words, *, base, slope=0.0, factor=1.0, is_slow=False):
+    """Return a way that takes `base` seconds, and `slope` times the contention longer."""
+    asked = []
+
+    def at(part):
+        asked.append(part)
+        return base * (1 + slope * part)
+
+    return Way(words, at(0.1), at, is_slow=is_slow, factor=factor), asked
+
+
+def test_the_contention_is_named_where_none_or_twice_as_much_lets_another_win():
+    config = load_config([*GPT, "cluster.contention=0.1"])
+    plain, _ = way("the first", base=10.0)
+    for base, slope, factor, turns in (
+        (9.5, 1.0, 1.0, ["with 0 FSDP is 5.0% faster than the first (9.50 s against 10.00 s)"]),
+        (8.7, 1.0, 1.0, ["with 0.2 the first is 4.2% faster than FSDP (10.00 s against 10.44 s)"]),
+        (9.5, 1.0, 1.1, []),  # it counts as slower even then
+        (10.1, 1.0, 1.0, []),
+        (9.5, 0.0, 1.0, []),
+    ):
+        other, _ = way("FSDP", base=base, slope=slope, factor=factor)
+        words = contention_words(config, plain, [None, other])
+        assert bool(words) is bool(turns)
+        assert all(turn in words for turn in turns)
+        assert words.startswith("cluster.contention=0.1, ") is bool(turns)
+    slow, asked = way("slow", base=20.0, slope=1.0, is_slow=True)
+    asked.clear()
+    assert contention_words(config, plain, [slow]) == ""
+    assert asked == [], "it cannot turn even if all of it were layers"
+    other, _ = way("FSDP", base=9.5, slope=1.0)
+    none = load_config([*GPT, "cluster.contention=0"])
+    assert contention_words(none, plain, [other]) == ""
+    typed = replace(config, cost=replace(config.cost, contention=0.1))
+    assert contention_words(typed, plain, [other]).startswith("cost.contention=0.1, ")
+
+
+@pytest.mark.parametrize("setting", ["cluster.contention", "cost.contention"])
+@pytest.mark.parametrize("vocab", ["one_barrier", "none"])
+def test_a_pipeline_beside_a_sharded_vocabulary_takes_what_a_plan_with_that_contention_does(
+    setting, vocab
+):
+    words = [*GPT, f"vocab={vocab}"]
+    now, then = (load_config([*words, f"{setting}={part}"]) for part in (0.1, 0.3))
+    seconds = make_report(now).step_seconds
+    found = pipeline_way("it", now, seconds)
+    assert found.at(0.3) == make_report(then).step_seconds
+    assert (found.at(0.3) > seconds) is found.is_slow is (vocab == "one_barrier")
+
+
+def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():
+    config = load_config(GPT)
+    report = make_report(config)
+    whole, rest = (rivals_of(config, report, margin) for margin in (0.0, 0.25))
+    assert (whole.rival.limit, rest.rival.limit) == (75 * 2**30, 0.75 * 75 * 2**30)
+    assert whole.rival == whole.without_hosts
+    offloads = load_config([*GPT, "optim.name=zero1", "optim.offload=true"])
+    on_hosts = rivals_of(offloads, make_report(offloads))
+    assert on_hosts.rival == on_hosts.with_hosts
+
+
+def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_more():
+    for words in ([], ["cluster.memory_gib=7"]):
+        config = load_config([*GPT, *words])
+        report = make_report(config)
+        assert report.fits is (not words)
+        before = report.step_seconds if report.fits else float("inf")
+        helps = helps_of(config, report)
+        assert helps
+        for one in helps:
+            again = make_report(load_config([*GPT, *words, *one.overrides.split()]))
+            assert again.fits
+            assert again.step_seconds == one.seconds < 0.99 * before
+            before = again.step_seconds
+    config = load_config(GPT)
+    report = make_report(config)
+    larger = larger_batch_of(config, report)
+    again = make_report(load_config([*GPT, *larger.overrides.split()]))
+    assert again.num_tokens == 2 * report.num_tokens
+    assert again.num_tokens / again.step_seconds > 1.01 * report.num_tokens / report.step_seconds
+    solved = replace(config, schedule=replace(config.schedule, name="auto"))
+    assert helps_of(solved, report) == []
+    assert larger_batch_of(solved, report) is None

@@ -1,0 +1,306 @@
+"""What a plan is compared with: FSDP, another contention, and other settings.  Nothing starts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from schedules.generators import GENERATORS
+from schedules.render import duration
+from schedules.vocab import VOCAB_ALGORITHMS
+from vp_train.config import RECOMPUTE, ConfigError, OptimConfig, RunConfig
+from vp_train.planning.choice import Choice, Space, neighbours, offloading, space_of
+from vp_train.planning.degrees import Degrees, split_ranks
+from vp_train.planning.fsdp import FsdpReport, Rivals, best_fsdp
+from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.search import Estimate, simulated
+from vp_train.units import AS_FAST, compared
+
+_EFFORT = 60_000  # passes that one look for what would help may place
+_SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, in about a second
+_LEAST_GAIN = 0.01  # part of a step that is worth a line
+_MANY = 1_000  # choices with two other settings; of more only those beside the best with one
+_LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
+
+
+def rivals_of(config: RunConfig, report: PlanReport, margin: float = 0.0) -> Rivals:
+    """Return the best FSDP for the batch of a plan, which leaves the part `margin` free too."""
+    work = report.work
+    sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
+    cluster = replace(config.cluster, memory_gib=config.cluster.memory_gib * (1 - margin))
+
+    def best(*, uses_hosts: bool) -> FsdpReport | None:
+        settings = work, cluster, config.cost, config.optim
+        return best_fsdp(*settings, num_sequences=sequences, uses_hosts=uses_hosts)
+
+    return Rivals(best(uses_hosts=True), best(uses_hosts=False), report.host.total > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to run the batch, whose step may depend on the contention.
+
+    words: how it is called.
+    seconds: those of its step.
+    at: returns these with another contention, None if that is not possible.
+    is_slow: whether `at` plans a step; then they change by no larger part than layers do.
+    factor: by which the seconds count more, see `search.counted`.
+    """
+
+    words: str
+    seconds: float
+    at: Callable[[float], float | None]
+    is_slow: bool = False
+    factor: float = 1.0
+
+
+def pipeline_way(words: str, config: RunConfig, seconds: float, factor: float = 1.0) -> Way:
+    """Return a plan as a way: beside a sharded vocabulary it depends on the contention."""
+    algorithm = VOCAB_ALGORITHMS.get(config.vocab.algorithm)
+    if algorithm is None or not algorithm.sharded or config.schedule.is_solved:
+        return Way(words, seconds, lambda part: seconds, factor=factor)
+
+    # Of a long step a shorter one says by which factor it changes.
+    short = _shortened(config)
+
+    @cache
+    def planned(part: float) -> PlanReport | None:
+        try:
+            report = make_report(_with_contention(short, part))
+        except ConfigError:
+            return None
+        return report if report.fits else None
+
+    def at(part: float) -> float | None:
+        then = planned(part)
+        if then is None or short is config:
+            return None if then is None else then.step_seconds
+        now = planned(_contention_of(config)[1])
+        return None if now is None else seconds * then.passes / now.passes
+
+    return Way(words, seconds, at, is_slow=True, factor=factor)
+
+
+def _num_passes(config: RunConfig) -> int:
+    """Return the forward passes of a step of all stages."""
+    family = GENERATORS[config.schedule.name]
+    pp = split_ranks(config.parallel, config.cluster.num_gpus).pp
+    return config.num_microbatches * family.layout_of(pp, config.schedule.num_chunks).num_stages
+
+
+def _shortened(config: RunConfig) -> RunConfig:
+    """Return `config` with fewer microbatches if its step has more passes than are planned here."""
+    if config.schedule.file is not None or _num_passes(config) <= _SHORT:
+        return config
+    stages = _num_passes(config) // config.num_microbatches
+    return replace(config, num_microbatches=max(2 * stages, _SHORT // 2 // stages))
+
+
+def fsdp_way(config: RunConfig, report: PlanReport, rivals: Rivals, margin: float) -> Way | None:
+    """Return the rival of a plan as a way, None if it does not fit."""
+    rival = rivals.rival
+    if rival is None or not rival.fits:
+        return None
+
+    @cache
+    def at(part: float) -> float | None:
+        found = rivals_of(_with_contention(config, part), report, margin).rival
+        return found.seconds if found is not None and found.fits else None
+
+    return Way("FSDP", rival.seconds, at)
+
+
+def contention_words(config: RunConfig, first: Way, others: Sequence[Way | None]) -> str:
+    """Return in words with which contention another one wins: none, or twice as much.
+
+    "" if neither changes whether `first` is faster than each of the `others`.
+    """
+    setting, now = _contention_of(config)
+    turns = [
+        words
+        for part in (0.0, 2 * now)
+        for other in others
+        if now and other is not None
+        if (words := _turn(first, other, now, part))
+    ]
+    if not turns:
+        return ""
+    return (
+        f"{setting}={now:g}, by which layers take longer beside collectives: {'; '.join(turns)}; "
+        "the presets have what A100s lost: measure yours (docs/cluster.md) and set it"
+    )
+
+
+def _turn(first: Way, other: Way, now: float, part: float) -> str:
+    """Return in words which of two wins with another contention, "" if the same one does."""
+
+    def wins(seconds: float, others: float) -> bool:
+        return seconds * first.factor <= others * other.factor
+
+    won, most = wins(first.seconds, other.seconds), (1 + part) / (1 + now)
+    at_most = [way.seconds * most if way.is_slow else way.at(part) for way in (first, other)]
+    then = []
+    for found in (at_most, None):
+        found = [way.at(part) for way in (first, other)] if found is None else found
+        if found[0] is None or found[1] is None or wins(found[0], found[1]) == won:
+            return ""
+        then = [found[0], found[1]]
+    (fast, winner), (slow, loser) = sorted(zip(then, (first.words, other.words), strict=True))
+    how = compared(fast, slow)
+    if how == AS_FAST:
+        return ""
+    return (
+        f"with {part:g} {winner} is {how} than {loser} ({duration(fast)} against {duration(slow)})"
+    )
+
+
+def _contention_of(config: RunConfig) -> tuple[str, float]:
+    """Return the setting that has the contention of a run, and its value."""
+    own = config.cost.contention
+    if own is not None or config.run.device != "cuda":
+        return "cost.contention", own or 0.0
+    return "cluster.contention", config.cluster.contention
+
+
+def _with_contention(config: RunConfig, part: float) -> RunConfig:
+    if _contention_of(config)[0] == "cost.contention":
+        return replace(config, cost=replace(config.cost, contention=part))
+    return replace(config, cluster=replace(config.cluster, contention=part))
+
+
+@dataclass(frozen=True, slots=True)
+class Help:
+    """Settings that help a plan: the overrides to append, and the step with them.
+
+    memory: the bytes of the rank that needs most.
+    is_planned: whether the whole step was planned, not a short one.
+    """
+
+    overrides: str
+    seconds: float
+    memory: float
+    is_planned: bool = True
+
+
+def helps_of(
+    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+) -> list[Help]:
+    """Return what makes a plan faster, or lets it fit: one setting, and two if they do more.
+
+    Schedules, chunks, vocabulary algorithms, degrees, micro-batch sizes, recomputation, offloading
+    and optimizers are tried by short steps, and the best are planned unless their step is long.
+    What gains less than 1 % does not count.  There is none for a schedule from a file or from
+    schedule=auto.
+    """
+    if config.schedule.is_solved or config.schedule.file is not None:
+        return []
+    config = _with_degrees(config, report.degrees)
+    now, choices = _choice_of(config, report.degrees), space_of(config).choices
+
+    def near(choice: Choice, number: int = 1) -> list[Choice]:
+        found = neighbours(choice, choices, number)
+        if config.run.device == "cuda":
+            num_layers = config.model.num_layers
+            moving = [choice] if number == 1 else neighbours(choice, choices)
+            found += [moved for one in moving for moved in offloading(one, num_layers)]
+        return list(dict.fromkeys(found))
+
+    progress("trying what one other setting would gain")
+    of_one, typed = near(now), (config.optim,)
+    first = _fastest(config, ((of_one, typed), ([now], None)))
+    progress("trying what two other settings would gain")
+    of_two = near(now, 2)
+    if first is not None and len(of_two) > _MANY:
+        of_two = near(first.candidate.choice)
+    # Which stages recompute is dear to find out, so it is combined with the optimizer only.
+    of_two = [choice for choice in of_two if not choice.recompute_where_needed]
+    second = _fastest(config, ((of_two, typed), (of_one, None)))
+    found = list[Help]()
+    before = report.step_seconds if report.fits else math.inf
+    for best in (first, second):
+        planned = None if best is None else _planned(config, best)
+        if planned is not None and planned.seconds < (1 - _LEAST_GAIN) * before:
+            found.append(planned)
+            before = planned.seconds
+    return found
+
+
+def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
+    dp, pp, tp = degrees.dp, degrees.pp, degrees.tp
+    return replace(config, parallel=replace(config.parallel, dp=dp, pp=pp, tp=tp))
+
+
+def _choice_of(config: RunConfig, degrees: Degrees) -> Choice:
+    """Return the settings of a plan as a choice of a search."""
+    parallel = config.parallel
+    per_stage = parallel.recompute_per_stage
+    return Choice(
+        degrees,
+        micro_batch_size=config.micro_batch_size,
+        num_microbatches=config.num_microbatches,
+        schedule=config.schedule.name,
+        vocab=config.vocab.algorithm,
+        recompute=max(per_stage or (parallel.recompute,), key=RECOMPUTE.index),
+        num_chunks=config.schedule.num_chunks,
+        placement=parallel.placement,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_per_stage=per_stage,
+        offload=parallel.offload_activations,
+        balance=config.vocab.balance,
+    )
+
+
+def _fastest(
+    config: RunConfig,
+    rounds: Iterable[tuple[list[Choice], tuple[OptimConfig, ...] | None]],
+) -> Estimate | None:
+    """Return the fastest of choices with their optimizers (None: all) that fits."""
+    found = [
+        estimate
+        for choices, optimizers in rounds
+        for estimate in simulated(
+            config,
+            Space(tuple(choices), Counter(), optimizers),
+            _EFFORT,
+        ).estimated
+    ]
+    return min(found, key=lambda estimate: estimate.key, default=None)
+
+
+def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
+    """Return the plan of an estimate, the estimate of a long step, None if it does not fit."""
+    choice = replace(estimate.choice, balance=config.vocab.balance)
+    if not choice.redistributes and config.parallel.placement == "balanced":
+        choice = replace(choice, placement="balanced")
+    chosen, words = choice.applied(config), choice.changes(config)
+    if _num_passes(chosen) > _SHORT:
+        return Help(words, estimate.seconds, estimate.memory, is_planned=False)
+    return _help_of(chosen, words)
+
+
+def _help_of(config: RunConfig, words: str) -> Help | None:
+    """Return the plan of `config`, None if it does not fit or cannot be planned."""
+    try:
+        report = make_report(config)
+    except ConfigError:
+        return None
+    memory = report.ranks[report.worst].memory.total
+    return Help(words, report.step_seconds, memory) if report.fits else None
+
+
+def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
+    """Return a batch twice as large if that gains 1 % of tokens per second.
+
+    Else None, also of a long step, which is full anyway.
+    """
+    waiting = 1 - report.ranks[report.busiest].busy / report.step_seconds
+    if waiting < _LEAST_WAITING or config.schedule.is_solved or config.schedule.file is not None:
+        return None
+    count = 2 * config.num_microbatches
+    larger = replace(config, num_microbatches=count)
+    found = _help_of(larger, f"num_microbatches={count}") if _num_passes(larger) <= _SHORT else None
+    gains = found is not None and found.seconds < 2 * (1 - _LEAST_GAIN) * report.step_seconds
+    return found if gains else None
