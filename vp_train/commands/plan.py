@@ -72,6 +72,7 @@ from vp_train.planning.search import (
     Result,
     counted,
     fits_on,
+    rounded,
     search,
     without_vocabulary,
 )
@@ -777,7 +778,7 @@ def _best_lines(result: Result) -> list[str]:
         }
         timed.append((estimate.counted, _choice_words(estimate.choice) | words))
     # Plans of about the same time keep their order, of less memory first.
-    rows = [row for _, row in sorted(timed, key=lambda one: float(f"{one[0]:.4g}"))]
+    rows = [row for _, row in sorted(timed, key=lambda one: rounded(one[0]))]
     common = {
         head: word
         for head, word in _choice_words(result.best[0].choice).items()

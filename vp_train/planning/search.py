@@ -1010,9 +1010,13 @@ def _alike(choice: Choice) -> tuple[object, ...]:
 
 
 def _order(estimate: Estimate) -> tuple[float, float]:
-    """Return the sort key: faster first, and less memory first if times agree in four digits."""
-    seconds = float(f"{estimate.seconds:.4g}")
-    return counted(estimate.candidate.choice, seconds), estimate.memory
+    """Return the sort key: faster first, and less memory first if times look the same."""
+    return counted(estimate.candidate.choice, rounded(estimate.seconds)), estimate.memory
+
+
+def rounded(seconds: float) -> float:
+    """Return seconds to four digits, and from 100 on to hundredths, as they are printed."""
+    return round(seconds, 2) if seconds >= 100 else float(f"{seconds:.4g}")
 
 
 def _memory_of(found: Found) -> float:
