@@ -26,8 +26,9 @@ from vp_train.commands.command import collect_rarely
 from vp_train.config import RunConfig
 from vp_train.planning.choice import Space, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.found import Found, Limits, Result
 from vp_train.planning.fsdp import FsdpReport, best_fsdp
-from vp_train.planning.search import Found, Limits, Result, search
+from vp_train.planning.search import search
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 

@@ -20,9 +20,11 @@ from typing import Any
 from provenance import provenance
 
 from vp_train.commands.command import collect_rarely
-from vp_train.commands.plan import search_record, short_words
+from vp_train.commands.plan import search_record
+from vp_train.commands.plan_words import short_words
 from vp_train.config import ConfigError
-from vp_train.planning.search import Limits, search
+from vp_train.planning.found import Limits
+from vp_train.planning.search import search
 from vp_train.settings import load_config
 
 SEQUENCES = {"llama3_8b": 512, "llama3_70b": 1024, "llama3_405b": 2048}

@@ -122,7 +122,7 @@ DOORS = {
 }
 # The only modules of planning that know the whole configuration; the others take its sections and
 # the Workload that is made of it.
-KNOW_THE_RUN = {"workload", "plan", "report", "choice", "compare", "weigh", "search"}
+KNOW_THE_RUN = {"workload", "plan", "report", "choice", "compare", "weigh", "search", "no_choice"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
@@ -132,8 +132,11 @@ WITHOUT_TORCH = (
     "vp_train.commands.command",
     "vp_train.commands.explain",
     "vp_train.commands.plan",
+    "vp_train.commands.plan_remedies",
+    "vp_train.commands.plan_words",
     "vp_train.commands.plot",
     "vp_train.commands.report",
+    "vp_train.commands.search_words",
     "vp_train.commands.simulate",
     "vp_train.explain",
     "vp_train.failures",

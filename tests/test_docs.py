@@ -26,7 +26,8 @@ from vp_train.planning.choice import batch_of
 from vp_train.planning.cluster import on_cluster
 from vp_train.planning.degrees import split_ranks, wanted_ranks
 from vp_train.planning.plan import draft_step
-from vp_train.planning.search import limit_of, short_step
+from vp_train.planning.search import limit_of
+from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config

@@ -26,9 +26,10 @@ from vp_train.commands import plan as plan_command
 from vp_train.commands import simulate as simulate_command
 from vp_train.config import ConfigError, VocabConfig
 from vp_train.failures import EXIT_CONFIG
+from vp_train.planning.found import Limits
 from vp_train.planning.plan import make_plan
 from vp_train.planning.report import make_report
-from vp_train.planning.search import Limits, search
+from vp_train.planning.search import search
 
 _NAIVE = {barrier.name: barrier for barrier in VOCAB_ALGORITHMS["naive"].barriers}
 

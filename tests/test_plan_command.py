@@ -12,10 +12,12 @@ from functools import partial
 import pytest
 
 from schedules.render import duration
-from vp_train.commands.plan import main, search_lines
+from vp_train.commands.plan import main
+from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
+from vp_train.planning.found import Limits
 from vp_train.planning.report import make_report
-from vp_train.planning.search import Limits, search
+from vp_train.planning.search import search
 from vp_train.settings import load_config
 
 AS_TYPED = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32"]

@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 
 from schedules.ir import Schedule
-from vp_train.commands.plan import plan_lines, remedies, search_lines
+from vp_train.commands.plan_remedies import remedies
+from vp_train.commands.plan_words import plan_lines
+from vp_train.commands.search_words import search_lines
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
 from vp_train.planning.choice import Choice, Kept, offloading, space_of
 from vp_train.planning.cluster import host_bytes_per_second
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.found import Limits
 from vp_train.planning.memory import (
     HostUsage,
     check_host,
@@ -25,7 +28,7 @@ from vp_train.planning.memory import (
 from vp_train.planning.placement import nothing_offloaded_words, offloaded_layers, split_layers
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
-from vp_train.planning.search import Limits, search
+from vp_train.planning.search import search
 from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES

@@ -21,17 +21,13 @@ from vp_train.planning.choice import (
     with_batch_of,
 )
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.found import Limits
 from vp_train.planning.memory import rank_state
+from vp_train.planning.no_choice import no_choice_words
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import make_report
-from vp_train.planning.search import (
-    Limits,
-    fits_on,
-    no_choice_words,
-    search,
-    short_step,
-    without_vocabulary,
-)
+from vp_train.planning.search import fits_on, search, without_vocabulary
+from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales, TooLargeError
 from vp_train.settings import load_config
 

@@ -18,10 +18,13 @@ from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError
+from vp_train.planning import no_choice
 from vp_train.planning import search as search_module
+from vp_train.planning import short as short_module
 from vp_train.planning.choice import Choice, Kept, Space
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.search import Limits, _Search, fits_on, search
+from vp_train.planning.found import Limits
+from vp_train.planning.search import _Search, fits_on, search
 from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
 from vp_train.planning.weigh import Weight as Weighed
 from vp_train.settings import load_config
@@ -207,7 +210,7 @@ def enter(monkeypatch):
         monkeypatch.setattr(search_module, "report_of", world.report_of)
         monkeypatch.setattr(search_module, "most_host_bytes", world.host_bytes)
         monkeypatch.setattr(search_module, "placed_by_short", lambda problem: problem.facts.placed)
-        monkeypatch.setattr(search_module, "placed_by", lambda problem: problem.facts.whole)
+        monkeypatch.setattr(short_module, "placed_by", lambda problem: problem.facts.whole)
         return made
 
     return entered
@@ -1272,9 +1275,9 @@ def test_a_short_step_fills_the_pipeline_and_another_is_longer_by_turns_of_the_r
                 (rest + 200 * ranks, short),
             ):
                 problem = problem_of(layout, count, vocab, split=split)
-                assert search_module.short_counts(problem) == expected, problem
-                assert search_module.placed_by_short(problem) == sum(
-                    search_module.placed_by(
+                assert short_module.short_counts(problem) == expected, problem
+                assert short_module.placed_by_short(problem) == sum(
+                    short_module.placed_by(
                         replace(problem, num_microbatches=one),
                         int(one * min(120_000 / count, 36_000 / expected[-1])),
                     )
@@ -1296,14 +1299,14 @@ def test_the_effort_of_a_plan_is_that_of_its_passes_and_of_its_tries(layout, voc
     for count in (3, 50):
         problem, n = problem_of(layout, count, vocab, split=split), nodes * count
         for effort in (3 * n - 1, 3 * n, 3 * n + 3, n - 1, n, 2 * n, 5 * n, 6 * n, 80 * n):
-            found = search_module.placed_by(problem, effort)
+            found = short_module.placed_by(problem, effort)
             if split:
                 tries = 2 if n < effort // 3 else 1
                 assert found == 2 * n + tries * (n + max(2 * n, min(effort // 2, 32 * n)))
             else:
                 assert found == n * (2 + min(5, max(1, effort // n)))
-        whole = search_module.placed_by(problem, 120_000)
-        assert search_module.placed_by(problem) == whole
+        whole = short_module.placed_by(problem, 120_000)
+        assert short_module.placed_by(problem) == whole
 
 
 @dataclass(frozen=True)
@@ -1328,17 +1331,17 @@ def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count,
         assert few.num_microbatches == 12
         return SimpleNamespace(makespan=25.0)
 
-    monkeypatch.setattr(search_module, "shortened", shortened)
+    monkeypatch.setattr(short_module, "shortened", shortened)
     monkeypatch.setattr(
-        search_module, "place_transfers", lambda schedule, few, cost: ("moved", *schedule)
+        short_module, "place_transfers", lambda schedule, few, cost: ("moved", *schedule)
     )
-    monkeypatch.setattr(search_module, "simulate_order", simulate)
-    monkeypatch.setattr(search_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
-    monkeypatch.setattr(search_module, "busiest_seconds", lambda problem, cost: busiest)
-    step, seconds, placed = search_module.short_step(draft, "1f1b")
+    monkeypatch.setattr(short_module, "simulate_order", simulate)
+    monkeypatch.setattr(short_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
+    monkeypatch.setattr(short_module, "busiest_seconds", lambda problem, cost: busiest)
+    step, seconds, placed = short_module.short_step(draft, "1f1b")
     assert step.schedule == ("moved", "1f1b", count, "cost", 12)
     assert step.timeline.makespan == 25.0
-    assert placed == search_module.placed_by_short(draft.problem)
+    assert placed == short_module.placed_by_short(draft.problem)
     assert seconds == (25.0 if count == 12 else 25.0 + 88 * max(1.25, busiest))
 
 
@@ -1423,4 +1426,4 @@ def test_a_batch_that_no_split_divides_comes_with_all_ways_out(batch, gpus, word
         model=replace(CONFIG.model, num_layers=2 if batch > 3 else 4),
         cluster=replace(CONFIG.cluster, num_nodes=nodes, gpus_per_node=per_node),
     )
-    assert search_module.no_choice_words(config) == words
+    assert no_choice.no_choice_words(config) == words

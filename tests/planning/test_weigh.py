@@ -23,7 +23,7 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state, state_of
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import optimizer_seconds
-from vp_train.planning.search import short_step
+from vp_train.planning.short import short_step
 from vp_train.planning.weigh import (
     LEANEST,
     STATE,

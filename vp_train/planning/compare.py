@@ -14,9 +14,10 @@ from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import RECOMPUTE, ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import Choice, Space, neighbours, offloading, space_of
 from vp_train.planning.degrees import Degrees, split_ranks
+from vp_train.planning.found import Estimate
 from vp_train.planning.fsdp import FsdpReport, Rivals, best_fsdp
 from vp_train.planning.report import PlanReport, make_report
-from vp_train.planning.search import Estimate, simulated
+from vp_train.planning.search import simulated
 from vp_train.units import AS_FAST, compared
 
 _EFFORT = 60_000  # passes that one look for what would help may place

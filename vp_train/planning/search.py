@@ -23,14 +23,10 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from schedules.generators import promised, shortened
-from schedules.offload import place_transfers
-from schedules.problem import Problem
 from schedules.render import duration
-from schedules.simulate import simulate_order
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
     ALL,
@@ -39,20 +35,27 @@ from vp_train.planning.choice import (
     Kept,
     Space,
     as_typed,
-    batch_of,
-    fitting_batches,
-    most_chunks,
     neighbours,
     offloading,
-    replicas_of,
     space_of,
-    splits_of,
     without_vocabulary_of,
 )
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.found import (
+    Estimate,
+    Found,
+    Limits,
+    Refusal,
+    Result,
+    counted,
+    memory_of,
+    order_of,
+)
 from vp_train.planning.memory import most_host_bytes
-from vp_train.planning.plan import Draft, StepPlan, busiest_seconds
-from vp_train.planning.report import PlanReport, report_of
+from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
+from vp_train.planning.plan import StepPlan
+from vp_train.planning.report import report_of
+from vp_train.planning.short import draft_nodes, effort_of, placed_by_short, plan_nodes, short_step
 from vp_train.planning.weigh import (
     LEANEST,
     SIMULATED,
@@ -63,15 +66,10 @@ from vp_train.planning.weigh import (
     TooLargeError,
     Weight,
     check_hosts,
-    unsimulated,
 )
 
 _GIB = 2**30
-# Nodes that the generator of a short step may place in search of a better order, and how often
-# about it places each of them until nothing helps.
-_SHORT_EFFORT, _REFINED = 36_000, 32
-# Nodes that can be placed while a choice is weighed, and while it is drafted, per stage.
-_WEIGH_NODES, _DRAFT_NODES = 4, 12
+_WEIGH_NODES = 4  # nodes that can be placed while a choice is weighed
 # Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
 _FIRST_DRAFTS = 32
 _DEAR = 0.1  # part of the effort that one estimate may take before others had their turn
@@ -81,173 +79,18 @@ _SLACK = 0.01
 # Choices of the same schedule and step exceed their lower bounds by similar factors, at least by
 # this part of the one that was seen.
 _ALIKE = 0.97
-_MANY_RANKS = 16  # which are full after one microbatch of each
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND = 20
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
-# A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
-# take so many times the effort of others.
-_OFFLOADED, _MIXED = 3, 3
-# The part by which a step with offloaded activations must be faster than another to be preferred.
-MARGIN_OF_OFFLOADING = 0.005
 # Parts of the best plan: a step that takes so much longer is about as fast, and memory that is so
 # much less is worth a line.
 _ABOUT_AS_FAST, _MUCH_LEANER = 0.01, 0.1
-_NO_MORE = 0.02  # parts by which the memory of a plan may exceed that of one it makes spare
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
 _EFFORT_OF_ONE_LINE = 360_000
-WHOLE_EFFORT = 120_000  # of `generate` for a plan
-
-
-def counted(choice: Choice, seconds: float) -> float:
-    """Return the seconds with which a choice whose step takes `seconds` is compared with others."""
-    return seconds * (1 + MARGIN_OF_OFFLOADING) if choice.offload else seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a search looks for and how long.
-
-    top: the number of plans to find.
-    margin: the part of a GPU's memory that a plan must leave free.
-    effort: the passes and collectives that may be placed, see `Progress.spent`.
-    """
-
-    top: int = 5
-    margin: float = 0.05
-    effort: int = 8_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A choice that needs too much memory, or cannot be run for another `reason`.
-
-    `bound` is the lower bound of its step in seconds.  `needs` are its bytes on a GPU if these are
-    too many, `host_needs` those of a node if only its host memory does not suffice.
-    """
-
-    choice: Choice
-    reason: str
-    bound: float = 0.0
-    needs: float | None = None
-    host_needs: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A choice that fits, and its report."""
-
-    choice: Choice
-    report: PlanReport
-
-    @property
-    def counted(self) -> float:
-        return counted(self.choice, self.report.step_seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A candidate that fits, the optimizer with which it is fastest, and its seconds and bytes.
-
-    host: the bytes of a node's host memory.
-    is_planned: whether these are those of the whole step, not those of a short one.
-    unbalanced: the estimate that this one with vocab.balance takes the place of, if it does.
-    """
-
-    candidate: Candidate
-    optim: OptimConfig
-    seconds: float
-    memory: float
-    host: float = 0.0
-    is_planned: bool = False
-    unbalanced: Estimate | None = None
-
-    @property
-    def choice(self) -> Choice:
-        return replace(self.candidate.choice, optimizer=self.optim)
-
-    @property
-    def splits_vocabulary(self) -> bool:
-        return self.candidate.choice.splits_vocabulary
-
-    @property
-    def counted(self) -> float:
-        return counted(self.candidate.choice, self.seconds)
-
-    @property
-    def key(self) -> tuple[float, float]:
-        """The sort key: faster first, and less memory first if times agree in three digits."""
-        return counted(self.candidate.choice, float(f"{self.seconds:.3g}")), self.memory
-
-    @property
-    def known_key(self) -> tuple[float, bool, float, float]:
-        """The sort key of `key`, but of equally fast ones planned ones first, by four digits."""
-        choice, (about, memory) = self.candidate.choice, self.key
-        seconds = counted(choice, float(f"{self.seconds:.4g}"))
-        return about, not self.is_planned, seconds, memory
-
-    def as_planned(self, report: PlanReport) -> Estimate:
-        memory, host = report.ranks[report.worst].memory.total, report.host.total
-        return replace(self, seconds=report.step_seconds, memory=memory, host=host, is_planned=True)
-
-    def makes_spare(self, other: Estimate) -> bool:
-        """Return whether this is the same split as fast as printed, and nowhere needs more."""
-        ours, theirs = self.candidate.choice, other.candidate.choice
-        return (
-            ours.degrees == theirs.degrees
-            and ours.micro_batch_size == theirs.micro_batch_size
-            and ours.splits_vocabulary == theirs.splits_vocabulary
-            and duration(self.seconds) == duration(other.seconds)
-            and self.memory <= (1 + _NO_MORE) * other.memory
-            and self.host <= (1 + _NO_MORE) * other.host
-            and (ours.recompute == "none" or theirs.recompute != "none")
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The result of a search.
-
-    best: the fastest choices that were planned, sorted.  One that is as fast as another of the same
-        split and needs no less memory is left out.
-    with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
-    without_offloading: the fastest that offloads no activations.
-    leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
-        it needs at least a tenth less.
-    estimated: those that were not planned and belong among the best by their estimates.
-    leanest: the choice that needs least memory of those that need too much.  Those that only lack
-        host memory come first.
-    refused: the refused choices with the lowest bounds.
-    excluded: how many choices each constraint rules out.
-    num_choices: all choices, those that are ruled out included.
-    num_estimated, num_planned: the choices that a short step was simulated for, or the whole one.
-    num_open: those that might be faster than the last of `best` but were not looked at.
-    num_unseen: those with (True) and without vocabulary parallelism that were not simulated and
-        may fit.
-    ended: what ended the search before that: `effort`, `time`, or nothing.
-    kept: the settings that were not searched.
-    """
-
-    best: tuple[Found, ...]
-    with_vocabulary: Estimate | None
-    without_vocabulary: Estimate | None
-    without_offloading: Estimate | None
-    leaner: Estimate | None
-    estimated: tuple[Estimate, ...]
-    leanest: Refusal | None
-    refused: tuple[Refusal, ...]
-    excluded: Counter[str]
-    num_choices: int
-    num_estimated: int
-    num_planned: int
-    num_open: int
-    num_unseen: Counter[bool]
-    ended: str
-    kept: Kept
 
 
 def search(
@@ -267,7 +110,7 @@ def search(
         if space.excluded[TOO_LONG] and not space.kept.values:
             raise ConfigError(f"every choice has {TOO_LONG}; use a smaller batch, or more GPUs")
         if space.kept.values and space_of(config).choices:
-            raise ConfigError(_nothing_kept_words(config, space))
+            raise ConfigError(nothing_kept_words(config, space))
         raise ConfigError(no_choice_words(config))
     return _Search(config, limits, in_time, progress, space).run()
 
@@ -470,7 +313,7 @@ class _Search:
         """
         plans = [e for e in self._estimates if e.candidate.choice in self._planned]
         kept, spare = list[Estimate](), set[Choice]()
-        for one in sorted(self._known(), key=_order):
+        for one in sorted(self._known(), key=order_of):
             others = kept if one.is_planned else [*kept, *plans]
             if any(other.makes_spare(one) for other in others):
                 spare.add(one.candidate.choice)
@@ -488,7 +331,7 @@ class _Search:
         """Return what needs least memory of what is about as fast as the best, if much less."""
         if best is None:
             return None
-        seconds, memory = best.report.step_seconds, _memory_of(best)
+        seconds, memory = best.report.step_seconds, memory_of(best)
         near = (e for e in self._known() if e.seconds <= (1 + _ABOUT_AS_FAST) * seconds)
         found = min(near, key=lambda estimate: estimate.memory, default=None)
         if found is None or found.memory > (1 - _MUCH_LEANER) * memory:
@@ -532,7 +375,7 @@ class _Search:
             return
         try:
             item = self._items[number] = self._scales.draft(self._choices[number])
-            self._spent += _draft_nodes(item)
+            self._spent += draft_nodes(item)
             self._bounds[number] = item.seconds
             if self._is_doubtful(item, self._queue):
                 return
@@ -565,7 +408,7 @@ class _Search:
             try:
                 if item is None:
                     item = self._items[number] = self._scales.draft(choice)
-                    self._spent += _draft_nodes(item)
+                    self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
                     if self._estimates:
                         heapq.heappush(queue.by_bound, (self._key(number), number))
@@ -798,7 +641,7 @@ class _Search:
         """
         self._num_estimated += 1
         step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
-        self._spent += placed * (_OFFLOADED if candidate.choice.offload else 1)
+        self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
         alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
         self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
@@ -846,7 +689,7 @@ class _Search:
                 item = self._scales.draft(replace(choice, balance=True))
             except ConfigError:
                 continue
-            self._spent += _draft_nodes(item)
+            self._spent += draft_nodes(item)
             saved = estimate.candidate.passes - item.passes
             if saved > _LEAST_BALANCED * estimate.candidate.passes:
                 promising.append((counted(choice, estimate.seconds - saved), place, item))
@@ -886,7 +729,7 @@ class _Search:
                 break
             if any(other is estimate or other.makes_spare(estimate) for other in plans):
                 continue
-            cost = _plan_nodes(estimate.candidate)
+            cost = plan_nodes(estimate.candidate)
             if self._planned and self._spent + cost > self._limits.effort:
                 self._spent = self._limits.effort
                 if estimate.counted >= times[0] or beyond == _MOST_BEYOND:
@@ -901,7 +744,7 @@ class _Search:
     def _plan_one(self, estimate: Estimate) -> None:
         """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
         choice, draft = estimate.candidate.choice, estimate.candidate.draft
-        self._spent += _plan_nodes(estimate.candidate)
+        self._spent += plan_nodes(estimate.candidate)
         step = draft.with_named(choice.schedule)
         cost = self._scales.cost_of(choice)
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
@@ -931,97 +774,10 @@ class _Search:
         return f"{self._num_estimated:,} simulated{planned}; {shown}"
 
 
-def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
-    """Return a step with few microbatches, the seconds of all passes, and the nodes placed.
-
-    In its steady state a pipeline takes equally long for every p microbatches.  So the time of two
-    short steps gives that of a long one.  The step that is returned keeps what a long one keeps.
-    """
-    problem, counts = draft.problem, short_counts(draft.problem)
-    found = shortened(name, problem, draft.cost, counts, _short_efforts(problem, counts))
-    few = replace(problem, num_microbatches=counts[-1])
-    schedule = place_transfers(found[-1][0], few, draft.cost)  # it delays nothing
-    timeline = simulate_order(schedule, few, draft.cost)
-    step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)
-    seconds = promised(problem.num_microbatches, counts, [seconds for _, seconds in found])
-    more = (problem.num_microbatches - counts[-1]) * busiest_seconds(problem, draft.cost)
-    return step, max(seconds, timeline.makespan + more), placed_by_short(problem)
-
-
-def _draft_nodes(item: Candidate) -> int:
-    """Return the effort of a draft in nodes."""
-    nodes = _DRAFT_NODES * item.draft.problem.layout.num_stages
-    return nodes if item.choice.recompute_per_stage is None else _MIXED * nodes
-
-
-def _plan_nodes(item: Candidate) -> int:
-    """Return the effort of a whole plan in nodes."""
-    return placed_by(item.draft.problem) * (_OFFLOADED if item.choice.offload else 1)
-
-
-def short_counts(problem: Problem) -> tuple[int, ...]:
-    """Return the microbatches of the short steps to simulate: two, or one if the step is short.
-
-    They leave as many microbatches as the step after full turns of the ranks, since schedules with
-    chunks run these apart.  Where the backward is split, filled gaps make times uneven, so the two
-    are further apart.
-    """
-    period = problem.layout.num_ranks
-    rest = problem.num_microbatches % period
-    is_plain = not problem.split_backward and problem.algorithm.extra_in_flight < 2
-    turns = 1 if is_plain and period >= _MANY_RANKS else max(2, -(-8 // period))
-    fill = turns * period + rest
-    longer = fill + period * (max(2, -(-16 // period)) if problem.split_backward else 1)
-    return (fill, longer) if problem.num_microbatches > longer else (problem.num_microbatches,)
-
-
-def _short_efforts(problem: Problem, counts: Sequence[int]) -> list[int]:
-    """Return the efforts of short steps: as much for a microbatch as in a plan, unless too much."""
-    each = min(WHOLE_EFFORT / problem.num_microbatches, _SHORT_EFFORT / counts[-1])
-    return [int(each * count) for count in counts]
-
-
-def placed_by_short(problem: Problem) -> int:
-    """Return about how many nodes `short_step` places."""
-    counts = short_counts(problem)
-    return sum(
-        placed_by(replace(problem, num_microbatches=count), effort)
-        for count, effort in zip(counts, _short_efforts(problem, counts), strict=True)
-    )
-
-
-def placed_by(problem: Problem, effort: int | None = None) -> int:
-    """Return about how many nodes `generate` places, see its `effort`; None: of a whole plan."""
-    nodes = problem.layout.num_ranks * (4 if problem.algorithm.sharded else 1)
-    nodes += problem.layout.num_stages * len(problem.stage_kinds)
-    nodes *= problem.num_microbatches
-    effort = WHOLE_EFFORT if effort is None else effort
-    if problem.split_backward:
-        starts = 2 if nodes < effort // 3 else 1
-        refined = max(2 * nodes, min(effort // 2, _REFINED * nodes))
-        return 2 * nodes + starts * (nodes + refined)
-    return nodes * (2 + min(5, max(1, effort // nodes)))
-
-
 def _alike(choice: Choice) -> tuple[object, ...]:
     """Return what choices have in common which exceed their bounds by similar factors."""
     degrees = choice.degrees
     return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, choice.num_microbatches
-
-
-def _order(estimate: Estimate) -> tuple[float, float]:
-    """Return the sort key: faster first, and less memory first if times look the same."""
-    return counted(estimate.candidate.choice, rounded(estimate.seconds)), estimate.memory
-
-
-def rounded(seconds: float) -> float:
-    """Return seconds to four digits, and from 100 on to hundredths, as they are printed."""
-    return round(seconds, 2) if seconds >= 100 else float(f"{seconds:.4g}")
-
-
-def _memory_of(found: Found) -> float:
-    """Return the bytes of the rank that needs most."""
-    return found.report.ranks[found.report.worst].memory.total
 
 
 def limit_of(config: RunConfig, margin: float) -> float:
@@ -1057,54 +813,3 @@ def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None
             continue
         return replace(choice, optimizer=weight.optimizer)
     return None
-
-
-def _nothing_kept_words(config: RunConfig, space: Space) -> str:
-    """Return why no choice has all settings that are kept, and what to change."""
-    values = space.kept.values
-    degrees = {
-        name: values[f"parallel.{name}"]
-        for name in ("dp", "pp", "tp")
-        if f"parallel.{name}" in values
-    }
-    splits = [
-        split
-        for split in splits_of(config)
-        if all(getattr(split, name) == value for name, value in degrees.items())
-    ]
-    if not splits:
-        typed = ", ".join(f"parallel.{name}={value}" for name, value in degrees.items())
-        return (
-            f"--keep {','.join(values)}: no split of {config.cluster.num_gpus:,} GPUs into dp x pp "
-            f"x tp, with tp within a node, has {typed}; keep fewer degrees, or change them"
-        )
-    chunks = values.get("schedule.num_chunks")
-    pipelines = {split.pp for split in splits if split.pp > 1}
-    if chunks is not None and pipelines:
-        pp, num_layers = min(pipelines), config.model.num_layers
-        most = most_chunks(pp, num_layers)
-        if chunks > most:
-            return (
-                f"--keep schedule.num_chunks={chunks}: with parallel.pp={pp} that is "
-                f"{chunks * pp} stages, too many for model.num_layers={num_layers}; "
-                f"keep at most {most}"
-            )
-    ((constraint, _),) = space.excluded.most_common(1)
-    return f"--keep {','.join(values)} leaves no choice; ruled out most: {constraint}"
-
-
-def no_choice_words(config: RunConfig) -> str:
-    """Return what is wrong where no split of the GPUs can run the batch, and what would work."""
-    batch, num_gpus, replicas = batch_of(config), config.cluster.num_gpus, replicas_of(config)
-    batches, nodes = fitting_batches(config)
-    shown = ", ".join(f"{dp:,}" for dp in replicas[:3]) + (
-        f", ... {replicas[-1]:,}" if len(replicas) > 3 else ""
-    )
-    ways = [f"a batch of {' or '.join(f'{size:,}' for size in batches)} sequences"]
-    per_node = config.cluster.gpus_per_node
-    ways += [f"cluster.num_nodes={count} ({count * per_node:,} GPUs)" for count in nodes]
-    return (
-        f"a batch of {batch:,} sequences does not split over {num_gpus:,} GPUs: dp must divide it, "
-        f"and with pp of at most {config.model.num_layers} layers and tp within a node dp is one "
-        f"of {shown}; use {', or '.join(ways)}"
-    )

@@ -1,0 +1,168 @@
+"""What would let a plan fit that needs too much memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from schedules.generators import GENERATORS
+from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.planning.degrees import split_ranks
+from vp_train.planning.placement import offloaded_layers, split_layers
+from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.weigh import about_bytes
+from vp_train.units import human_bytes
+
+_NOT_ALONE = ", which is not enough alone"
+
+
+def remedies(config: RunConfig, report: PlanReport) -> list[str]:
+    """Return the changes that save memory on the worst rank of `config`, the largest saving first.
+
+    Every change is tried on its own, and the words say where it is not enough.
+    """
+    replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
+    # What waits in host memory, and so is not saved on the GPU, only a simulation says.
+    offloads = bool(config.parallel.offload_activations) and not config.schedule.is_solved
+    needs = _planned_bytes if offloads else about_bytes
+    before = report.ranks[report.worst].memory.total if offloads else about_bytes(config)
+    tried: list[tuple[str, RunConfig]] = []
+    if config.optim.name != "zero1" and replicas > 1:
+        tried.append(
+            ("optim.name=zero1", replace(config, optim=replace(config.optim, name="zero1")))
+        )
+    if not config.optim.offload and report.host_excess <= 0:
+        offloaded = replace(config, optim=replace(config.optim, name="zero1", offload=True))
+        tried.append(
+            ("optim.name=zero1 optim.offload=true, the optimizer in host memory", offloaded)
+        )
+    for value in RECOMPUTE[1:]:
+        parallel = replace(config.parallel, recompute=value, recompute_per_stage=None)
+        tried.append((f"parallel.recompute={value}", replace(config, parallel=parallel)))
+    if config.micro_batch_size > 1:
+        size = config.micro_batch_size
+        halved = replace(
+            config, micro_batch_size=1, num_microbatches=config.num_microbatches * size
+        )
+        tried.append(
+            (f"micro_batch_size=1 num_microbatches={config.num_microbatches * size}", halved)
+        )
+    if config.vocab.algorithm == "none":
+        tried.append(
+            (
+                "vocab=one_barrier",
+                replace(config, vocab=replace(config.vocab, algorithm="one_barrier")),
+            )
+        )
+    found = []
+    for words, changed in tried:
+        try:
+            after = needs(changed)
+        except ConfigError:
+            continue
+        if before - after > 0.01 * before:
+            found.append((before - after, f"{words}: about {human_bytes(before - after)} less"))
+    saved, words = _saved_by_offloading(config, report)
+    if saved > 0.01 * before:
+        found.append((saved, words))
+    ordered = [
+        words + _NOT_ALONE * (saved < report.excess) for saved, words in sorted(found, reverse=True)
+    ]
+    return [*ordered, _more_gpus_words(config, replicas)]
+
+
+def _planned_bytes(config: RunConfig) -> float:
+    """Return the bytes that the worst rank needs, from a simulation.  Raises ConfigError."""
+    report = make_report(config)
+    return report.ranks[report.worst].memory.total
+
+
+def _more_gpus_words(config: RunConfig, replicas: int) -> str:
+    more = " or a smaller parallel.dp" if replicas > 1 else ""
+    return f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}"
+
+
+def host_remedies(
+    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+) -> list[str]:
+    """Return the changes that save memory of the hosts, the largest saving first, in words.
+
+    Every change is planned on its own.  Bytes are those of a node.  What does not fit on the GPUs
+    then comes last.
+    """
+    found: list[tuple[bool, float, str]] = []
+    for words, changed in _lighter_on_hosts(config, report).items():
+        progress(f"planning with {words}")
+        try:
+            then = make_report(changed)
+        except ConfigError:
+            continue
+        saved = report.host.total - then.host.total
+        if saved < 0.01 * report.host.total:
+            continue
+        words += f": {human_bytes(saved)} less in host memory per node"
+        if then.host_excess > 0:
+            words += _NOT_ALONE
+        if then.excess > 0:
+            words += f"; but then a GPU {then.memory_words}"
+        found.append((then.excess > 0, -saved, words))
+    return [*(words for *_, words in sorted(found)), _more_gpus_words(config, report.degrees.dp)]
+
+
+def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunConfig]:
+    """Return the changes that may save memory of the hosts, as they are typed."""
+    parallel, schedule, host = config.parallel, config.schedule, report.host
+    changes: dict[str, RunConfig] = {}
+    if host.optimizer:
+        optim = replace(config.optim, offload=False)
+        changes["optim.offload=false"] = replace(config, optim=optim)
+    if not host.activations or schedule.is_solved or schedule.file is not None:
+        return changes
+    part = _largest_part(config, 1 - report.host_excess / host.activations)
+    fewer = replace(parallel, offload_activations=part)
+    changes[f"parallel.offload_activations={part:g}"] = replace(config, parallel=fewer)
+    for value in RECOMPUTE[1:]:
+        again = replace(parallel, recompute=value, recompute_per_stage=None)
+        changes[f"parallel.recompute={value}"] = replace(config, parallel=again)
+    if schedule.name == "interleaved":
+        line = replace(schedule, name="1f1b", num_chunks=None)
+        words = "schedule=1f1b" + " schedule.num_chunks=null" * (schedule.num_chunks is not None)
+        changes[f"{words}, with fewer microbatches in flight"] = replace(config, schedule=line)
+    return changes
+
+
+def _largest_part(config: RunConfig, fitting: float) -> float:
+    """Return the largest parallel.offload_activations that moves this part of what moves now."""
+    now = config.parallel.offload_activations
+    most = fitting * _moved_layers(config, now)
+    parts = (hundredths / 100 for hundredths in range(math.floor(100 * now), 0, -1))
+    part = next((part for part in parts if _moved_layers(config, part) <= most), 0.0)
+    moved = _moved_layers(config, part)  # many parts round to it; the plainest is their quotient
+    plain = round(moved / config.model.num_layers, 2)
+    return plain if _moved_layers(config, plain) == moved else part
+
+
+def _moved_layers(config: RunConfig, part: float) -> int:
+    """Return how many layers offload activations with parallel.offload_activations=`part`."""
+    family, chunks = GENERATORS[config.schedule.name], config.schedule.num_chunks
+    degrees = split_ranks(config.parallel, config.cluster.num_gpus)
+    layout = family.layout_of(degrees.pp, chunks)
+    stages = split_layers(config.model, config.parallel, layout)
+    return sum(offloaded_layers(len(layers), part) for layers in stages)
+
+
+def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, str]:
+    """Return what the worst rank saves if all activations may go to its host, also in words."""
+    parallel, is_whole = config.parallel, config.parallel.offload_activations == 1
+    if config.run.device != "cuda" or is_whole or config.schedule.is_solved:
+        return 0.0, ""
+    offloads = replace(config, parallel=replace(parallel, offload_activations=1.0))
+    found, now = make_report(offloads), report.ranks[report.worst].memory.total
+    if found.offloading is None or found.host_excess > 0:
+        return 0.0, ""
+    saved = now - found.ranks[found.worst].memory.total
+    return saved, (
+        f"parallel.offload_activations=1: {human_bytes(saved)} less, with "
+        f"{human_bytes(found.host.activations)} in host memory per node"
+    )

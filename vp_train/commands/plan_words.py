@@ -1,0 +1,306 @@
+"""What `vp-plan` prints of a plan."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from schedules.render import duration
+from vp_train.commands.plan_remedies import host_remedies, remedies
+from vp_train.config import RunConfig
+from vp_train.model import shape
+from vp_train.planning.choice import Choice
+from vp_train.planning.compare import Help, contention_words, fsdp_way, pipeline_way
+from vp_train.planning.found import Estimate, Result
+from vp_train.planning.fsdp import Rivals
+from vp_train.planning.placement import nothing_offloaded_words
+from vp_train.planning.plan import in_its_memory_words
+from vp_train.planning.report import Offloading, PlanReport
+from vp_train.planning.search import without_vocabulary
+from vp_train.units import compared, human_bytes, plural
+
+_SHOWN_RANKS = 16
+_GIB = 2**30
+_LARGE_GAP = 0.1  # above the lower bound
+_WIDTH = 120  # columns of the lines of a plan that are wrapped
+
+
+def has_fsdp(config: RunConfig) -> bool:
+    """Return whether plans are compared with FSDP: on several GPUs."""
+    return config.run.device == "cuda" and config.cluster.num_gpus > 1
+
+
+def plan_lines(
+    config: RunConfig,
+    report: PlanReport,
+    progress: Callable[[str], object] = lambda words: None,
+    rivals: Rivals | None = None,
+) -> list[str]:
+    """Return the report of one plan in lines; it fits on a screen for up to 16 ranks.
+
+    `progress` gets lines to show while it looks for what would help.  `rivals` are shown if given.
+    """
+    parts, step, worst = report.parts, report.step_seconds, report.ranks[report.worst].memory
+    shares = ", ".join(
+        f"{name} {seconds / step:.1%}"
+        for name, seconds in parts.items()
+        if seconds >= 0.0005 * step
+    )
+    fits = report.excess <= 0
+    room = f"{human_bytes(abs(report.excess))} {'to spare' if fits else 'TOO MUCH'}"
+    lines = [
+        f"{report.schedule} with {report.vocab}, {report.degrees}, "
+        f"recomputation {report.recompute}, optimizer {config.optim.name}",
+        model_words(config),
+        cluster_words(config),
+        "",
+        *_rank_table(report),
+        "",
+        f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:g} GiB "
+        f"on rank {report.worst}, {room}",
+        f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, "
+        f"MFU {report.mfu:.1%} of {_amount(report.flops)}FLOP",
+        f"          rank {report.busiest}: {shares}",
+        f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound"
+        f"{in_its_memory_words(report.gap, report.gap_in_its_memory)}, {report.bound_reason}",
+        f"exposed   communication, {report.exposed_words}",
+        f"binds     {report.binds}",
+    ]
+    lines[-2:-2] = _host_lines(report)
+    if report.launch_words:
+        lines.insert(-1, f"launch    {report.launch_words}")
+    if rivals is not None and has_fsdp(config):
+        lines[-1:-1] = _wrapped("fsdp", fsdp_words(config, report, rivals))
+    if report.gap > _LARGE_GAP:
+        held = report.gap_in_its_memory
+        cause = "" if held is None or held > report.gap / 2 else " because it keeps so little"
+        lines.append(
+            f"          on {report.degrees.pp} ranks {report.schedule} is far above it{cause}; try "
+            "other schedules, or vp-plan --search"
+        )
+    if report.advice:
+        lines.append(f"advice    {report.advice}")
+    if not report.fits:
+        progress("planning what would help")
+        helps = remedies(config, report) if report.excess > 0 else []
+        helps += host_remedies(config, report, progress) if report.host_excess > 0 else []
+        lines += ["", *(f"would help: {words}" for words in helps)]
+    return lines
+
+
+def _wrapped(label: str, words: str) -> list[str]:
+    """Return words behind a label in lines of the report of a plan."""
+    return textwrap.wrap(
+        words,
+        _WIDTH,
+        initial_indent=f"{label:10}",
+        subsequent_indent=10 * " ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def without_of(config: RunConfig, report: PlanReport) -> Result | None:
+    """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
+    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees)
+
+
+def decides_lines(
+    config: RunConfig, report: PlanReport, rivals: Rivals, without: Result | None
+) -> list[str]:
+    """Return what says that the contention decides whether this plan is faster than others."""
+    best = None if without is None else without.without_vocabulary
+    other = None
+    if best is not None and report.vocab != "none":
+        words = "the best of this split without vocabulary parallelism"
+        other = pipeline_way(words, best.choice.applied(config), best.seconds)
+    rival = fsdp_way(config, report, rivals, 0.0) if has_fsdp(config) else None
+    first = pipeline_way("this plan", config, report.step_seconds)
+    words = contention_words(config, first, (other, rival)) if report.fits else ""
+    return _wrapped("decides", words)
+
+
+def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -> list[str]:
+    """Return what makes a plan faster, or lets it fit, in lines."""
+    words = [f"{one.overrides}: {compared_words(one, report.step_seconds)}" for one in helps]
+    if not report.fits:
+        nothing = "nothing found with one or two other settings; vp-plan --search tries all"
+        return [f"would fit: {one}" for one in words or [nothing]]
+    if larger is not None:
+        gain = 2 * report.step_seconds / larger.seconds - 1
+        words.append(f"{larger.overrides}, a batch twice as large: {gain:.1%} more tokens/s")
+    lines = [line for one in words for line in _wrapped("", one)]
+    return [f"helps     {lines[0][10:]}", *lines[1:]] if lines else []
+
+
+def without_lines(report: PlanReport, result: Result | None) -> list[str]:
+    """Return a line with the best plan of this split that does not split the vocabulary."""
+    if result is None:
+        return []
+    best, head = result.without_vocabulary, "without   vocabulary parallelism, best of this split:"
+    if best is None:
+        reason = "" if result.leanest is None else f": {result.leanest.reason}"
+        return [f"{head} nothing fits{reason}"]
+    if report.vocab == "none" and best.seconds >= 0.995 * report.step_seconds:
+        return [f"{head} this plan, which has none"]
+    return [f"{head} {short_words(best.choice)}: {compared_words(best, report.step_seconds)}"]
+
+
+def short_words(choice: Choice) -> str:
+    """Return the schedule and the placement of a choice in words."""
+    chunks = f" of {choice.num_chunks} chunks" if choice.num_chunks is not None else ""
+    placed = ", layers redistributed" if choice.placement == "redistribute" else ""
+    return f"{choice.schedule}{chunks}{placed}"
+
+
+def compared_words(estimate: Estimate | Help, seconds: float) -> str:
+    """Return time and memory of an estimate, and its time against that of a plan, in words."""
+    about, how = "" if estimate.is_planned else "about ", compared(estimate.seconds, seconds)
+    return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
+
+
+def _host_lines(report: PlanReport) -> list[str]:
+    """Return what moves to the host and back, what that saves and costs, and what hosts hold."""
+    lines, host = _offload_lines(report.offloading, report.step_seconds), report.host
+    if not host.total:
+        return lines
+    known = report.cluster.host_memory_gib
+    limit = "" if known is None else f" of {known:g} GiB{' TOO MUCH' * (report.host_excess > 0)}"
+    optimizer = f", {human_bytes(host.optimizer)} for the optimizer" if host.optimizer else ""
+    return [
+        *lines,
+        f"host RAM  holds up to {human_bytes(host.total)} per node{limit}{optimizer}",
+    ]
+
+
+def _offload_lines(found: Offloading | None, step_seconds: float) -> list[str]:
+    """Return what moves to the host and back, and what that saves and costs, in lines."""
+    if found is None:
+        return []
+    if not found.num_moved:
+        return [f"offload   {nothing_offloaded_words(has_layers=found.num_kept > 0)}"]
+    down, up = found.busy
+    return [
+        f"offload   {human_bytes(found.moved)} of a step go to the host and back on the busiest "
+        f"rank; its link is busy {down:.0%} down, {up:.0%} up",
+        f"          {found.num_moved:,} of {found.num_moved + found.num_kept:,} forward passes "
+        f"send activations there, which delays the passes by {found.exposed / step_seconds:.1%} "
+        f"and saves {human_bytes(found.saved)} on the worst rank",
+    ]
+
+
+def fsdp_words(config: RunConfig, report: PlanReport, rivals: Rivals) -> str:
+    """Return what fully sharded data parallelism would take for the same batch, in words."""
+    words = rivals.words(report.step_seconds)
+    assumed = config.cost.is_measured and not config.cost.has_rates
+    return f"{words}; its passes at assumed rates, not as measured" if assumed else words
+
+
+def model_words(config: RunConfig) -> str:
+    """Return the model and the batch in words."""
+    model = config.model
+    return (
+        f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, "
+        f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
+        f"vocabulary {model.vocab_size:,}; {config.num_microbatches} "
+        f"{plural(config.num_microbatches, 'microbatch')} of "
+        f"{config.micro_batch_size} x {model.seq_length:,} tokens"
+    )
+
+
+def _amount(count: float) -> str:
+    """Return a count in words, to be followed by a unit: 23_100_000 -> `23.1 M`."""
+    for power, letter in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {letter}"
+    return f"{count:,.0f} "
+
+
+def cluster_words(config: RunConfig) -> str:
+    """Return the cluster and the assumed speed of passes in words."""
+    cluster = config.cluster
+    name = plural(cluster.num_gpus, {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device])
+    peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
+    nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    reached = f", {cluster.efficiency:.0%} of it reached"
+    if cluster.multiprocessors:
+        matrix, attention = cluster.efficiency, cluster.attention_efficiency
+        reached = (
+            f"; in a run large products reach {matrix * cluster.sustained:.0%} of it, "
+            f"attention {attention * cluster.sustained:.0%}"
+        )
+    if (rate := config.cost.flops_per_second) is not None:
+        reached = f"; cost has {rate / 1e12:,.3g} TFLOP/s for all passes"
+    if config.cost.has_rates:
+        reached = f", rates as measured on {config.cost.measured_on or 'a device without a name'}"
+    if config.cost.is_measured:
+        device = config.cost.measured_on or "a device that cost does not name"
+        reached = f", pass times as measured on {device}"
+    float8 = "; linear layers in float8" if config.run.linear_dtype == "float8" else ""
+    return (
+        f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and "
+        f"{peak:,.3g} TFLOP/s in {config.run.dtype} each{reached}{float8}"
+    )
+
+
+def _rank_table(report: PlanReport) -> list[str]:
+    """Return a table of the ranks in lines: memory in GiB or MiB, and the time of computation."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    heads = (
+        "rank",
+        "layers",
+        "V rows",
+        "params",
+        "weights",
+        "grads",
+        "optim",
+        "activ",
+        "held S-T",
+        "working",
+        "total",
+        "busy",
+    )
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    unit, word = (
+        (_GIB, "GiB") if report.ranks[report.worst].memory.total >= _GIB else (2**20, "MiB")
+    )
+    for index, rank in enumerate(report.ranks[:_SHOWN_RANKS]):
+        memory = rank.memory
+        parts = (
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.vocabulary,
+            memory.working,
+        )
+        table.add_row(
+            str(index),
+            str(rank.num_layers),
+            f"{rank.num_rows:,}",
+            f"{memory.parameters / 1e6:,.{0 if memory.parameters >= 1e7 else 2}f}M",
+            *(f"{size / unit:.2f}" for size in (*parts, memory.total)),
+            duration(rank.busy),
+        )
+    left = len(report.ranks) - _SHOWN_RANKS
+    num_alike = report.degrees.dp * report.degrees.tp
+    more = [f"... and {left} more ranks; --json FILE has all"] if left > 0 else []
+    return [
+        *rendered(table),
+        *more,
+        f"sizes in {word}"
+        + (f"; every line stands for {num_alike} ranks" if num_alike > 1 else ""),
+    ]
+
+
+def rendered(table: Table) -> list[str]:
+    console = Console(width=max(200, shutil.get_terminal_size().columns), color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().rstrip().splitlines()]

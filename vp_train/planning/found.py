@@ -1,0 +1,178 @@
+"""What a search finds, and how it compares it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from schedules.render import duration
+from vp_train.config import OptimConfig
+from vp_train.planning.choice import Choice, Kept
+from vp_train.planning.report import PlanReport
+from vp_train.planning.weigh import Candidate
+
+# The part by which a step with offloaded activations must be faster than another to be preferred.
+MARGIN_OF_OFFLOADING = 0.005
+_NO_MORE = 0.02  # parts by which the memory of a plan may exceed that of one it makes spare
+
+
+def counted(choice: Choice, seconds: float) -> float:
+    """Return the seconds with which a choice whose step takes `seconds` is compared with others."""
+    return seconds * (1 + MARGIN_OF_OFFLOADING) if choice.offload else seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a search looks for and how long.
+
+    top: the number of plans to find.
+    margin: the part of a GPU's memory that a plan must leave free.
+    effort: the passes and collectives that may be placed, see `Progress.spent`.
+    """
+
+    top: int = 5
+    margin: float = 0.05
+    effort: int = 8_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A choice that needs too much memory, or cannot be run for another `reason`.
+
+    `bound` is the lower bound of its step in seconds.  `needs` are its bytes on a GPU if these are
+    too many, `host_needs` those of a node if only its host memory does not suffice.
+    """
+
+    choice: Choice
+    reason: str
+    bound: float = 0.0
+    needs: float | None = None
+    host_needs: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A choice that fits, and its report."""
+
+    choice: Choice
+    report: PlanReport
+
+    @property
+    def counted(self) -> float:
+        return counted(self.choice, self.report.step_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A candidate that fits, the optimizer with which it is fastest, and its seconds and bytes.
+
+    host: the bytes of a node's host memory.
+    is_planned: whether these are those of the whole step, not those of a short one.
+    unbalanced: the estimate that this one with vocab.balance takes the place of, if it does.
+    """
+
+    candidate: Candidate
+    optim: OptimConfig
+    seconds: float
+    memory: float
+    host: float = 0.0
+    is_planned: bool = False
+    unbalanced: Estimate | None = None
+
+    @property
+    def choice(self) -> Choice:
+        return replace(self.candidate.choice, optimizer=self.optim)
+
+    @property
+    def splits_vocabulary(self) -> bool:
+        return self.candidate.choice.splits_vocabulary
+
+    @property
+    def counted(self) -> float:
+        return counted(self.candidate.choice, self.seconds)
+
+    @property
+    def key(self) -> tuple[float, float]:
+        """The sort key: faster first, and less memory first if times agree in three digits."""
+        return counted(self.candidate.choice, float(f"{self.seconds:.3g}")), self.memory
+
+    @property
+    def known_key(self) -> tuple[float, bool, float, float]:
+        """The sort key of `key`, but of equally fast ones planned ones first, by four digits."""
+        choice, (about, memory) = self.candidate.choice, self.key
+        seconds = counted(choice, float(f"{self.seconds:.4g}"))
+        return about, not self.is_planned, seconds, memory
+
+    def as_planned(self, report: PlanReport) -> Estimate:
+        memory, host = report.ranks[report.worst].memory.total, report.host.total
+        return replace(self, seconds=report.step_seconds, memory=memory, host=host, is_planned=True)
+
+    def makes_spare(self, other: Estimate) -> bool:
+        """Return whether this is the same split as fast as printed, and nowhere needs more."""
+        ours, theirs = self.candidate.choice, other.candidate.choice
+        return (
+            ours.degrees == theirs.degrees
+            and ours.micro_batch_size == theirs.micro_batch_size
+            and ours.splits_vocabulary == theirs.splits_vocabulary
+            and duration(self.seconds) == duration(other.seconds)
+            and self.memory <= (1 + _NO_MORE) * other.memory
+            and self.host <= (1 + _NO_MORE) * other.host
+            and (ours.recompute == "none" or theirs.recompute != "none")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The result of a search.
+
+    best: the fastest choices that were planned, sorted.  One that is as fast as another of the same
+        split and needs no less memory is left out.
+    with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
+    without_offloading: the fastest that offloads no activations.
+    leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
+        it needs at least a tenth less.
+    estimated: those that were not planned and belong among the best by their estimates.
+    leanest: the choice that needs least memory of those that need too much.  Those that only lack
+        host memory come first.
+    refused: the refused choices with the lowest bounds.
+    excluded: how many choices each constraint rules out.
+    num_choices: all choices, those that are ruled out included.
+    num_estimated, num_planned: the choices that a short step was simulated for, or the whole one.
+    num_open: those that might be faster than the last of `best` but were not looked at.
+    num_unseen: those with (True) and without vocabulary parallelism that were not simulated and
+        may fit.
+    ended: what ended the search before that: `effort`, `time`, or nothing.
+    kept: the settings that were not searched.
+    """
+
+    best: tuple[Found, ...]
+    with_vocabulary: Estimate | None
+    without_vocabulary: Estimate | None
+    without_offloading: Estimate | None
+    leaner: Estimate | None
+    estimated: tuple[Estimate, ...]
+    leanest: Refusal | None
+    refused: tuple[Refusal, ...]
+    excluded: Counter[str]
+    num_choices: int
+    num_estimated: int
+    num_planned: int
+    num_open: int
+    num_unseen: Counter[bool]
+    ended: str
+    kept: Kept
+
+
+def order_of(estimate: Estimate) -> tuple[float, float]:
+    """Return the sort key: faster first, and less memory first if times look the same."""
+    return counted(estimate.candidate.choice, rounded(estimate.seconds)), estimate.memory
+
+
+def rounded(seconds: float) -> float:
+    """Return seconds to four digits, and from 100 on to hundredths, as they are printed."""
+    return round(seconds, 2) if seconds >= 100 else float(f"{seconds:.4g}")
+
+
+def memory_of(found: Found) -> float:
+    """Return the bytes of the rank that needs most."""
+    return found.report.ranks[found.report.worst].memory.total

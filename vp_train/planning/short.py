@@ -1,0 +1,101 @@
+"""Short steps, whose times say what a long step takes, and what a step costs to plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from schedules.generators import promised, shortened
+from schedules.offload import place_transfers
+from schedules.problem import Problem
+from schedules.simulate import simulate_order
+from vp_train.planning.choice import Choice
+from vp_train.planning.plan import Draft, StepPlan, busiest_seconds
+from vp_train.planning.weigh import Candidate, unsimulated
+
+# Nodes that the generator of a short step may place in search of a better order, and how often
+# about it places each of them until nothing helps.
+_SHORT_EFFORT, _REFINED = 36_000, 32
+_DRAFT_NODES = 12  # nodes that can be placed while a choice is drafted, per stage
+_MANY_RANKS = 16  # which are full after one microbatch of each
+# A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
+# take so many times the effort of others.
+_OFFLOADED, _MIXED = 3, 3
+WHOLE_EFFORT = 120_000  # of `generate` for a plan
+
+
+def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
+    """Return a step with few microbatches, the seconds of all passes, and the nodes placed.
+
+    In its steady state a pipeline takes equally long for every p microbatches.  So the time of two
+    short steps gives that of a long one.  The step that is returned keeps what a long one keeps.
+    """
+    problem, counts = draft.problem, short_counts(draft.problem)
+    found = shortened(name, problem, draft.cost, counts, _short_efforts(problem, counts))
+    few = replace(problem, num_microbatches=counts[-1])
+    schedule = place_transfers(found[-1][0], few, draft.cost)  # it delays nothing
+    timeline = simulate_order(schedule, few, draft.cost)
+    step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)
+    seconds = promised(problem.num_microbatches, counts, [seconds for _, seconds in found])
+    more = (problem.num_microbatches - counts[-1]) * busiest_seconds(problem, draft.cost)
+    return step, max(seconds, timeline.makespan + more), placed_by_short(problem)
+
+
+def draft_nodes(item: Candidate) -> int:
+    """Return the effort of a draft in nodes."""
+    nodes = _DRAFT_NODES * item.draft.problem.layout.num_stages
+    return nodes if item.choice.recompute_per_stage is None else _MIXED * nodes
+
+
+def plan_nodes(item: Candidate) -> int:
+    """Return the effort of a whole plan in nodes."""
+    return effort_of(item.choice, placed_by(item.draft.problem))
+
+
+def effort_of(choice: Choice, placed: int) -> int:
+    """Return the effort, in nodes, of a schedule with so many nodes."""
+    return placed * (_OFFLOADED if choice.offload else 1)
+
+
+def short_counts(problem: Problem) -> tuple[int, ...]:
+    """Return the microbatches of the short steps to simulate: two, or one if the step is short.
+
+    They leave as many microbatches as the step after full turns of the ranks, since schedules with
+    chunks run these apart.  Where the backward is split, filled gaps make times uneven, so the two
+    are further apart.
+    """
+    period = problem.layout.num_ranks
+    rest = problem.num_microbatches % period
+    is_plain = not problem.split_backward and problem.algorithm.extra_in_flight < 2
+    turns = 1 if is_plain and period >= _MANY_RANKS else max(2, -(-8 // period))
+    fill = turns * period + rest
+    longer = fill + period * (max(2, -(-16 // period)) if problem.split_backward else 1)
+    return (fill, longer) if problem.num_microbatches > longer else (problem.num_microbatches,)
+
+
+def _short_efforts(problem: Problem, counts: Sequence[int]) -> list[int]:
+    """Return the efforts of short steps: as much for a microbatch as in a plan, unless too much."""
+    each = min(WHOLE_EFFORT / problem.num_microbatches, _SHORT_EFFORT / counts[-1])
+    return [int(each * count) for count in counts]
+
+
+def placed_by_short(problem: Problem) -> int:
+    """Return about how many nodes `short_step` places."""
+    counts = short_counts(problem)
+    return sum(
+        placed_by(replace(problem, num_microbatches=count), effort)
+        for count, effort in zip(counts, _short_efforts(problem, counts), strict=True)
+    )
+
+
+def placed_by(problem: Problem, effort: int | None = None) -> int:
+    """Return about how many nodes `generate` places, see its `effort`; None: of a whole plan."""
+    nodes = problem.layout.num_ranks * (4 if problem.algorithm.sharded else 1)
+    nodes += problem.layout.num_stages * len(problem.stage_kinds)
+    nodes *= problem.num_microbatches
+    effort = WHOLE_EFFORT if effort is None else effort
+    if problem.split_backward:
+        starts = 2 if nodes < effort // 3 else 1
+        refined = max(2 * nodes, min(effort // 2, _REFINED * nodes))
+        return 2 * nodes + starts * (nodes + refined)
+    return nodes * (2 + min(5, max(1, effort // nodes)))
