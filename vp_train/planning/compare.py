@@ -48,7 +48,7 @@ class Way:
     seconds: those of its step.
     at: returns these with another contention, None if that is not possible.
     is_slow: whether `at` plans a step; then they change by no larger part than layers do.
-    factor: by which the seconds count more, see `search.counted`.
+    factor: by which the seconds count more, see `found.counted`.
     """
 
     words: str
