@@ -151,7 +151,12 @@ def shortened(
         bases = [base_order(name, few) for few in fews]
 
         def tried(preference: Preference) -> list[tuple[Orders, float]]:
-            woven = [weave(*of_one, preference) for of_one in zip(bases, fews, nears, strict=True)]
+            try:
+                woven = [
+                    weave(*of_one, preference) for of_one in zip(bases, fews, nears, strict=True)
+                ]
+            except DeadlockError as error:
+                raise BaseOrderError(name, error) from None
             return [
                 (one, sweep(near, one).makespan) for near, one in zip(nears, woven, strict=True)
             ]

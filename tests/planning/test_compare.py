@@ -50,7 +50,9 @@ def test_the_contention_is_named_where_none_or_twice_as_much_lets_another_win():
     asked.clear()
     assert contention_words(config, plain, [slow]) == ""
     assert asked == [], "it cannot turn even if all of it were layers"
+    slow, _ = way("the first", base=9.6, slope=0.5, is_slow=True)
     other, _ = way("FSDP", base=9.5, slope=1.0)
+    assert "with 0 FSDP is 1.0% faster" in contention_words(config, slow, [other])
     none = load_config([*GPT, "cluster.contention=0"])
     assert contention_words(none, plain, [other]) == ""
     typed = replace(config, cost=replace(config.cost, contention=0.1))

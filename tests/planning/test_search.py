@@ -126,6 +126,15 @@ def test_refused_while_weighing_is_what_does_not_fit(everything):
     assert kept > 3
 
 
+def test_a_plan_is_shown_where_the_effort_ends_although_estimates_look_alike():
+    """Among plans of 10 GiB many differ by offloading alone, and the effort is that of one plan."""
+    words = ["model=gpt_4b", "model.num_layers=16", "cluster=h100_80g_node", "num_microbatches=32"]
+    config = load_config([*words, "cluster.gpus_per_node=4", "cluster.memory_gib=10"])
+    found = search(config, Limits(top=1, effort=60_000), lambda: True, lambda words: None)
+    assert found.num_planned
+    assert len(found.best) == 1
+
+
 def test_every_choice_uses_all_gpus_for_the_whole_batch():
     config = load_config(
         [

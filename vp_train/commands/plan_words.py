@@ -127,12 +127,13 @@ def decides_lines(
 
 def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -> list[str]:
     """Return what makes a plan faster, or lets it fit, in lines."""
-    words = [f"{one.overrides}: {compared_words(one, report.step_seconds)}" for one in helps]
-    if not report.fits:
+    before = report.step_seconds if report.fits else None
+    words = [f"{one.overrides}: {compared_words(one, before)}" for one in helps]
+    if before is None:
         nothing = "nothing found with one or two other settings; vp-plan --search tries all"
         return [f"would fit: {one}" for one in words or [nothing]]
     if larger is not None:
-        gain = 2 * report.step_seconds / larger.seconds - 1
+        gain = 2 * before / larger.seconds - 1
         words.append(f"{larger.overrides}, a batch twice as large: {gain:.1%} more tokens/s")
     lines = [line for one in words for line in _wrapped("", one)]
     return [f"helps     {lines[0][10:]}", *lines[1:]] if lines else []
@@ -158,10 +159,14 @@ def short_words(choice: Choice) -> str:
     return f"{choice.schedule}{chunks}{placed}"
 
 
-def compared_words(estimate: Estimate | Help, seconds: float) -> str:
-    """Return time and memory of an estimate, and its time against that of a plan, in words."""
-    about, how = "" if estimate.is_planned else "about ", compared(estimate.seconds, seconds)
-    return f"{about}{duration(estimate.seconds)} ({how}), {estimate.memory / _GIB:.1f} GiB"
+def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:
+    """Return time and memory of an estimate, and its time against that of a plan, in words.
+
+    seconds: those of the plan; None if it does not fit.
+    """
+    about = "" if estimate.is_planned else "about "
+    how = "" if seconds is None else f" ({compared(estimate.seconds, seconds)})"
+    return f"{about}{duration(estimate.seconds)}{how}, {estimate.memory / _GIB:.1f} GiB"
 
 
 def _host_lines(report: PlanReport) -> list[str]:

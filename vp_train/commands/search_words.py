@@ -42,7 +42,7 @@ def search_lines(
     if result.best:
         first = result.best[0]
         lines += [*_best_lines(result), ""]
-        is_first = all(estimate.counted >= first.counted for estimate in result.estimated)
+        is_first = all(rounded(e.counted) >= rounded(first.counted) for e in result.estimated)
         head = "the first" if is_first else "the first that is planned whole"
         lines += [f"{head}: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
         lines += _host_memory_lines(result.best)
@@ -55,12 +55,12 @@ def search_lines(
         lines += _contention_lines(config, limits, result, rivals)
         lines += [""]
     excluded = sum(result.excluded.values())
-    counted = (
+    summary = (
         f"{_choices(result.num_choices)}, {excluded:,} ruled out, "
         f"{result.num_estimated:,} simulated, {result.num_planned} planned"
     )
     is_whole = result.best and not result.num_open
-    lines.append(f"{counted}; none of the others seems faster" if is_whole else counted)
+    lines.append(f"{summary}; none of the others seems faster" if is_whole else summary)
     lines += _excluded_lines(result)
     if not result.best:
         lines += _misses(config, limits, result)
@@ -150,12 +150,12 @@ def _other_lines(config: RunConfig, result: Result) -> list[str]:
 
 def _other_words(config: RunConfig, first: Found, other: Estimate) -> str:
     """Return time and memory of another choice than the first plan, and its overrides."""
-    compared = compared_words(other, first.report.step_seconds)
+    words = compared_words(other, first.report.step_seconds)
     optimizer = other.choice.optimizer
     uses_hosts = other.choice.offload > 0 or (optimizer is not None and optimizer.offload)
     if uses_hosts and config.cluster.host_memory_gib is None:
-        compared += ", with host memory that is not checked"
-    return f"{compared}: {other.choice.overrides(config)}"
+        words += ", with host memory that is not checked"
+    return f"{words}: {other.choice.overrides(config)}"
 
 
 def _host_memory_lines(best: Sequence[Found]) -> list[str]:
@@ -285,11 +285,11 @@ def _optimizer_words(choice: Choice) -> str:
 
 def _excluded_lines(result: Result) -> list[str]:
     """Return lines with the constraints that rule out most choices, and what is too long."""
-    counted = [one for one in result.excluded.most_common() if one[0] != TOO_LONG]
+    reasons = [one for one in result.excluded.most_common() if one[0] != TOO_LONG]
     lines = [
         f"{'then' if place else 'ruled out most'}: {words}: {_choices(count)} "
         f"({count / result.num_choices:.0%})"
-        for place, (words, count) in enumerate(counted[: 1 + _SHOWN_REFUSALS])
+        for place, (words, count) in enumerate(reasons[: 1 + _SHOWN_REFUSALS])
     ]
     if too_long := result.excluded[TOO_LONG]:
         lines.append(

@@ -566,6 +566,7 @@ def as_typed(config: RunConfig) -> Choice | None:
         placement if placement == "redistribute" else "even" if is_even else "balanced",
         config.parallel.sequence_parallel,
         offload=config.parallel.offload_activations,
+        balance=config.vocab.balance,
     )
     given = (
         *(config.parallel.layers_per_stage, config.parallel.recompute_per_stage),

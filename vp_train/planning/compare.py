@@ -16,11 +16,15 @@ from vp_train.planning.choice import Choice, Space, neighbours, offloading, spac
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import Estimate
 from vp_train.planning.fsdp import FsdpReport, Rivals, best_fsdp
+from vp_train.planning.plan import draft_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import simulated
+from vp_train.planning.short import placed_by_short
 from vp_train.units import AS_FAST, compared
 
-_EFFORT = 60_000  # passes that one look for what would help may place
+# Passes that one look for what would help may place, and at least so many short steps of the run:
+# of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.
+_EFFORT, _LEAST_STEPS = 60_000, 10
 _SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, in about a second
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
 _MANY = 1_000  # choices with two other settings; of more only those beside the best with one
@@ -142,14 +146,17 @@ def _turn(first: Way, other: Way, now: float, part: float) -> str:
         return seconds * first.factor <= others * other.factor
 
     won, most = wins(first.seconds, other.seconds), (1 + part) / (1 + now)
-    at_most = [way.seconds * most if way.is_slow else way.at(part) for way in (first, other)]
-    then = []
-    for found in (at_most, None):
-        found = [way.at(part) for way in (first, other)] if found is None else found
-        if found[0] is None or found[1] is None or wins(found[0], found[1]) == won:
-            return ""
-        then = [found[0], found[1]]
-    (fast, winner), (slow, loser) = sorted(zip(then, (first.words, other.words), strict=True))
+    # A slow way changes by some factor from 1 to `most`, so only what turns at one of them may.
+    if not any(
+        a is not None and b is not None and wins(a, b) != won
+        for factor in (1.0, most)
+        for a, b in [[w.seconds * factor if w.is_slow else w.at(part) for w in (first, other)]]
+    ):
+        return ""
+    ours, theirs = first.at(part), other.at(part)
+    if ours is None or theirs is None or wins(ours, theirs) == won:
+        return ""
+    (fast, winner), (slow, loser) = sorted(((ours, first.words), (theirs, other.words)))
     how = compared(fast, slow)
     if how == AS_FAST:
         return ""
@@ -211,14 +218,16 @@ def helps_of(
 
     progress("trying what one other setting would gain")
     of_one, typed = near(now), (config.optim,)
-    first = _fastest(config, ((of_one, typed), ([now], None)))
+    problem = draft_step(config, config.cluster.num_gpus).problem
+    effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
+    first = _fastest(config, ((of_one, typed), ([now], None)), effort)
     progress("trying what two other settings would gain")
     of_two = near(now, 2)
     if first is not None and len(of_two) > _MANY:
         of_two = near(first.candidate.choice)
     # Which stages recompute is dear to find out, so it is combined with the optimizer only.
     of_two = [choice for choice in of_two if not choice.recompute_where_needed]
-    second = _fastest(config, ((of_two, typed), (of_one, None)))
+    second = _fastest(config, ((of_two, typed), (of_one, None)), effort)
     found = list[Help]()
     before = report.step_seconds if report.fits else math.inf
     for best in (first, second):
@@ -257,6 +266,7 @@ def _choice_of(config: RunConfig, degrees: Degrees) -> Choice:
 def _fastest(
     config: RunConfig,
     rounds: Iterable[tuple[list[Choice], tuple[OptimConfig, ...] | None]],
+    effort: int,
 ) -> Estimate | None:
     """Return the fastest of choices with their optimizers (None: all) that fits."""
     found = [
@@ -265,7 +275,7 @@ def _fastest(
         for estimate in simulated(
             config,
             Space(tuple(choices), Counter(), optimizers),
-            _EFFORT,
+            effort,
         ).estimated
     ]
     return min(found, key=lambda estimate: estimate.key, default=None)

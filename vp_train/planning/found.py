@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from schedules.render import duration
 from vp_train.config import OptimConfig
 from vp_train.planning.choice import Choice, Kept
 from vp_train.planning.report import PlanReport
@@ -13,6 +12,7 @@ from vp_train.planning.weigh import Candidate
 
 # The part by which a step with offloaded activations must be faster than another to be preferred.
 MARGIN_OF_OFFLOADING = 0.005
+SAME = 0.001  # the part by which times of equally fast plans may differ
 _NO_MORE = 0.02  # parts by which the memory of a plan may exceed that of one it makes spare
 
 
@@ -108,13 +108,17 @@ class Estimate:
         return replace(self, seconds=report.step_seconds, memory=memory, host=host, is_planned=True)
 
     def makes_spare(self, other: Estimate) -> bool:
-        """Return whether this is the same split as fast as printed, and nowhere needs more."""
+        """Return whether this is the same split, as fast as the other, and nowhere needs more.
+
+        No estimate makes a plan spare.
+        """
         ours, theirs = self.candidate.choice, other.candidate.choice
         return (
-            ours.degrees == theirs.degrees
+            (self.is_planned or not other.is_planned)
+            and ours.degrees == theirs.degrees
             and ours.micro_batch_size == theirs.micro_batch_size
             and ours.splits_vocabulary == theirs.splits_vocabulary
-            and duration(self.seconds) == duration(other.seconds)
+            and abs(self.seconds - other.seconds) <= SAME * other.seconds
             and self.memory <= (1 + _NO_MORE) * other.memory
             and self.host <= (1 + _NO_MORE) * other.host
             and (ours.recompute == "none" or theirs.recompute != "none")
@@ -164,12 +168,12 @@ class Result:
 
 
 def order_of(estimate: Estimate) -> tuple[float, float]:
-    """Return the sort key: faster first, and less memory first if times look the same."""
+    """Return the sort key: faster first, and less memory first if rounded times agree."""
     return counted(estimate.candidate.choice, rounded(estimate.seconds)), estimate.memory
 
 
 def rounded(seconds: float) -> float:
-    """Return seconds to four digits, and from 100 on to hundredths, as they are printed."""
+    """Return seconds to four digits, from 100 on to hundredths: no coarser than printed ones."""
     return round(seconds, 2) if seconds >= 100 else float(f"{seconds:.4g}")
 
 

@@ -42,6 +42,7 @@ from vp_train.planning.choice import (
 )
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import (
+    SAME,
     Estimate,
     Found,
     Limits,
@@ -173,6 +174,7 @@ class _Search:
         self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
         self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
         self._num_layers = config.model.num_layers
+        self._num_before = 0  # estimates of what was typed and does not fit
         self._enough = 0.0  # effort for estimates once something fits
         self._is_on_gpus = config.run.device == "cuda"
         self._queue = _Queue()
@@ -311,16 +313,23 @@ class _Search:
 
         An estimate is also left out where that of a plan makes it spare.
         """
-        plans = [e for e in self._estimates if e.candidate.choice in self._planned]
-        kept, spare = list[Estimate](), set[Choice]()
+        plans, kept, spare = self._held(), list[Estimate](), set[Choice]()
         for one in sorted(self._known(), key=order_of):
-            others = kept if one.is_planned else [*kept, *plans]
-            if any(other.makes_spare(one) for other in others):
+            if any(other.makes_spare(one) for other in (*kept, *plans)):
                 spare.add(one.candidate.choice)
                 continue
             spare.update(other.candidate.choice for other in kept if one.makes_spare(other))
             kept = [other for other in kept if not one.makes_spare(other)] + [one]
         return kept, spare
+
+    def _held(self) -> list[Estimate]:
+        """Return the estimates whose plans take no longer than they said."""
+        return [
+            one
+            for one in self._estimates
+            if (planned := self._planned.get(one.candidate.choice)) is not None
+            and planned.report.step_seconds <= one.seconds * (1 + SAME)
+        ]
 
     def _without_offloading(self) -> Estimate | None:
         """Return the fastest that offloads no activations, as planned if it was."""
@@ -363,7 +372,7 @@ class _Search:
 
     def _goes_on(self) -> bool:
         """Return whether to estimate another choice: the first one always."""
-        if not self._num_estimated:
+        if self._num_estimated == self._num_before:
             return True
         enough = self._enough if self._estimates else max(self._limits.effort, self._enough)
         return self._spent < enough and self._in_time()
@@ -384,6 +393,7 @@ class _Search:
         except ConfigError as error:
             self._done.add(number)
             self._refuse(self._choices[number], error, self._bounds[number])
+            self._num_before = self._num_estimated  # the leanest is estimated in any case
 
     def _estimate(self, queue: _Queue, top: int) -> None:
         """Estimate choices until none left could be among the `top`, or the effort is spent.
@@ -722,12 +732,13 @@ class _Search:
         ahead = sorted((e for e in firsts if e is not None), key=lambda estimate: estimate.key)
         beyond = 0
         for estimate in [*ahead, *(e for e in queue if e not in ahead)]:
-            plans = [e for e in self._estimates if e.candidate.choice in self._planned]
             times = [one.counted for one in self._distinct()[0] if one.is_planned]
             enough = len(times) >= self._limits.top and estimate not in ahead
             if enough and estimate.counted * (1 - _SLACK) >= times[self._limits.top - 1]:
                 break
-            if any(other is estimate or other.makes_spare(estimate) for other in plans):
+            if estimate.candidate.choice in self._planned:
+                continue
+            if any(other.makes_spare(estimate) for other in self._held()):
                 continue
             cost = plan_nodes(estimate.candidate)
             if self._planned and self._spent + cost > self._limits.effort:
