@@ -305,6 +305,7 @@ def _rank_table(report: PlanReport) -> list[str]:
 
 
 def rendered(table: Table) -> list[str]:
+    """Return a table in lines, without colours."""
     console = Console(width=max(200, shutil.get_terminal_size().columns), color_system=None)
     with console.capture() as capture:
         console.print(table)

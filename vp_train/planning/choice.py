@@ -542,6 +542,26 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
                     )
 
 
+def choice_of(config: RunConfig, degrees: Degrees) -> Choice:
+    """Return the settings of a plan as a choice of a search."""
+    parallel = config.parallel
+    per_stage = parallel.recompute_per_stage
+    return Choice(
+        degrees,
+        micro_batch_size=config.micro_batch_size,
+        num_microbatches=config.num_microbatches,
+        schedule=config.schedule.name,
+        vocab=config.vocab.algorithm,
+        recompute=max(per_stage or (parallel.recompute,), key=RECOMPUTE.index),
+        num_chunks=config.schedule.num_chunks,
+        placement=parallel.placement,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_per_stage=per_stage,
+        offload=parallel.offload_activations,
+        balance=config.vocab.balance,
+    )
+
+
 def as_typed(config: RunConfig) -> Choice | None:
     """Return the choice that a search makes if it leaves the run of `config` as it is.
 
@@ -555,18 +575,11 @@ def as_typed(config: RunConfig) -> Choice | None:
         return None
     is_even = config.model.num_layers % layout.num_stages == 0
     placement = config.parallel.placement
-    choice = Choice(
-        degrees,
-        config.micro_batch_size,
-        batch_of(config) // degrees.dp // config.micro_batch_size,
-        config.schedule.name,
-        config.vocab.algorithm,
-        config.parallel.recompute,
-        layout.num_chunks if layout.name == "loop" else None,
-        placement if placement == "redistribute" else "even" if is_even else "balanced",
-        config.parallel.sequence_parallel,
-        offload=config.parallel.offload_activations,
-        balance=config.vocab.balance,
+    choice = replace(
+        choice_of(config, degrees),
+        num_microbatches=batch_of(config) // degrees.dp // config.micro_batch_size,
+        num_chunks=layout.num_chunks if layout.name == "loop" else None,
+        placement=placement if placement == "redistribute" else "even" if is_even else "balanced",
     )
     given = (
         *(config.parallel.layers_per_stage, config.parallel.recompute_per_stage),

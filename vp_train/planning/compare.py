@@ -11,8 +11,8 @@ from functools import cache
 from schedules.generators import GENERATORS
 from schedules.render import duration
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.config import RECOMPUTE, ConfigError, OptimConfig, RunConfig
-from vp_train.planning.choice import Choice, Space, neighbours, offloading, space_of
+from vp_train.config import ConfigError, OptimConfig, RunConfig
+from vp_train.planning.choice import Choice, Space, choice_of, neighbours, offloading, space_of
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import Estimate
 from vp_train.planning.fsdp import FsdpReport, Rivals, best_fsdp
@@ -206,7 +206,7 @@ def helps_of(
     if config.schedule.is_solved or config.schedule.file is not None:
         return []
     config = _with_degrees(config, report.degrees)
-    now, choices = _choice_of(config, report.degrees), space_of(config).choices
+    now, choices = choice_of(config, report.degrees), space_of(config).choices
 
     def near(choice: Choice, number: int = 1) -> list[Choice]:
         found = neighbours(choice, choices, number)
@@ -241,26 +241,6 @@ def helps_of(
 def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
     dp, pp, tp = degrees.dp, degrees.pp, degrees.tp
     return replace(config, parallel=replace(config.parallel, dp=dp, pp=pp, tp=tp))
-
-
-def _choice_of(config: RunConfig, degrees: Degrees) -> Choice:
-    """Return the settings of a plan as a choice of a search."""
-    parallel = config.parallel
-    per_stage = parallel.recompute_per_stage
-    return Choice(
-        degrees,
-        micro_batch_size=config.micro_batch_size,
-        num_microbatches=config.num_microbatches,
-        schedule=config.schedule.name,
-        vocab=config.vocab.algorithm,
-        recompute=max(per_stage or (parallel.recompute,), key=RECOMPUTE.index),
-        num_chunks=config.schedule.num_chunks,
-        placement=parallel.placement,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute_per_stage=per_stage,
-        offload=parallel.offload_activations,
-        balance=config.vocab.balance,
-    )
 
 
 def _fastest(

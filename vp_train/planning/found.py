@@ -23,7 +23,7 @@ def counted(choice: Choice, seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a search looks for and how long.
+    """The limits of a search: what it looks for, and how long.
 
     top: the number of plans to find.
     margin: the part of a GPU's memory that a plan must leave free.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 
 from schedules.ir import Kind, Pass
+from schedules.simulate import peak_in_flight
 from schedules.transfers import HostBytes
 from schedules.vocab import End
 from vp_train.config import ConfigError, OptimConfig
@@ -340,15 +341,11 @@ def _graph_bytes(step: StepPlan, rank: int) -> float:
     GPU cuBLAS has memory of its own for the forward and for the backward of a stage.
     """
     problem, found = step.problem, 0.0
-    last = Kind.W if problem.split_backward else Kind.B
     for stage in problem.layout.stages_of(rank):
         if not _has_graphs(step, stage):
             continue
-        in_flight = most = 0
-        for item in step.schedule.ranks[rank]:
-            if item.stage == stage:
-                in_flight += (item.kind is Kind.F) - (item.kind is last)
-                most = max(most, in_flight)
+        passes = (item for item in step.schedule.ranks[rank] if item.stage == stage)
+        most = peak_in_flight(passes, problem)
         found += 2 * _CUBLAS_BYTES * step.work.on_cuda
         forward, backward = Pass(stage, Kind.F, 0), Pass(stage, problem.backward, 0)
         kept, needed = step.cost.byte_change(forward), _working_bytes(backward, step)
