@@ -11,13 +11,18 @@ import pytest
 from schedules.generators import GENERATORS, searched_schedules
 from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config import ConfigError
+from vp_train.model import shape
 from vp_train.planning import choice as choice_module
 from vp_train.planning.choice import (
     TOO_LONG,
     Choice,
     Kept,
+    as_typed,
     batch_of,
+    beside,
+    counts_of_chunks,
     fitting_batches,
+    most_chunks,
     neighbours,
     offloading,
     optimizers_of,
@@ -31,9 +36,11 @@ from vp_train.planning.choice import (
     without_vocabulary_of,
 )
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.placement import redistribute
 from vp_train.settings import load_config
 
 NANO = load_config(["model=nano"])
+REDIS = "redistribute"
 
 
 def config_of(nodes=1, per_node=4, batch=12, device="cuda", **model):
@@ -48,7 +55,8 @@ def config_of(nodes=1, per_node=4, batch=12, device="cuda", **model):
 
 def variants(config, pp, tp):
     """Yield (schedule, chunks, vocab, placement, recompute, needed, sequences) of one split."""
-    layers = config.model.num_layers
+    layers, head = config.model.num_layers, shape.head_in_layers(config.model)
+    tried = {place: counts_of_chunks(pp, layers, at) for place, at in (("", None), (REDIS, head))}
     splits = tp > 1 and config.run.device == "cuda" and config.model.seq_length % tp == 0
     for name in GENERATORS:
         if name not in (searched_schedules() if pp > 1 else ("1f1b",)):
@@ -61,13 +69,10 @@ def variants(config, pp, tp):
             empty = max(0, stages - layers)  # two stages of one layer may lack it
             if empty > 2 or (empty and (layout != "loop" or empty >= pp)):
                 continue
-            regular = (even or empty) and chunks and chunks <= 16
-            if layout == "loop" and chunks not in (2, 3, 4, 6, 8) and not regular:
-                continue
             for vocab in searched_algorithms() if pp > 1 else ("none",):
                 places = ["even" if even else "balanced"]
                 if pp > 1 and not VOCAB_ALGORITHMS[vocab].sharded:
-                    places.append("redistribute")
+                    places.append(REDIS)
                 for recompute, needed in (
                     *(("none", False), ("selective", False), ("full", False)),
                     *(("selective", True), ("full", True)),
@@ -75,6 +80,8 @@ def variants(config, pp, tp):
                     if needed and stages == 1:
                         continue
                     for place, split in itertools.product(places, {False, splits}):
+                        if layout == "loop" and chunks not in tried[REDIS * (place == REDIS)]:
+                            continue
                         yield name, chunks, vocab, place, recompute, needed, split
 
 
@@ -199,6 +206,48 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
         assert offloading(one, layers) == [
             replace(plain, recompute=kind, offload=part) for kind in kinds for part in parts
         ]
+
+
+def test_chunks_are_tried_where_stages_shrink_and_where_all_are_alike():
+    for pp, layers, head in itertools.product((2, 3, 4, 7), (8, 30, 64, 126), (None, 0.4, 1.3)):
+        counts = range(2, most_chunks(pp, layers) + 1)
+        largest = {
+            count: -(-layers // (pp * count))
+            if head is None
+            else max(redistribute(layers, pp * count, head))
+            for count in counts
+        }
+        tried = counts_of_chunks(pp, layers, head)
+        for count in counts:
+            assert any(one <= count and largest[one] <= largest[count] for one in tried)
+            assert count in tried or layers % (pp * count)
+        assert len(tried) <= 2 * (2 * layers / pp) ** 0.5 + 1
+
+
+def test_one_stage_more_or_less_is_beside_a_choice():
+    choice = next(c for c in space_of(config_of()).choices if c.num_chunks == 2)
+    assert [one.num_chunks for one in beside(choice, 6 * choice.degrees.pp)] == [3]
+    wide = replace(choice, num_chunks=5, placement="balanced")
+    found = beside(wide, 6 * choice.degrees.pp)
+    assert [(one.num_chunks, one.placement) for one in found] == [(4, "balanced"), (6, "even")]
+    assert beside(replace(choice, num_chunks=None), 6) == []
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "micro_batch_size=3",
+        "schedule=gpipe",
+        "parallel.placement=redistribute",
+        "parallel.offload_activations=0.5",
+    ],
+)
+def test_what_was_typed_is_a_choice_with_values_that_no_search_tries(word):
+    words = ["model=nano", "parallel.pp=2", "parallel.dp=2", "vocab=none", "num_microbatches=6"]
+    config = load_config([*words, "run.device=cuda", "model.num_layers=8", word])
+    space = space_of(config)
+    assert space.choices.count(as_typed(config)) == 1
+    assert as_typed(config) not in space_of(config, Kept({"parallel.pp": 4})).choices
 
 
 def test_what_has_too_many_passes_to_be_planned_is_ruled_out_and_counted(monkeypatch):

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import groupby, product
 from typing import Any
 
@@ -15,20 +16,19 @@ from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config import (
     RECOMPUTE,
     ConfigError,
+    ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     VocabConfig,
     unknown,
 )
+from vp_train.model import shape
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
-from vp_train.planning.placement import offloaded_layers, split_layers
+from vp_train.planning.placement import offloaded_layers, redistribute, split_layers
 from vp_train.planning.plan import MOST_FORWARD_PASSES, SEQUENCE_DEVICES
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
-# Stages of a rank that interleaved schedules are tried with, besides those that split evenly.
-_CHUNKS = (2, 3, 4, 6, 8)
-_MOST_CHUNKS = 16
 _MOST_EMPTY = 2  # stages without a layer
 # What rules out a step that has too many passes.
 TOO_LONG = f"more than {MOST_FORWARD_PASSES:,} forward passes (microbatches x stages)"
@@ -346,10 +346,15 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
     """Return every way to run the batch of `config` on all GPUs of its cluster.
 
     The ranks of a tensor-parallel group are on one node.  What has another value than `kept` is
-    ruled out, and counts under the first setting that it does not have.
+    ruled out, and counts under the first setting that it does not have.  The run as it was typed is
+    a choice also where no search tries its values, such as micro_batch_size=3.
     """
-    batch, found = batch_of(config), list[Choice]()
+    batch, found = batch_of(config), dict[Choice, str | None]()  # what rules it out
     excluded: Counter[str] = Counter()
+
+    def add(choice: Choice) -> None:
+        found[choice] = kept.against(choice) or _too_long(choice) or _moves_nothing(choice, config)
+
     sizes = kept.with_value("micro_batch_size", MICRO_BATCH_SIZES)
     for degrees in splits_of(config):
         variants = list(_variants(config, degrees, kept))
@@ -364,13 +369,18 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
                 continue
             count = batch // degrees.dp // size
             for variant in variants:
-                choice = replace(variant, micro_batch_size=size, num_microbatches=count)
-                other = kept.against(choice) or _too_long(choice) or _moves_nothing(choice, config)
-                if other is None:
-                    found.append(choice)
-                else:
-                    excluded[other] += 1
-    return Space(tuple(found), excluded, kept.optimizers(config), kept)
+                add(replace(variant, micro_batch_size=size, num_microbatches=count))
+    typed = as_typed(config)
+    if (
+        typed is not None
+        and typed not in found
+        and typed.layout.num_stages <= config.model.num_layers + _MOST_EMPTY
+        and _reason_against(config, typed.degrees) is None
+    ):
+        add(typed)
+    excluded.update(reason for reason in found.values() if reason is not None)
+    choices = tuple(choice for choice, reason in found.items() if reason is None)
+    return Space(choices, excluded, kept.optimizers(config), kept)
 
 
 def _too_long(choice: Choice) -> str | None:
@@ -450,6 +460,30 @@ def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> lis
     ]
 
 
+def beside(choice: Choice, num_layers: int) -> list[Choice]:
+    """Return the choices whose ranks have one stage more or less, where this is free."""
+    if choice.num_chunks is None:
+        return []
+    pp, counts = choice.degrees.pp, (choice.num_chunks - 1, choice.num_chunks + 1)
+    return [
+        replace(
+            choice,
+            num_chunks=count,
+            placement=choice.placement if choice.redistributes else _even(num_layers, pp * count),
+            recompute_where_needed=choice.recomputes_partly,
+            recompute_per_stage=None,
+            optimizer=None,
+        )
+        for count in counts
+        if 2 <= count <= most_chunks(pp, num_layers)
+    ]
+
+
+def _even(num_layers: int, num_stages: int) -> str:
+    """Return the placement of layers that are as even as possible."""
+    return "balanced" if num_layers % num_stages else "even"
+
+
 def _differences(choice: Choice, other: Choice) -> int:
     """Return in how many things two choices differ, see `neighbours`."""
     splits, moves = choice.degrees != other.degrees, choice.vocab != other.vocab
@@ -515,15 +549,15 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
     algorithms = kept.with_value("vocab.algorithm", searched_algorithms())
     offload = kept.values.get("parallel.offload_activations", 0.0)
     balance = kept.values.get("vocab.balance", False)
-    for schedule in schedules if pp > 1 else ("1f1b",):
-        for num_chunks in _chunks(schedule, pp, model.num_layers, kept):
-            num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
-            even = "even" if model.num_layers % num_stages == 0 else "balanced"
-            for vocab in algorithms if pp > 1 else ("none",):
-                moves = pp > 1 and not VOCAB_ALGORITHMS[vocab].sharded
-                for placement, recompute, needed, sequences in product(
-                    (even, "redistribute") if moves else (even,), RECOMPUTE, (False, True), both
-                ):
+    for schedule, vocab in product(
+        schedules if pp > 1 else ("1f1b",), algorithms if pp > 1 else ("none",)
+    ):
+        moves = pp > 1 and not VOCAB_ALGORITHMS[vocab].sharded
+        for redistributes in (False, True) if moves else (False,):
+            for num_chunks in _chunks(schedule, pp, model, kept, redistributes=redistributes):
+                num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
+                even = _even(model.num_layers, num_stages)
+                for recompute, needed, sequences in product(RECOMPUTE, (False, True), both):
                     if needed and (recompute == "none" or num_stages == 1):
                         continue
                     yield Choice(
@@ -534,7 +568,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
                         vocab=vocab,
                         recompute=recompute,
                         num_chunks=num_chunks,
-                        placement=placement,
+                        placement="redistribute" if redistributes else even,
                         sequence_parallel=sequences,
                         recompute_where_needed=needed,
                         offload=offload,
@@ -565,21 +599,23 @@ def choice_of(config: RunConfig, degrees: Degrees) -> Choice:
 def as_typed(config: RunConfig) -> Choice | None:
     """Return the choice that a search makes if it leaves the run of `config` as it is.
 
-    None if no search makes it, as with layers given per stage, an order from a file, or degrees
-    that do not fit the cluster.
+    None if no search makes it, as with layers given per stage, an order that is searched for or
+    from a file, or degrees that do not fit the cluster.
     """
+    if config.vocab.algorithm not in VOCAB_ALGORITHMS:
+        return None
     try:
         degrees = split_ranks(config.parallel, config.cluster.num_gpus)
         layout = GENERATORS[config.schedule.name].layout_of(degrees.pp, config.schedule.num_chunks)
     except (ConfigError, KeyError, ValueError):
         return None
-    is_even = config.model.num_layers % layout.num_stages == 0
+    even = _even(config.model.num_layers, layout.num_stages)
     placement = config.parallel.placement
     choice = replace(
         choice_of(config, degrees),
         num_microbatches=batch_of(config) // degrees.dp // config.micro_batch_size,
         num_chunks=layout.num_chunks if layout.name == "loop" else None,
-        placement=placement if placement == "redistribute" else "even" if is_even else "balanced",
+        placement=placement if placement == "redistribute" else even,
     )
     given = (
         *(config.parallel.layers_per_stage, config.parallel.recompute_per_stage),
@@ -588,27 +624,48 @@ def as_typed(config: RunConfig) -> Choice | None:
     return choice if given == (None,) * len(given) else None
 
 
-def _chunks(schedule: str, pp: int, num_layers: int, kept: Kept = ALL) -> Iterator[int | None]:
-    """Yield the stages per rank to try.
+def _chunks(
+    schedule: str, pp: int, model: ModelConfig, kept: Kept = ALL, *, redistributes: bool = False
+) -> Iterable[int | None]:
+    """Return the stages per rank to try; every stage has a layer, but see `counts_of_chunks`."""
+    family = GENERATORS[schedule]
+    if family.layout != "loop":
+        return (None,) if family.layout_of(pp).num_stages <= model.num_layers else ()
+    head = shape.head_in_layers(model) if redistributes else None
+    counts = counts_of_chunks(pp, model.num_layers, head)
+    wanted = kept.values.get("schedule.num_chunks")
+    if wanted is None or not 2 <= wanted <= most_chunks(pp, model.num_layers):
+        return counts
+    return sorted({*counts, wanted})
+
+
+@cache
+def counts_of_chunks(pp: int, num_layers: int, head_in_layers: float | None) -> tuple[int, ...]:
+    """Return the numbers of stages per rank that are worth a try, from 2 on.
+
+    With smaller stages the pipeline fills and drains faster, and with more stages more is sent.  So
+    a number is tried where the largest stage is smaller than with all lower ones, or where all
+    stages are alike.  `head_in_layers` is that of `redistribute`, None where it does not move any.
 
     Every stage has a layer.  Where it has only one, up to two stages may have none: the 126 layers
     of Llama 3 405B ran in 16 x 8 stages.
     """
-    family = GENERATORS[schedule]
-    if family.layout != "loop":
-        if family.layout_of(pp).num_stages <= num_layers:
-            yield None
-        return
-    wanted = kept.values.get("schedule.num_chunks")
-    most = most_chunks(pp, num_layers)
-    for count in range(2, most + 1):
-        is_regular = num_layers % (pp * count) == 0 or pp * count > num_layers
-        if count in _CHUNKS or (is_regular and count <= _MOST_CHUNKS) or count == wanted:
-            yield count
+    found, largest = list[int](), num_layers + 1
+    for count in range(2, most_chunks(pp, num_layers) + 1):
+        num_stages = pp * count
+        most = (
+            -(-num_layers // num_stages)
+            if head_in_layers is None
+            else max(redistribute(num_layers, num_stages, head_in_layers))
+        )
+        if most < largest or num_layers % num_stages == 0:
+            found.append(count)
+        largest = min(largest, most)
+    return tuple(found)
 
 
 def most_chunks(pp: int, num_layers: int) -> int:
-    """Return the most stages of a rank that a search tries with so many ranks."""
+    """Return the most stages of a rank that a search tries with `pp` ranks."""
     return min(-(-num_layers // pp), (num_layers + _MOST_EMPTY) // pp)
 
 

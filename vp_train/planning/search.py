@@ -35,6 +35,7 @@ from vp_train.planning.choice import (
     Kept,
     Space,
     as_typed,
+    beside,
     neighbours,
     offloading,
     space_of,
@@ -532,7 +533,7 @@ class _Search:
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
-        found = neighbours(choice, self._space.choices)
+        found = neighbours(choice, self._space.choices) + beside(choice, self._num_layers)
         if self._is_on_gpus and (choice.offload or choice.recompute != "none"):
             found += offloading(choice, self._num_layers)
         return [one for one in found if self._space.kept.against(one) is None]
