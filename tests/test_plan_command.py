@@ -159,7 +159,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     plans = record["best"]
     for name in ("dp", "pp", "tp"):
         values = {plan[name] for plan in plans}
-        assert (f"{name} {plans[0][name]}, " in shown[0]) is (len(values) == 1)
+        assert (f"{name} {plans[0][name]}; " in shown[0]) is (len(values) == 1)
         assert (f" {name} " in shown[2]) is (len(values) > 1)
     assert [row.split()[0] for row in shown[4:7]] == ["1", "2", "3"]
     first = out[out.index("the first: ") :].splitlines()[0].removeprefix("the first: ")

@@ -242,8 +242,8 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
         (first,) = result.best
         again = replace(first, choice=replace(first.choice, offload=0.0))  # counts as faster
         for best, words in (
-            ((first,), "; with half of that none of the plans fits"),
-            ((first, again), "; with half of that the fastest plan that fits is row 1"),
+            ((first,), "; with half of that nothing named here fits"),
+            ((first, again), "; with half of that the fastest named here that fits is row 1"),
         ):
             lines = search_lines(config, Limits(), replace(result, best=best))
             (line,) = (line for line in lines if line.startswith("link: "))

@@ -34,7 +34,7 @@ _SHOWN_REFUSALS = 3
 _GIB, _MIB = 2.0**30, 2.0**20
 _MEMORY = {_GIB: "GiB", _MIB: "MiB"}
 # Of the table of a search: the columns with words, and that of GiB per node.
-_WORDS = ("schedule x chunks", "vocab", "placement", "recompute", "optim")
+_WORDS = ("schedule x chunks", "vocab, placement", "recompute", "optim")
 _HOST_MEMORY = "host RAM"
 
 
@@ -220,8 +220,8 @@ def _host_memory_lines(best: Sequence[Found], limits: Limits) -> list[str]:
     if known is None:
         line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
     else:
-        left = f"{known * (1 - limits.margin):,.4g} of the " if limits.margin else ""
-        line = f"host RAM: {need}; a plan may use {left}{known:g} GiB of cluster.host_memory_gib"
+        left = f"{known * (1 - limits.margin):,.6g} of the " if limits.margin else ""
+        line = f"host RAM: {need}; a plan may use {left}{known:,.6g} GiB of cluster.host_memory_gib"
     if any(found.report.host.activations for found in best):
         line += "; no training on GPUs has offloaded activations yet"
     return [line]
@@ -232,7 +232,8 @@ def _slow_link_lines(
 ) -> list[str]:
     """Return a line with the slowest link to the host with which the first plan fits.
 
-    Where it does not fit with half of the link, the fastest plan that does is named, if there is.
+    Where it does not fit with half of the link, the fastest that does is named, if there is any:
+    a plan, or an estimate that moves nothing.
     """
     first, now = result.best[0], link_of(config)
     if not first.choice.offload:
@@ -252,15 +253,16 @@ def _slow_link_lines(
         "the best without vocabulary parallelism": result.without_vocabulary,
         "the best without offloaded activations": result.without_offloading,
     }
-    planned = {
+    named = {
         found.choice: (words, found.counted)
         for words, found in (*firsts.items(), *rest)
-        if isinstance(found, Found) or (found is not None and found.is_planned)
+        if isinstance(found, Found)
+        or (found is not None and (found.is_planned or not found.choice.offload))
     }
-    for choice, (words, _) in sorted(planned.items(), key=lambda one: one[1][1]):
+    for choice, (words, _) in sorted(named.items(), key=lambda one: one[1][1]):
         if not choice.offload or SlowLink(config, choice).needs(now / 2) <= limit:
-            return [f"{line}; with half of that the fastest plan that fits is {words}"]
-    return [f"{line}; with half of that none of the plans fits"]
+            return [f"{line}; with half of that the fastest named here that fits is {words}"]
+    return [f"{line}; with half of that nothing named here fits"]
 
 
 def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:
@@ -271,9 +273,6 @@ def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:
     first = result.best[0].report
     unit = _GIB if memory_of(result.best[0]) >= _GIB else _MIB
     chosen = [_choice_words(row.choice) for row in rows]
-    if not any(row.choice.offload for row in rows):
-        for words in chosen:
-            del words["offload"]
     common = {
         head: word
         for head, word in chosen[0].items()
@@ -289,7 +288,7 @@ def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:
     for place, (row, words) in enumerate(zip(rows, chosen, strict=True), 1):
         words |= row.words(first, unit)
         table.add_row(str(place), *(words.get(head, "") for head in heads))
-    lines = [f"in all rows: {', '.join(map(' '.join, common.items()))}", ""] if common else []
+    lines = [f"in all rows: {'; '.join(map(' '.join, common.items()))}", ""] if common else []
     lines += rendered(table)
     if result.estimated:
         lines += ["~ estimated from short steps, not planned whole"]
@@ -311,10 +310,8 @@ def _choice_words(choice: Choice) -> dict[str, str]:
         "tp": str(degrees.tp),
         "microbatches": f"{choice.num_microbatches} x {choice.micro_batch_size}",
         "schedule x chunks": choice.schedule + ("" if chunks is None else f" x {chunks}"),
-        "vocab": _vocab_words(choice),
-        "placement": choice.placement,
+        "vocab, placement": _vocab_words(choice),
         "recompute": _recompute_words(choice),
-        "offload": f"{choice.offload:.0%}",
         "sp": "yes" if choice.sequence_parallel else "no",
         "optim": _optimizer_words(choice),
     }
@@ -332,20 +329,22 @@ def _report_words(report: PlanReport, unit: float) -> dict[str, str]:
 
 
 def _vocab_words(choice: Choice) -> str:
-    return choice.vocab + ", uneven rows" * (choice.balance and choice.splits_vocabulary)
+    """Return the algorithm, and how rows or layers are placed unless that is evenly."""
+    rows = ", uneven rows" * (choice.balance and choice.splits_vocabulary)
+    return choice.vocab + rows + ", redistribute" * choice.redistributes
 
 
 def _recompute_words(choice: Choice) -> str:
-    if choice.recompute_per_stage is None:
-        return choice.recompute
-    kinds = choice.recompute_per_stage
-    return f"{choice.recompute} in {len(kinds) - kinds.count('none')}/{len(kinds)}"
+    kinds, words = choice.recompute_per_stage, choice.recompute
+    if kinds is not None:
+        words += f" in {len(kinds) - kinds.count('none')}/{len(kinds)}"
+    return f"{words}, offload {choice.offload:.0%}" if choice.offload else words
 
 
 def _optimizer_words(choice: Choice) -> str:
     optim = choice.optimizer
     assert optim is not None, "a plan has an optimizer"
-    return optim.name + " on hosts" * optim.offload
+    return "on hosts" if optim.offload else optim.name
 
 
 def _excluded_lines(result: Result) -> list[str]:

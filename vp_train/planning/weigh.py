@@ -87,7 +87,7 @@ class HostMemoryError(ConfigError):
 
     def __init__(self, needs: float, limit: float) -> None:
         super().__init__(
-            f"host memory, of which a node may use {limit / 2**30:,.4g} GiB "
+            f"host memory, of which a node may use {limit / 2**30:,.6g} GiB "
             "(cluster.host_memory_gib)"
         )
         self.needs = needs
