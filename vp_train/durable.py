@@ -79,8 +79,11 @@ def similar_run(path: Path) -> Path | None:
 
 def runs_beside(path: Path, most: int) -> list[str]:
     """Return the names of the runs beside `path` that were changed last, at most so many."""
-    found = ((place.stat().st_mtime, place.parent) for place in path.parent.glob("*/config.yaml"))
-    return [plain(run.name) for _, run in sorted(found, reverse=True)[:most]]
+    found: list[tuple[float, str]] = []
+    for place in path.parent.glob("*/config.yaml"):
+        with suppress(OSError):  # somebody may remove it meanwhile
+            found.append((place.stat().st_mtime, plain(place.parent.name)))
+    return [name for _, name in sorted(found, reverse=True)[:most]]
 
 
 def meant_run(path: Path) -> str:

@@ -166,12 +166,12 @@ def test_ranks_fill_the_nodes_in_their_order_and_the_fullest_node_counts(dp, tp,
 
 
 def test_a_search_does_not_offload_more_than_hosts_have():
-    """The optimizer state of 30B takes 539 GiB."""
+    """The optimizer state of 30B takes 539 GiB; 5 % of host memory stay free."""
     words = ["model=gpt_30b", "cluster=h100_80g_node", "num_microbatches=16"]
     kept = {"optim.name": "zero1", "optim.offload": True, "parallel.pp": 8}
     kept |= {"schedule.name": "1f1b", "vocab.algorithm": "one_barrier"}
     kept |= {"micro_batch_size": 1, "parallel.recompute": "full"}
-    for gib, fits in ((600, True), (500, False)):
+    for gib, fits in ((600, True), (550, False)):
         config = load_config([*words, f"cluster.host_memory_gib={gib}"])
         space = space_of(config, Kept(kept))
         result = search(config, Limits(top=1), lambda: True, str, space)
@@ -191,7 +191,7 @@ def test_a_search_does_not_offload_more_than_hosts_have():
         else:
             assert result.num_estimated == result.num_open == 0, "arithmetic says so"
             words = (
-                f"needs {state:.2f} GiB of host memory per node, {state - 475:.2f} GiB more than"
+                f"needs {state:.2f} GiB of host memory per node, {state - 522.5:.2f} GiB more than"
             )
             assert words in lines
             assert "would help: GPUs" not in lines
