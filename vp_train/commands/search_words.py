@@ -33,7 +33,7 @@ from vp_train.units import compared, large_bytes, plural
 _SHOWN_REFUSALS = 3
 _GIB, _MIB = 2.0**30, 2.0**20
 _MEMORY = {_GIB: "GiB", _MIB: "MiB"}
-# Of the table of a search: the columns with words, and that of GiB per node.
+# Of the table of a search: the columns with words, and that of the memory per node.
 _WORDS = ("schedule x chunks", "vocab, placement", "recompute", "optim")
 _HOST_MEMORY = "host RAM"
 
@@ -324,7 +324,7 @@ def _report_words(report: PlanReport, unit: float) -> dict[str, str]:
         "MFU": f"{report.mfu:.1%}",
         "bubble": f"{report.bubble:.1%}",
         _MEMORY[unit]: f"{report.ranks[report.worst].memory.total / unit:.1f}",
-        _HOST_MEMORY: f"{report.host.total / _GIB:,.0f}",
+        _HOST_MEMORY: f"{report.host.total / unit:,.0f}",
     }
 
 
