@@ -31,7 +31,7 @@ from vp_train.config import ConfigError
 from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
-from vp_train.planning.fsdp import best_step
+from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, Means, best_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
 from vp_train.planning.workload import Workload
@@ -160,7 +160,7 @@ def experts() -> list[Expert]:
 def best_of_expert(expert: Expert) -> dict[str, Any] | None:
     """Return the fastest plan of the expert that fits."""
     if expert.is_fsdp:
-        return fully_sharded(expert, uses_hosts=False)
+        return fully_sharded(expert, ON_GPUS)
     found = []
     for words, recompute in itertools.product(expert.plans, RECOMPUTE):
         if found and found[-1][0].startswith(f"{words} "):
@@ -176,12 +176,12 @@ def best_of_expert(expert: Expert) -> dict[str, Any] | None:
     return None if best is None else described(*best)
 
 
-def fully_sharded(expert: Expert, *, uses_hosts: bool) -> dict[str, Any] | None:
+def fully_sharded(expert: Expert, means: Means) -> dict[str, Any] | None:
     """Return the step of an FSDP plan, None if it does not fit."""
     config = load_config([*expert.job, *expert.plan])
     work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
     settings = work, config.cluster, config.cost, config.optim
-    step = best_step(*settings, uses_hosts=uses_hosts)
+    step = best_step(*settings, means)
     if step is None or not step.fits:
         return None
     how = step.memory_words.removeprefix("recomputation ")
@@ -207,7 +207,7 @@ def row_of(expert: Expert) -> dict[str, Any]:
     row["expert"] = best
     rivals = {"search": best, "on_device": best}
     if expert.is_fsdp:
-        rivals["search"] = row["expert_on_hosts"] = fully_sharded(expert, uses_hosts=True)
+        rivals["search"] = row["expert_on_hosts"] = fully_sharded(expert, ON_HOSTS)
     config = load_config([*expert.job, f"num_microbatches={expert.sequences}"])
     for name, kept in (("search", Kept()), ("on_device", ON_DEVICE)):
         started, space = time.process_time(), space_of(config, kept)

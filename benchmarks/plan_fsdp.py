@@ -27,7 +27,7 @@ from vp_train.config import RunConfig
 from vp_train.planning.choice import Space, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Found, Limits, Result
-from vp_train.planning.fsdp import FsdpReport, best_fsdp
+from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, best_fsdp
 from vp_train.planning.search import search
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
@@ -99,7 +99,7 @@ def pipeline_of(config: RunConfig, found: Found, result: Result) -> Pipeline:
     )
 
 
-def fsdp_of(config: RunConfig, *, uses_hosts: bool) -> FsdpReport | None:
+def fsdp_of(config: RunConfig, means: Means) -> FsdpReport | None:
     sequences = config.num_microbatches
     work = Workload.of(config, Degrees(config.cluster.num_gpus, 1, 1))
     report = best_fsdp(
@@ -108,7 +108,7 @@ def fsdp_of(config: RunConfig, *, uses_hosts: bool) -> FsdpReport | None:
         config.cost,
         config.optim,
         num_sequences=sequences,
-        uses_hosts=uses_hosts,
+        means=means,
     )
     return report if report is not None and report.fits else None
 
@@ -116,7 +116,7 @@ def fsdp_of(config: RunConfig, *, uses_hosts: bool) -> FsdpReport | None:
 def row_of(name: str, num_gpus: int, rails: int) -> dict[str, Any]:
     """Return the comparison of one model on one number of GPUs."""
     config = config_of(MODELS[name], num_gpus, rails)
-    fsdp, alone = (fsdp_of(config, uses_hosts=uses_hosts) for uses_hosts in (True, False))
+    fsdp, alone = (fsdp_of(config, means) for means in (ON_HOSTS, ON_GPUS))
     pipelines = {
         "with_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=True),
         "without_vocabulary_parallelism": best_pipeline(config, splits_vocabulary=False),

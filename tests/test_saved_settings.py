@@ -364,7 +364,7 @@ def test_weights_of_another_model_are_refused_before_data_is_prepared(started, t
 
 def test_a_run_that_is_not_there_is_said_to_begin(started):
     config = load_config(["run.name=two", "run.resume=true"])
-    assert resume_words(config).startswith("runs/two holds no run: a new one begins at ")
+    assert resume_words(config).startswith("runs/two holds no run: NOTHING IS RESUMED, a new ")
     assert resume_words(load_config(["run.name=two"])) is None
 
 

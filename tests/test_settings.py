@@ -117,14 +117,17 @@ def test_groups_of_names_have_the_names_of_the_tables():
 
 @pytest.mark.parametrize(("name", "close"), [("mien", "mine"), ("ac", "ab"), ("zz", None)])
 def test_a_name_that_no_run_has_is_answered_with_the_closest(tmp_path, name, close):
-    for other in ("mine", "ab"):
+    for time, other in enumerate(("oldest", "old", "mine", "ab")):
         (tmp_path / other).mkdir()
         (tmp_path / other / "config.yaml").write_text("")
+        os.utime(tmp_path / other / "config.yaml", (0, 1_000 * time))
     words = resume_words(
         load_config([f"run.root={tmp_path}", f"run.name={name}", "run.resume=true"])
     )
-    hint = f" (did you mean run.name={close}?)" if close else ""
-    assert words.startswith(f"{tmp_path}/{name} holds no run{hint}: a new one begins at step 1")
+    hint = f"did you mean run.name={close}?" if close else "the newest runs there: ab, mine, old"
+    assert words.startswith(
+        f"{tmp_path}/{name} holds no run ({hint}): NOTHING IS RESUMED, a new one begins at step 1"
+    )
 
 
 def test_the_page_of_settings_is_the_one_that_is_generated():

@@ -421,6 +421,7 @@ def test_jitter_shows_how_the_steps_of_every_schedule_vary(vp_simulate, tmp_path
 def test_the_columns_of_a_searched_schedule_hold_what_is_found(vp_simulate):
     code, out, _ = vp_simulate("--jitter", "0", *UNIT, "schedule=auto", "vocab=auto")
     assert code == 0
+    assert "fastest on average" not in out, "one schedule is compared with none"
     head, row = (
         next(line for line in out.splitlines() if line.startswith(word))
         for word in ("schedule ", "auto from ")

@@ -134,8 +134,14 @@ class Setting:
                 words = f"is out of range; it must lie in {self.allowed}"
             raise ConfigError(f"{name}={value} {words}")
         if not self._high_enough(value):
-            way_out = ", or null for none" if default is None else ""
+            way_out = "" if default is not None else f", or null{self._null_words}"
             raise ConfigError(f"{name}={value} is too small; it must be {self._at_least}{way_out}")
+
+    @property
+    def _null_words(self) -> str:
+        """Return in words what null stands for, "" if the meaning does not say it."""
+        words = re.search(r"null: (.+?)(?:;|\.(?:\s|$))", self.meaning)
+        return "" if words is None else f" ({words[1]})"
 
     @property
     def _lowest(self) -> float | None:
@@ -235,7 +241,7 @@ def refuse_with_graphs(name: str, value: object, needed: object) -> None:
     if value != needed:
         raise ConfigError(
             f"run.cuda_graphs=true replays passes of {name}={needed}, not of {value}; "
-            f"drop run.cuda_graphs, or set {name}={needed}"
+            f"use {name}={needed} or run.cuda_graphs=false"
         )
 
 
@@ -1137,9 +1143,9 @@ class ClusterConfig:
     host_memory_gib: float | None = setting(
         None,
         "Memory of a node's host that its ranks may allocate for activations and optimizer state; "
-        "null: not checked.",
+        "0: none; null: not checked.",
         unit="GiB",
-        above=0,
+        least=0,
     )
     host_memory_bytes_per_second: float = setting(
         1e10, "A GPU's share of the bandwidth of host memory.", unit="bytes/s", least=1

@@ -77,6 +77,15 @@ def similar_run(path: Path) -> Path | None:
     return path.parent / close[0] if close else None
 
 
+def runs_beside(path: Path, most: int) -> list[str]:
+    """Return the names of the runs beside `path` that were changed last, at most so many."""
+    found: list[tuple[float, str]] = []
+    for place in path.parent.glob("*/config.yaml"):
+        with suppress(OSError):  # somebody may remove it meanwhile
+            found.append((place.stat().st_mtime, plain(place.parent.name)))
+    return [name for _, name in sorted(found, reverse=True)[:most]]
+
+
 def meant_run(path: Path) -> str:
     """Return a hint at `similar_run` for a message, empty if there is none."""
     close = similar_run(path)

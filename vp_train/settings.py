@@ -41,7 +41,14 @@ from vp_train.config import (
     setting_of,
     unknown,
 )
-from vp_train.durable import UnreadableError, checkpoints_in, homes, read_text, similar_run
+from vp_train.durable import (
+    UnreadableError,
+    checkpoints_in,
+    homes,
+    read_text,
+    runs_beside,
+    similar_run,
+)
 from vp_train.units import plural
 
 # What is read of a command line, and of a file with settings.  Hydra takes seconds for more: it
@@ -819,8 +826,12 @@ def resume_words(
     if not path.is_file():
         close = similar_run(config.run.directory)
         hint = "" if close is None else f" (did you mean run.name={close.name}?)"
-        begins = "a new one begins at step 1 with the settings of this command line"
-        return f"{config.run.directory} holds no run{hint}: {begins}"
+        if close is None and (names := runs_beside(config.run.directory, 3)):
+            hint = f" (the newest runs there: {', '.join(names)})"
+        return (
+            f"{config.run.directory} holds no run{hint}: NOTHING IS RESUMED, "
+            "a new one begins at step 1 with the settings of this command line"
+        )
     begins = ""
     if not checkpoints_in(config.run.checkpoints):
         begins = f" ({config.run.checkpoints} holds no checkpoint: training begins at step 1)"

@@ -31,6 +31,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def large_bytes(count: float) -> str:
+    """Format bytes like `human_bytes`, but many GiB without fractions: 1,238 GiB."""
+    return f"{count / 2**30:,.0f} GiB" if count >= 100 * 2**30 else human_bytes(count)
+
+
 def compared(seconds: float, than: float) -> str:
     """Return how much slower or faster `seconds` are than others: `1.5% slower`, or `as fast`."""
     change = seconds / than - 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 
+from vp_train.planning.choice import Kept
 from vp_train.planning.compare import (
     Way,
     contention_words,
@@ -14,6 +16,7 @@ from vp_train.planning.compare import (
     pipeline_way,
     rivals_of,
 )
+from vp_train.planning.fsdp import ON_HOSTS, Means
 from vp_train.planning.report import make_report
 from vp_train.settings import load_config
 
@@ -78,9 +81,21 @@ def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():
     whole, rest = (rivals_of(config, report, margin) for margin in (0.0, 0.25))
     assert (whole.rival.limit, rest.rival.limit) == (75 * 2**30, 0.75 * 75 * 2**30)
     assert whole.rival == whole.without_hosts
-    offloads = load_config([*GPT, "optim.name=zero1", "optim.offload=true"])
-    on_hosts = rivals_of(offloads, make_report(offloads))
-    assert on_hosts.rival == on_hosts.with_hosts
+    used = set()
+    for part, offload in itertools.product((0, 1), ("false", "true")):
+        words = [f"parallel.offload_activations={part}", f"optim.offload={offload}"]
+        typed = [*GPT, "cluster.memory_gib=5", "num_microbatches=64", "optim.name=zero1", *words]
+        config = load_config(typed)
+        report = make_report(config)
+        found = rivals_of(config, report)
+        used.add((found.rival.num_offloaded > 0, found.rival.offloads_optimizer))
+        assert found.means == Means(part > 0, offload == "true")
+        assert found.rival.num_offloaded == 0 or part
+        assert offload == "true" or not found.rival.offloads_optimizer
+        kept = Kept.of(config, [word.partition("=")[0] for word in words])
+        assert rivals_of(config, report, kept=kept).means == found.means
+        assert rivals_of(config, report, kept=Kept()).means == ON_HOSTS
+    assert len(used) > 2
 
 
 def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_more():

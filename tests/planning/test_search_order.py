@@ -22,6 +22,7 @@ from vp_train.planning import no_choice
 from vp_train.planning import search as search_module
 from vp_train.planning import short as short_module
 from vp_train.planning.choice import Choice, Kept, Space
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.search import _Search, fits_on, search
@@ -199,9 +200,10 @@ def enter(monkeypatch):
     def entered(world):
         made = []
 
-        def scales(config, limit, optimizers):
+        def scales(config, limit, optimizers, margin):
             made.append((limit, optimizers))
-            world.limit = limit
+            known = with_margin(config.cluster, margin).host_memory_gib
+            world.limit, world.host_limit = limit, float("inf") if known is None else known * GIB
             return world
 
         monkeypatch.setattr(search_module, "Scales", scales)
@@ -895,7 +897,7 @@ def test_the_fastest_optimizer_that_fits_is_taken(enter):
             (OFFLOAD,),
             {},
             2.0 * GIB + 1,
-            "cluster.host_memory_gib=2: what is offloaded needs more",
+            "host memory, of which a node may use 2 GiB (cluster.host_memory_gib)",
         ),
         ((ADAMW,), {}, 9.0 * GIB, "adamw"),
     ]
@@ -914,7 +916,7 @@ def test_the_fastest_optimizer_that_fits_is_taken(enter):
         else:
             (refusal,) = found.refused
             assert refusal.reason.startswith(expected)
-            assert (refusal.needs is None) == expected.startswith("cluster")
+            assert (refusal.needs is None) == expected.startswith("host")
 
 
 def test_hosts_are_asked_only_where_something_is_kept_there_and_their_memory_is_known(enter):
@@ -933,13 +935,12 @@ def test_hosts_are_asked_only_where_something_is_kept_there_and_their_memory_is_
     for excess, fits in ((0.0, True), (1.0, False)):
         world = World([Facts(1.0, 4.0, planned_host=3.0 * GIB + excess), Facts(5.0, 5.0)])
         enter(world)
-        found = run(
-            world, config=replace(config, cluster=replace(config.cluster, host_memory_gib=3))
-        )
+        cluster = replace(config.cluster, host_memory_gib=4)
+        found = run(world, config=replace(config, cluster=cluster), margin=0.25)
         assert numbers(world, found.best) == [0 if fits else 1]
         if not fits:
             (refusal,) = found.refused
-            words = "cluster.host_memory_gib=3: what is offloaded needs more"
+            words = "host memory, of which a node may use 3 GiB (cluster.host_memory_gib)"
             assert (refusal.reason, refusal.bound, refusal.needs) == (words, 4.0, None)
             assert refusal.host_needs == 3.0 * GIB + 1
             assert found.excluded == {words: 1}

@@ -233,6 +233,9 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
+_OVERRIDE = r"[+~]{0,2}[a-z_]+(\.[a-z_0-9]+)*=[^/]*"
+
+
 def path_of(word: str) -> Path:
     """Return the path that was typed, with ~ expanded.  Raises ConfigError if it is unprintable.
 
@@ -262,7 +265,7 @@ def output_of(option: str, word: str) -> Path:
     Raises OSError if no file can be written there, before work is done for it.  Nothing is left
     there: whoever writes it makes the directories above it.
     """
-    path = path_of(word)
+    path = _target_of(option, word)
     with _writable(option, path, "give a file in a directory where you may write"):
         _try_to_write(path)
     return path
@@ -274,10 +277,23 @@ def output_directory_of(option: str, word: str) -> Path:
     Raises OSError if no file can be written there, before work is done for it.  Nothing is left
     there: whoever writes to it makes it.
     """
-    path = path_of(word)
+    path = _target_of(option, word)
     with _writable(option, path, "give a directory where you may write"):
         _try_to_write(path / f".{os.getpid()}")
     return path
+
+
+def _target_of(option: str, word: str) -> Path:
+    """Return the path that an option names.  Raises ConfigError for what looks like an override.
+
+    An option whose value was forgotten would take the next override for it.
+    """
+    if re.fullmatch(_OVERRIDE, word):
+        raise ConfigError(
+            f"{option} {word}: that looks like an override, not like a path; write {option} PATH "
+            f"{word}, or {option} ./{word} for a path of that name"
+        )
+    return path_of(word)
 
 
 @contextmanager

@@ -66,7 +66,10 @@ def main() -> None:
             "A,B,...",
             "with --search: settings that stay as typed, or `typed` for all of them",
         ),
-        "--margin": ("PERCENT", "with --search: part of the memory that stays free (5)"),
+        "--margin": (
+            "PERCENT",
+            "with --search: part of the memory of GPUs and hosts that stays free (5)",
+        ),
         "--effort": ("N", "with --search: thousand passes that may be placed (8000)"),
         "--seconds": (
             "N",
@@ -235,7 +238,7 @@ def search_record(config: RunConfig, limits: Limits, result: Result) -> dict[str
     """Return the result of a search for JSON, in bytes and seconds."""
     rivals = None
     if result.best and has_fsdp(config):
-        rivals = rivals_of(config, result.best[0].report, limits.margin).record()
+        rivals = rivals_of(config, result.best[0].report, limits.margin, result.kept).record()
     firsts = {
         "with_vocabulary_parallelism": result.with_vocabulary,
         "without_vocabulary_parallelism": result.without_vocabulary,

@@ -166,7 +166,7 @@ def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:
     """
     about = "" if estimate.is_planned else "about "
     how = "" if seconds is None else f" ({compared(estimate.seconds, seconds)})"
-    return f"{about}{duration(estimate.seconds)}{how}, {estimate.memory / _GIB:.1f} GiB"
+    return f"{about}{duration(estimate.seconds)}{how}, {human_bytes(estimate.memory)}"
 
 
 def _host_lines(report: PlanReport) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.table import Table
@@ -12,6 +12,7 @@ from schedules.render import duration
 from vp_train.commands.plan_words import compared_words, fsdp_words, has_fsdp, rendered
 from vp_train.config import RunConfig
 from vp_train.planning.choice import TOO_LONG, Choice
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
 from vp_train.planning.found import (
     MARGIN_OF_OFFLOADING,
@@ -20,17 +21,20 @@ from vp_train.planning.found import (
     Limits,
     Result,
     counted,
+    memory_of,
     rounded,
 )
 from vp_train.planning.fsdp import Rivals
-from vp_train.planning.report import PlanReport, make_report
-from vp_train.planning.search import fits_on
-from vp_train.units import plural
+from vp_train.planning.report import PlanReport
+from vp_train.planning.search import fits_on, limit_of
+from vp_train.planning.slow_link import SlowLink, link_of
+from vp_train.units import compared, large_bytes, plural
 
 _SHOWN_REFUSALS = 3
-_GIB = 2**30
-# Of the table of a search: the columns with words, and that of GiB per node.
-_WORDS = ("schedule x chunks", "vocab", "recompute", "optim")
+_GIB, _MIB = 2.0**30, 2.0**20
+_MEMORY = {_GIB: "GiB", _MIB: "MiB"}
+# Of the table of a search: the columns with words, and that of the memory per node.
+_WORDS = ("schedule x chunks", "vocab, placement", "recompute", "optim")
 _HOST_MEMORY = "host RAM"
 
 
@@ -40,16 +44,14 @@ def search_lines(
     """Return the best plans in lines, and why others are not among them."""
     lines = _unfinished_lines(result, is_stopped=is_stopped)
     if result.best:
-        first = result.best[0]
-        lines += [*_best_lines(result), ""]
-        is_first = all(rounded(e.counted) >= rounded(first.counted) for e in result.estimated)
-        head = "the first" if is_first else "the first that is planned whole"
-        lines += [f"{head}: {first.choice.overrides(config)}", f"binds: {first.report.binds}"]
-        lines += _host_memory_lines(result.best)
-        lines += _slow_link_lines(config, first)
-        lines += _vocabulary_lines(config, result)
-        lines += _other_lines(config, result)
-        rivals = rivals_of(config, first.report, limits.margin)
+        first, rows = result.best[0], _rows(result)
+        lines += [*_table_lines(result, rows), "", *_override_lines(config, first, rows)]
+        lines += [f"binds: {first.report.binds}"]
+        lines += _host_memory_lines(result.best, limits)
+        lines += _slow_link_lines(config, limits, result, rows)
+        lines += _vocabulary_lines(config, result, rows)
+        lines += _other_lines(config, result, rows)
+        rivals = rivals_of(config, first.report, limits.margin, result.kept)
         if has_fsdp(config):
             lines += [f"fsdp: {fsdp_words(config, first.report, rivals)}"]
         lines += _contention_lines(config, limits, result, rivals)
@@ -60,11 +62,60 @@ def search_lines(
         f"{result.num_estimated:,} simulated, {result.num_planned} planned"
     )
     is_whole = result.best and not result.num_open
-    lines.append(f"{summary}; none of the others seems faster" if is_whole else summary)
-    lines += _excluded_lines(result)
+    summary += "; none of the others that were weighed seems faster" if is_whole else ""
+    lines += [summary, *_excluded_lines(result)]
     if not result.best:
         lines += _misses(config, limits, result)
     return lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of the table: a plan, or an estimate that was not planned whole."""
+
+    found: Found | Estimate
+
+    @property
+    def choice(self) -> Choice:
+        return self.found.choice
+
+    @property
+    def seconds(self) -> float:
+        found = self.found
+        return found.seconds if isinstance(found, Estimate) else found.report.step_seconds
+
+    def words(self, first: PlanReport, unit: float) -> dict[str, str]:
+        """Return what the row says of time and memory, by column; `first` is the first plan."""
+        found = self.found
+        if isinstance(found, Found):
+            return _report_words(found.report, unit)
+        mfu = first.mfu * first.step_seconds / found.seconds
+        return {
+            "step": f"~{duration(found.seconds)}",
+            "MFU": f"~{mfu:.1%}",
+            _MEMORY[unit]: f"~{found.memory / unit:.1f}",
+        }
+
+
+def _rows(result: Result) -> list[_Row]:
+    """Return the rows of the table.  Plans of about the same time stand by their memory."""
+    rows = [*map(_Row, result.best), *map(_Row, result.estimated)]
+    return sorted(rows, key=lambda row: rounded(row.found.counted))
+
+
+def _override_lines(config: RunConfig, first: Found, rows: Sequence[_Row]) -> list[str]:
+    """Return the overrides of the first plan, and what the other rows change in them."""
+    place = next(n for n, row in enumerate(rows, 1) if row.found is first)
+    head = "the first" if place == 1 else f"row {place}, the first that is planned whole"
+    chosen = first.choice.applied(config)
+    return [
+        f"{head}: {first.choice.overrides(config)}",
+        *(
+            f"row {n}, behind those: {row.choice.changes(chosen)}"
+            for n, row in enumerate(rows, 1)
+            if n != place
+        ),
+    ]
 
 
 def _unfinished_lines(result: Result, *, is_stopped: bool) -> list[str]:
@@ -92,7 +143,7 @@ def _choices(count: int) -> str:
     return f"{count:,} {plural(count, 'choice')}"
 
 
-def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
+def _vocabulary_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
     """Return a line with the best plan of the other kind than the first, if both were searched."""
     first, kept = result.best[0], result.kept.values
     if "vocab.algorithm" in kept or kept.get("parallel.pp") == 1:
@@ -106,7 +157,7 @@ def _vocabulary_lines(config: RunConfig, result: Result) -> list[str]:
         left = result.num_unseen[not splits]
         found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
         return [f"{kind}: {found}"]
-    return [f"{kind}: {_other_words(config, first, other)}"]
+    return [f"{kind}: {_other_words(config, first, other, rows)}"]
 
 
 def _contention_lines(
@@ -133,106 +184,120 @@ def _contention_lines(
     return [f"decides: {words}"] if words else []
 
 
-def _other_lines(config: RunConfig, result: Result) -> list[str]:
+def _other_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
     """Return lines with what is worth a look beside the first plan: leaner, and simpler to run."""
     first, others = result.best[0], dict[str, Estimate | None]()
     others["about as fast with less memory"] = result.leaner
     if first.choice.offload:
-        much = f"{MARGIN_OF_OFFLOADING:.1%}"
-        head = f"the best found without offloaded activations, first if it is at most {much} slower"
-        others[head] = result.without_offloading
+        others["the best found without offloaded activations"] = result.without_offloading
     return [
-        f"{head}: {_other_words(config, first, other)}"
+        f"{head}: {_other_words(config, first, other, rows)}"
         for head, other in others.items()
         if other is not None
     ]
 
 
-def _other_words(config: RunConfig, first: Found, other: Estimate) -> str:
-    """Return time and memory of another choice than the first plan, and its overrides."""
+def _other_words(config: RunConfig, first: Found, other: Estimate, rows: Sequence[_Row]) -> str:
+    """Return time and memory of another choice than the first plan, and how to get it."""
     words = compared_words(other, first.report.step_seconds)
     optimizer = other.choice.optimizer
     uses_hosts = other.choice.offload > 0 or (optimizer is not None and optimizer.offload)
     if uses_hosts and config.cluster.host_memory_gib is None:
         words += ", with host memory that is not checked"
-    return f"{words}: {other.choice.overrides(config)}"
+    row = next((n for n, row in enumerate(rows, 1) if row.choice == other.choice), None)
+    return f"{words}: {other.choice.overrides(config) if row is None else f'row {row}'}"
 
 
-def _host_memory_lines(best: Sequence[Found]) -> list[str]:
+def _host_memory_lines(best: Sequence[Found], limits: Limits) -> list[str]:
     """Return a line with the host memory of plans, and what it was checked with."""
     first, most = best[0].report.host.total, max(found.report.host.total for found in best)
     known = best[0].report.cluster.host_memory_gib
     if not most:
         return []
-    need = f"the first needs {first / _GIB:,.0f} GiB per node" if first else "the first needs none"
+    need = f"the first needs {large_bytes(first)} per node" if first else "the first needs none"
     if most > first:
-        need += f", others up to {most / _GIB:,.0f} GiB{'' if first else ' per node'}"
+        need += f", others up to {large_bytes(most)}{'' if first else ' per node'}"
     if known is None:
         line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
     else:
-        line = f"host RAM: {need}, of the {known:g} GiB that cluster.host_memory_gib says there are"
+        left = f"{known * (1 - limits.margin):,.6g} of the " if limits.margin else ""
+        line = f"host RAM: {need}; a plan may use {left}{known:,.6g} GiB of cluster.host_memory_gib"
     if any(found.report.host.activations for found in best):
         line += "; no training on GPUs has offloaded activations yet"
     return [line]
 
 
-def _slow_link_lines(config: RunConfig, first: Found) -> list[str]:
-    """Return a line with what the first plan takes if the link to the host has half of its speed.
+def _slow_link_lines(
+    config: RunConfig, limits: Limits, result: Result, rows: Sequence[_Row]
+) -> list[str]:
+    """Return a line with the slowest link to the host with which the first plan fits.
 
-    Nothing goes late, so a slower link does not take longer: it carries less.
+    Where it does not fit with half of the link, the fastest that does is named, if there is any:
+    a plan, or an estimate that moves nothing.
     """
-    link = config.cluster.host_bytes_per_second / 2
+    first, now = result.best[0], link_of(config)
     if not first.choice.offload:
         return []
-    chosen = first.choice.applied(config)
-    slower = replace(chosen, cluster=replace(chosen.cluster, host_bytes_per_second=link))
-    found = make_report(slower)
-    fits = "" if found.fits else ", which does not fit"
-    return [
-        f"link: with half of cluster.host_bytes_per_second, {link / 1e9:.3g} GB/s, the first takes "
-        f"{duration(found.step_seconds)} and {found.ranks[found.worst].memory.total / _GIB:.1f} GiB"
-        f"{fits}"
-    ]
+    limit, link = limit_of(config, limits.margin), SlowLink(config, first.choice)
+    least = link.least(limit)
+    slowest = f"down to about {least / 1e9:.2g} of the {now / 1e9:.3g} GB/s per GPU"
+    if least == now:
+        slowest = f"with no less than the {now / 1e9:.3g} GB/s per GPU"
+    then = compared(first.report.step_seconds + link.later(least), first.report.step_seconds)
+    line = f"link: the first fits {slowest} that are assumed, by short steps, and is {then} then"
+    if least <= now / 2:
+        return [line]
+    rest = ((f"row {n}", row.found) for n, row in enumerate(rows, 1))
+    firsts = {
+        "the best with vocabulary parallelism": result.with_vocabulary,
+        "the best without vocabulary parallelism": result.without_vocabulary,
+        "the best without offloaded activations": result.without_offloading,
+    }
+    named = {
+        found.choice: (words, found.counted)
+        for words, found in (*firsts.items(), *rest)
+        if isinstance(found, Found)
+        or (found is not None and (found.is_planned or not found.choice.offload))
+    }
+    for choice, (words, _) in sorted(named.items(), key=lambda one: one[1][1]):
+        if not choice.offload or SlowLink(config, choice).needs(now / 2) <= limit:
+            return [f"{line}; with half of that the fastest named here that fits is {words}"]
+    return [f"{line}; with half of that nothing named here fits"]
 
 
-def _best_lines(result: Result) -> list[str]:
+def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:
     """Return a table of the best in lines, those that are only estimated with `~`.
 
     What all have in common stands above it.
     """
     first = result.best[0].report
-    timed = [
-        (found.counted, _choice_words(found.choice) | _report_words(found.report))
-        for found in result.best
-    ]
-    for estimate in result.estimated:
-        mfu = first.mfu * first.step_seconds / estimate.seconds
-        words = {
-            "step": f"~{duration(estimate.seconds)}",
-            "MFU": f"~{mfu:.1%}",
-            "GiB": f"~{estimate.memory / _GIB:.1f}",
-        }
-        timed.append((estimate.counted, _choice_words(estimate.choice) | words))
-    # Plans of about the same time keep their order, of less memory first.
-    rows = [row for _, row in sorted(timed, key=lambda one: rounded(one[0]))]
+    unit = _GIB if memory_of(result.best[0]) >= _GIB else _MIB
+    chosen = [_choice_words(row.choice) for row in rows]
     common = {
         head: word
-        for head, word in _choice_words(result.best[0].choice).items()
-        if len(rows) > 1 and all(row[head] == word for row in rows)
+        for head, word in chosen[0].items()
+        if len(rows) > 1 and all(words[head] == word for words in chosen)
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    heads = [head for head in timed[0][1] if head not in common]  # those of a plan
+    heads = [head for head in (*chosen[0], *_report_words(first, unit)) if head not in common]
     if not any(found.report.host.total for found in result.best):
         heads.remove(_HOST_MEMORY)
     table.add_column("", justify="right")
     for head in heads:
         table.add_column(head, justify="left" if head in _WORDS else "right", no_wrap=True)
-    for place, row in enumerate(rows, 1):
-        table.add_row(str(place), *(row.get(head, "") for head in heads))
-    lines = [f"in all rows: {', '.join(map(' '.join, common.items()))}", ""] if common else []
+    for place, (row, words) in enumerate(zip(rows, chosen, strict=True), 1):
+        words |= row.words(first, unit)
+        table.add_row(str(place), *(words.get(head, "") for head in heads))
+    lines = [f"in all rows: {'; '.join(map(' '.join, common.items()))}", ""] if common else []
     lines += rendered(table)
     if result.estimated:
         lines += ["~ estimated from short steps, not planned whole"]
+    seconds = [rounded(row.seconds) for row in rows]
+    if seconds != sorted(seconds):
+        lines += [
+            f"the order counts steps with offloaded activations as {MARGIN_OF_OFFLOADING:.1%} "
+            "longer, since links and memory of hosts are assumed"
+        ]
     return lines
 
 
@@ -245,42 +310,41 @@ def _choice_words(choice: Choice) -> dict[str, str]:
         "tp": str(degrees.tp),
         "microbatches": f"{choice.num_microbatches} x {choice.micro_batch_size}",
         "schedule x chunks": choice.schedule + ("" if chunks is None else f" x {chunks}"),
-        "vocab": "redistribute" if choice.placement == "redistribute" else _vocab_words(choice),
+        "vocab, placement": _vocab_words(choice),
         "recompute": _recompute_words(choice),
         "sp": "yes" if choice.sequence_parallel else "no",
         "optim": _optimizer_words(choice),
     }
 
 
-def _report_words(report: PlanReport) -> dict[str, str]:
-    """Return what a row of the table says of a plan, by column."""
+def _report_words(report: PlanReport, unit: float) -> dict[str, str]:
+    """Return what a row of the table says of a plan, by column; bytes are in `unit`."""
     return {
         "step": duration(report.step_seconds),
         "MFU": f"{report.mfu:.1%}",
         "bubble": f"{report.bubble:.1%}",
-        "GiB": f"{report.ranks[report.worst].memory.total / _GIB:.1f}",
-        _HOST_MEMORY: f"{report.host.total / _GIB:,.0f}",
+        _MEMORY[unit]: f"{report.ranks[report.worst].memory.total / unit:.1f}",
+        _HOST_MEMORY: f"{report.host.total / unit:,.0f}",
     }
 
 
 def _vocab_words(choice: Choice) -> str:
-    return choice.vocab + ", uneven rows" * (choice.balance and choice.splits_vocabulary)
+    """Return the algorithm, and how rows or layers are placed unless that is evenly."""
+    rows = ", uneven rows" * (choice.balance and choice.splits_vocabulary)
+    return choice.vocab + rows + ", redistribute" * choice.redistributes
 
 
 def _recompute_words(choice: Choice) -> str:
-    if choice.offload:
-        kept = "" if choice.recompute == "none" else f"{choice.recompute}, "
-        return f"{kept}offload {choice.offload:.0%}"
-    if choice.recompute_per_stage is None:
-        return choice.recompute
-    kinds = choice.recompute_per_stage
-    return f"{choice.recompute} in {len(kinds) - kinds.count('none')}/{len(kinds)}"
+    kinds, words = choice.recompute_per_stage, choice.recompute
+    if kinds is not None:
+        words += f" in {len(kinds) - kinds.count('none')}/{len(kinds)}"
+    return f"{words}, offload {choice.offload:.0%}" if choice.offload else words
 
 
 def _optimizer_words(choice: Choice) -> str:
     optim = choice.optimizer
     assert optim is not None, "a plan has an optimizer"
-    return "offload" if optim.offload else optim.name
+    return "on hosts" if optim.offload else optim.name
 
 
 def _excluded_lines(result: Result) -> list[str]:
@@ -305,13 +369,13 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
         return ["", "nothing can be run: change what rules out the choices above"]
     what = "NOTHING TRIED SO FAR FITS" if result.num_open else "NOTHING FITS"
     lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}"]
-    known = config.cluster.host_memory_gib
+    known = with_margin(config.cluster, limits.margin).host_memory_gib
     if leanest.host_needs is not None and known is not None:
         needs = leanest.host_needs / _GIB
         lines += [
             f"  may fit on the GPUs, but needs {needs:.2f} GiB of host memory per node, "
             f"{needs - known:.2f} GiB more than {known:g} GiB",
-            f"would help: more than {needs:.4g} GiB of host memory per node "
+            f"would help: more than {needs / (1 - limits.margin):.4g} GiB of host memory per node "
             "(cluster.host_memory_gib)",
         ]
     else:

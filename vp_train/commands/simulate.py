@@ -248,7 +248,7 @@ def compare(
             items.append(item)
     outcomes = [item for item in items if isinstance(item, Outcome)]
     steps = {(o.schedule, o.vocab): o.steps for o in outcomes if o.steps is not None}
-    if steps:
+    if len(steps) > 1:
         print("", *disturbed.verdict(steps), sep="\n")
     print(
         f"\n{len(outcomes)} of {len(items)} simulated in {duration(time.perf_counter() - started)}",

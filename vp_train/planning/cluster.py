@@ -166,6 +166,16 @@ def chosen_costs(cost: CostConfig) -> dict[str, Any]:
     }
 
 
+def with_margin(cluster: ClusterConfig, margin: float) -> ClusterConfig:
+    """Return `cluster` without the part `margin` of the memory of its GPUs and hosts."""
+    kept, known = 1 - margin, cluster.host_memory_gib
+    return replace(
+        cluster,
+        memory_gib=kept * cluster.memory_gib,
+        host_memory_gib=None if known is None else kept * known,
+    )
+
+
 def host_bytes_per_second(cluster: ClusterConfig) -> float:
     """Return the bandwidth between a GPU and its host while all GPUs of the node transfer."""
     own, of_node = cluster.host_bytes_per_second, cluster.host_node_bytes_per_second

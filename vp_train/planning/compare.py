@@ -12,10 +12,19 @@ from schedules.generators import GENERATORS
 from schedules.render import duration
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError, OptimConfig, RunConfig
-from vp_train.planning.choice import Choice, Space, choice_of, neighbours, offloading, space_of
+from vp_train.planning.choice import (
+    Choice,
+    Kept,
+    Space,
+    choice_of,
+    neighbours,
+    offloading,
+    space_of,
+)
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import Estimate
-from vp_train.planning.fsdp import FsdpReport, Rivals, best_fsdp
+from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import simulated
@@ -31,17 +40,39 @@ _MANY = 1_000  # choices with two other settings; of more only those beside the 
 _LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
 
 
-def rivals_of(config: RunConfig, report: PlanReport, margin: float = 0.0) -> Rivals:
-    """Return the best FSDP for the batch of a plan, which leaves the part `margin` free too."""
-    work = report.work
+def rivals_of(
+    config: RunConfig, report: PlanReport, margin: float = 0.0, kept: Kept | None = None
+) -> Rivals:
+    """Return the best FSDP for the batch of a plan, which leaves the part `margin` free too.
+
+    Its means are those of the plan, and of the search that found it where that `kept` something.
+    """
+    parallel, optim = config.parallel, config.optim
+    if kept is None:
+        means = Means(parallel.offload_activations > 0, optim.offload)
+    else:
+        optimizers = kept.optimizers(config)
+        means = Means(
+            kept.values.get("parallel.offload_activations", 1.0) > 0,
+            optimizers is None or any(one.offload for one in optimizers),
+        )
+
+    def best(means: Means) -> FsdpReport | None:
+        return _best_rival(config, report, margin, means)
+
+    with_hosts, without_hosts = best(ON_HOSTS), best(ON_GPUS)
+    known = {ON_HOSTS: with_hosts, ON_GPUS: without_hosts}
+    rival = known[means] if means in known else best(means)
+    return Rivals(rival, with_hosts, without_hosts, means, is_searched=kept is not None)
+
+
+def _best_rival(
+    config: RunConfig, report: PlanReport, margin: float, means: Means
+) -> FsdpReport | None:
+    work, cluster = report.work, with_margin(config.cluster, margin)
     sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
-    cluster = replace(config.cluster, memory_gib=config.cluster.memory_gib * (1 - margin))
-
-    def best(*, uses_hosts: bool) -> FsdpReport | None:
-        settings = work, cluster, config.cost, config.optim
-        return best_fsdp(*settings, num_sequences=sequences, uses_hosts=uses_hosts)
-
-    return Rivals(best(uses_hosts=True), best(uses_hosts=False), report.host.total > 0)
+    settings = work, cluster, config.cost, config.optim
+    return best_fsdp(*settings, num_sequences=sequences, means=means)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +143,7 @@ def fsdp_way(config: RunConfig, report: PlanReport, rivals: Rivals, margin: floa
 
     @cache
     def at(part: float) -> float | None:
-        found = rivals_of(_with_contention(config, part), report, margin).rival
+        found = _best_rival(_with_contention(config, part), report, margin, rivals.means)
         return found.seconds if found is not None and found.fits else None
 
     return Way("FSDP", rival.seconds, at)

@@ -26,7 +26,7 @@ class Limits:
     """The limits of a search: what it looks for, and how long.
 
     top: the number of plans to find.
-    margin: the part of a GPU's memory that a plan must leave free.
+    margin: the part of the memory of GPUs and of hosts that a plan must leave free.
     effort: the passes and collectives that may be placed, see `Progress.spent`.
     """
 

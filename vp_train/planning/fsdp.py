@@ -44,6 +44,25 @@ _GIB = 2**30
 _GATHERED = 2  # layers whose parameters, and whose gradients, are whole at a time
 _ON_DEVICE = 2  # the last layers, for which a copy to the host and back has no time
 RECOMPUTE = ("none", "selective", "full")
+# Medians by which published runs on H100 are below plans (benchmarks/plan_published.py).
+_ONLY_COMPARED = "vp-train has no FSDP; H100 runs reach 7 to 14 MFU points less, pipelines 3"
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What may be in host memory: activations, and the optimizer."""
+
+    activations: bool
+    optimizer: bool
+
+    @property
+    def words(self) -> str:
+        """Return in words what may be in host memory."""
+        names = ["activations"] * self.activations + ["the optimizer"] * self.optimizer
+        return f"{' and '.join(names) or 'nothing'} may be in host memory"
+
+
+ON_HOSTS, ON_GPUS = Means(activations=True, optimizer=True), Means(False, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +129,7 @@ def best_fsdp(
     optim: OptimConfig,
     *,
     num_sequences: int,
-    uses_hosts: bool = True,
+    means: Means = ON_HOSTS,
 ) -> FsdpReport | None:
     """Return the fastest step of `num_sequences` sequences that fits into memory.
 
@@ -121,13 +140,13 @@ def best_fsdp(
 
     work: the model, and its dtype.  Its degrees and microbatches do not count.
     cost: measured rates count, and measured seconds do not, since they are of another split.
-    uses_hosts: whether activations and the optimizer may be in host memory.
+    means: what may be in host memory.
     """
     found = [
         step
         for tp in _tensor_degrees(work, cluster)
         for replaced in _microbatches(work, cluster, tp, num_sequences)
-        for step in _steps_of(replaced, cluster, cost, optim, uses_hosts=uses_hosts)
+        for step in _steps_of(replaced, cluster, cost, optim, means)
     ]
     return _best(found)
 
@@ -137,14 +156,13 @@ def best_step(
     cluster: ClusterConfig,
     cost: CostConfig,
     optim: OptimConfig,
-    *,
-    uses_hosts: bool,
+    means: Means,
 ) -> FsdpReport | None:
     """Return the best step of `best_fsdp` whose degrees and microbatches are those of `work`.
 
     None if host memory cannot keep the optimizer.
     """
-    return _best(_steps_of(work, cluster, cost, optim, uses_hosts=uses_hosts))
+    return _best(_steps_of(work, cluster, cost, optim, means))
 
 
 def _best(found: Sequence[FsdpReport]) -> FsdpReport | None:
@@ -160,51 +178,51 @@ def _steps_of(
     cluster: ClusterConfig,
     cost: CostConfig,
     optim: OptimConfig,
-    *,
-    uses_hosts: bool,
+    means: Means,
 ) -> list[FsdpReport]:
-    """Return the leanest steps of every recomputation and both places of the optimizer."""
+    """Return the leanest steps of every recomputation and every place of the optimizer."""
     cost = replace(cost, measured_layer_flops=None, layer_forward_seconds=None)
     costs = on_cluster(work, cluster, cost)
-    offloads = (False, True) if uses_hosts else (False,)
-    known, limit = cluster.host_memory_gib, math.inf if uses_hosts else 0.0
-    if uses_hosts and known is not None:
-        limit = known * _GIB / cluster.gpus_per_node
+    moves = means.activations
     return [
         step
         for recompute in RECOMPUTE
-        for offload in offloads
+        for offload in (False, True)[: 1 + means.optimizer]
         for place in [replace(optim, name="zero1", offload=offload)]
-        if (step := _leanest(work, cluster, costs, place, recompute, limit)) is not None
+        if (step := _leanest(work, cluster, costs, place, recompute, moves=moves)) is not None
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Rivals:
-    """The best steps with FSDP for the batch of a plan: with host memory, and without.
+    """The best steps with FSDP for the batch of a plan.
 
-    Each is None if the batch does not divide over the GPUs.
-    uses_hosts: whether the plan uses host memory, and so which of them is its `rival`.
+    rival: the one with the `means` of the plan, or of the search that found it.
+    with_hosts, without_hosts: those that may use host memory for everything, and for nothing.
+    is_searched: whether the means are those of a search.
+
+    Each step is None if the batch does not divide over the GPUs.
     """
 
+    rival: FsdpReport | None
     with_hosts: FsdpReport | None
     without_hosts: FsdpReport | None
-    uses_hosts: bool
-
-    @property
-    def rival(self) -> FsdpReport | None:
-        """The step that has the means of the plan."""
-        return self.with_hosts if self.uses_hosts else self.without_hosts
+    means: Means
+    is_searched: bool = False
 
     def words(self, seconds: float) -> str:
-        """Return in words what FSDP takes at best where the plan takes `seconds`."""
-        found, other = self.rival, self.without_hosts if self.uses_hosts else self.with_hosts
+        """Return in words what FSDP takes at best where the plan takes `seconds`.
+
+        They end with the two facts that a reader needs: it is no run of this trainer, and its plan
+        is less sure.
+        """
+        found = self.rival
+        other = self.with_hosts if self.means == ON_GPUS else self.without_hosts
         if found is None or other is None:
             return "the batch does not divide over the GPUs"
-        means, others = ("with", "without") if self.uses_hosts else ("without", "with")
-        means = f"{means} host memory, as the plan"
+        means = f"{self.means.words}, as in {'this search' if self.is_searched else 'this plan'}"
         ends = duration(other.seconds) if other.fits else "it does not fit"
-        ends = f"; {others} {ends}"
+        ends = f"; {'with' if self.means == ON_GPUS else 'without'} host memory {ends}"
         if self.with_hosts is not None and not self.with_hosts.host_bytes:
             means, ends = "host memory would not help", ""
         size, limit = human_bytes(found.num_bytes), f"{found.limit / _GIB:.4g} GiB"
@@ -215,13 +233,18 @@ class Rivals:
             f"{size} of {limit}, {means}: "
             f"dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch {found.micro_batch_size}, "
             f"{found.memory_words}, exposed "
-            f"{(found.exposed + found.tensor) / found.seconds:.1%}{ends}"
+            f"{(found.exposed + found.tensor) / found.seconds:.1%}{ends}; "
+            f"{_ONLY_COMPARED}"
         )
 
     def record(self) -> dict[str, Any]:
         """Return the steps for JSON, in bytes and seconds."""
-        steps = {"with_hosts": self.with_hosts, "without_hosts": self.without_hosts}
-        return {"plan_uses_hosts": self.uses_hosts} | {
+        steps = {
+            "rival": self.rival,
+            "with_hosts": self.with_hosts,
+            "without_hosts": self.without_hosts,
+        }
+        return {"may_be_on_hosts": asdict(self.means)} | {
             name: None if one is None else one.record() for name, one in steps.items()
         }
 
@@ -264,17 +287,21 @@ def _leanest(
     cost: CostConfig,
     optim: OptimConfig,
     recompute: str,
-    host_bytes: float,
+    *,
+    moves: bool,
 ) -> FsdpReport | None:
     """Return the step in which as few layers recompute, then as few offload, as memory allows.
 
-    If none fits, all recompute, and as many offload as can.  None if the `host_bytes` of a rank
-    cannot keep the optimizer.  `cost` is that on the cluster.
+    If none fits, all recompute, and as many offload as can, none unless activations may go
+    (`moves`).  None if host memory cannot keep the optimizer.  `cost` is that on the cluster.
     """
     memory, num_layers = _Memory.of(work, optim, recompute), work.model.num_layers
-    limit, room = cluster.memory_gib * _GIB, host_bytes - memory.host_optimizer
+    known = cluster.host_memory_gib
+    of_rank = math.inf if known is None else known * _GIB / cluster.gpus_per_node
+    limit, room = cluster.memory_gib * _GIB, of_rank - memory.host_optimizer
     if room < 0:
         return None
+    room *= moves
     link = links_of(cluster, work.degrees).data
     gather, _ = _exchange(link, work, shape.layer_parameters(work.share), work.degrees.dp)
     forward = min(_Layer.of(work, cost, kind).forward for kind in ("none", recompute))

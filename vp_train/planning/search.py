@@ -172,7 +172,8 @@ class _Search:
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
-        self._scales = Scales(config, limit_of(config, limits.margin), space.optimizers)
+        limit = limit_of(config, limits.margin)
+        self._scales = Scales(config, limit, space.optimizers, limits.margin)
         self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
         self._num_layers = config.model.num_layers
         self._num_before = 0  # estimates of what was typed and does not fit
@@ -680,7 +681,7 @@ class _Search:
         if not optim.offload and not step.cost.offload_bytes:
             return 0.0
         needs = most_host_bytes(step, optim, self._cluster.gpus_per_node).total
-        check_hosts(needs, self._cluster)
+        check_hosts(needs, self._scales.host_limit)
         return needs
 
     def _balance(self) -> None:
@@ -762,7 +763,7 @@ class _Search:
         report = report_of(step, self._cluster, estimate.optim, cost=cost)
         needs = report.ranks[report.worst].memory.total
         try:
-            check_hosts(report.host.total, self._cluster)
+            check_hosts(report.host.total, self._scales.host_limit)
             if needs > self._scales.limit:
                 raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
         except ConfigError as error:
@@ -814,7 +815,7 @@ def simulated(config: RunConfig, space: Space, effort: int) -> Result:
 def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:
     """Return a choice whose state and leanest activations fit, None if there is none."""
     space = space_of(config, kept)
-    scales = Scales(config, limit_of(config, margin), space.optimizers)
+    scales = Scales(config, limit_of(config, margin), space.optimizers, margin)
     leanest = kept.values.get("parallel.recompute", "full")
     for choice in space.choices:
         if choice.recompute != leanest or choice.recompute_where_needed:

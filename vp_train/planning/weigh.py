@@ -20,10 +20,10 @@ from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, searched_algorithms
-from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
+from vp_train.config import ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.model import shape
 from vp_train.planning.choice import Choice, optimizers_of
-from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds
+from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds, with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.memory import (
@@ -85,16 +85,18 @@ class HostMemoryError(ConfigError):
     `needs` are the bytes of a node at least.
     """
 
-    def __init__(self, needs: float, known_gib: float) -> None:
-        super().__init__(f"cluster.host_memory_gib={known_gib:g}: what is offloaded needs more")
+    def __init__(self, needs: float, limit: float) -> None:
+        super().__init__(
+            f"host memory, of which a node may use {limit / 2**30:,.6g} GiB "
+            "(cluster.host_memory_gib)"
+        )
         self.needs = needs
 
 
-def check_hosts(needs: float, cluster: ClusterConfig) -> None:
-    """Raise HostMemoryError if a node needs more bytes than its host is known to have."""
-    known = cluster.host_memory_gib
-    if known is not None and needs > known * 2**30:
-        raise HostMemoryError(needs, known)
+def check_hosts(needs: float, limit: float) -> None:
+    """Raise HostMemoryError if a node needs more bytes of host memory than the limit."""
+    if needs > limit:
+        raise HostMemoryError(needs, limit)
 
 
 STATE = "weights, gradients and optimizer state alone"
@@ -289,6 +291,7 @@ class Scales:
 
     limit: the bytes that a rank may need.
     optimizers: those to choose from, None for all.
+    margin: the part of host memory that stays free.
     """
 
     def __init__(
@@ -296,10 +299,11 @@ class Scales:
         config: RunConfig,
         limit: float,
         optimizers: tuple[OptimConfig, ...] | None = None,
+        margin: float = 0.0,
     ) -> None:
         self.limit = limit
-        known = config.cluster.host_memory_gib
-        self._host_limit = math.inf if known is None else known * 2**30
+        known = with_margin(config.cluster, margin).host_memory_gib
+        self.host_limit = math.inf if known is None else known * 2**30
         self._only = optimizers
         self._config = config
         self._optimizers: dict[int, list[OptimConfig]] = {}
@@ -342,15 +346,15 @@ class Scales:
             raise TooLargeError(least_state + kept, self.limit, LEANEST)
         # An optimizer in host memory, of which every node has an equal part at best.
         if all(optim.offload for _, optim in fitting):
-            check_hosts(split.host_state, self._config.cluster)
-        if split.host_state > self._host_limit:
+            check_hosts(split.host_state, self.host_limit)
+        if split.host_state > self.host_limit:
             fitting = [(state, optim) for state, optim in fitting if not optim.offload]
         moved = self._moved_bytes(choice, split, placed)
         likely = [
             (state, optim)
             for state, optim in fitting
             if (family.split_backward or state + expected <= _ABOUT * self.limit)
-            and moved + split.host_state * optim.offload <= self._host_limit
+            and moved + split.host_state * optim.offload <= self.host_limit
         ]
         seems_to_fit = any(state + expected <= self.limit for state, _ in likely)
         fitting = likely or fitting
