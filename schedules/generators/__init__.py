@@ -33,6 +33,9 @@ from schedules.simulate import in_flight_change, peak_in_flight, sweep
 _EFFORT = 120_000
 _SHORT = 3  # microbatches per rank of a step that tells which order suits a long one
 _LIKELY = 2  # of the preferences, the ones that are best in nearly all long steps
+# Where ranks wait in the steady state, a microbatch more takes by this part longer than the busiest
+# of them works on it.
+_WAITING = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,8 @@ def shortened(
 
     Each comes with its makespan in seconds. `efforts` are those of `generate`, as many for every
     microbatch. Then all are tried and refined as often, and what one microbatch more takes between
-    them is what it takes in the long step. `generate` says what is raised.
+    them is what it takes in the long step. More orders are tried where ranks wait, since a long
+    step takes the best of all. `generate` says what is raised.
     """
     network, whole = Network.of(problem, cost), problem.num_microbatches
     nears = [replace(network, num_microbatches=count) for count in counts]
@@ -161,11 +165,13 @@ def shortened(
                 (one, sweep(near, one).makespan) for near, one in zip(nears, woven, strict=True)
             ]
 
+        def seconds_of(tries: Sequence[tuple[Orders, float]]) -> float:
+            return promised(whole, counts, [seconds for _, seconds in tries])
+
         num_tries = max(_LIKELY, efforts[-1] // (network.size * counts[-1]))
-        found = min(
-            map(tried, PREFERENCES[:num_tries]),
-            key=lambda tries: promised(whole, counts, [seconds for _, seconds in tries]),
-        )
+        found = min(map(tried, PREFERENCES[:num_tries]), key=seconds_of)
+        if _is_long(problem) and waits(network, counts, [seconds for _, seconds in found]):
+            found = min([found, *map(tried, PREFERENCES[num_tries:])], key=seconds_of)
     return [
         (near.schedule(name, orders), seconds)
         for near, (orders, seconds) in zip(nears, found, strict=True)
@@ -178,6 +184,19 @@ def promised(num_microbatches: int, counts: Sequence[int], seconds: Sequence[flo
         return seconds[0]
     rate = (seconds[1] - seconds[0]) / (counts[1] - counts[0])
     return seconds[1] + (num_microbatches - counts[1]) * rate
+
+
+def waits(network: Network, counts: Sequence[int], seconds: Sequence[float]) -> bool:
+    """Return whether ranks wait in the steady state, if steps with two `counts` take `seconds`.
+
+    Where the work of the busiest rank binds, a long step takes what a short one promises. Where
+    ranks wait, other orders may be faster, and what is split may become slower or faster later.
+    """
+    work = [0.0] * network.num_lanes
+    for lane, took in zip(network.lanes, network.seconds, strict=True):
+        work[lane] += took
+    busiest = max(work[: network.num_ranks])
+    return seconds[-1] - seconds[0] > (1 + _WAITING) * (counts[-1] - counts[0]) * busiest
 
 
 def complete(
@@ -228,7 +247,7 @@ def _preferred(
 ) -> tuple[Preference, ...]:
     """Return `count` of the preferences, of a long step those that are best in a short one."""
     few = _SHORT * problem.layout.num_ranks
-    if count >= len(PREFERENCES) or problem.num_microbatches < 2 * few:
+    if count >= len(PREFERENCES) or not _is_long(problem):
         return PREFERENCES[:count]
     short = replace(problem, num_microbatches=few)
     near = replace(network, num_microbatches=few)
@@ -238,6 +257,11 @@ def _preferred(
         return sweep(near, weave(cut, short, near, preference)).makespan
 
     return tuple(sorted(PREFERENCES, key=seconds)[:count])
+
+
+def _is_long(problem: Problem) -> bool:
+    """Return whether a short step tells which order suits a step of `problem`."""
+    return problem.num_microbatches >= 2 * _SHORT * problem.layout.num_ranks
 
 
 def _in_flight(network: Network, problem: Problem, base: BaseOrder) -> tuple[Network, list[float]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import replace
+from random import Random
 
 import pytest
 
 from schedules import generators
 from vp_train.config import ConfigError
-from vp_train.planning import weigh
+from vp_train.planning import short, weigh
 from vp_train.planning.choice import (
     Kept,
     Space,
@@ -21,11 +22,11 @@ from vp_train.planning.choice import (
     with_batch_of,
 )
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.found import Limits
+from vp_train.planning.found import Limits, counted
 from vp_train.planning.memory import rank_state
 from vp_train.planning.no_choice import no_choice_words
 from vp_train.planning.plan import draft_step
-from vp_train.planning.report import make_report
+from vp_train.planning.report import make_report, report_of
 from vp_train.planning.search import fits_on, search, without_vocabulary
 from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales, TooLargeError
@@ -49,6 +50,7 @@ def quick():
     """Generate schedules with little effort, in the search and in what it is compared with."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(generators, "_EFFORT", 5_000)
+        patched.setattr(short, "WHOLE_EFFORT", 5_000)
         yield
 
 
@@ -101,6 +103,51 @@ def test_nothing_that_fits_is_faster_than_what_is_found(everything, part):
         again = make_report(plan.choice.applied(config))
         assert again.fits
         assert again.step_seconds == pytest.approx(plan.report.step_seconds)
+
+
+def world_of(seed):
+    """Return a random small model on few GPUs with a split that is kept, and its plans.
+
+    A plan has its seconds as they are compared, its bytes and its choice.  Then comes what a GPU
+    may have so that only some of them fit.
+    """
+    draw = Random(seed)
+    pp, dp, tp = draw.choice([(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1)])
+    split = ("parallel.pp", pp), ("parallel.dp", dp), ("parallel.tp", tp)
+    config = load_config(
+        [
+            *("model=nano", "cluster=a100_80g_node", f"cluster.gpus_per_node={pp * dp * tp}"),
+            f"model.num_layers={draw.randint(pp, 5)}",
+            f"model.vocab_size={draw.choice([512, 8_192, 65_536])}",
+            f"num_microbatches={draw.choice([2, 3, 4, 6, 8, 12])}",
+            *(f"{name}={value}" for name, value in split),
+        ]
+    )
+    kept = Kept.of(config, [*(name for name, _ in split), "micro_batch_size"])
+    scales, plans = Scales(config, float("inf")), []
+    for choice in space_of(config, kept).choices:
+        if choice.recompute_where_needed:
+            continue
+        step = scales.draft(choice).draft.with_named(choice.schedule)
+        for optim in optimizers_of(config, dp):
+            report = report_of(step, config.cluster, optim, cost=scales.cost_of(choice))
+            plans.append((counted(choice, report.step_seconds), total(report), choice))
+    sizes = sorted(size for _, size, _ in plans)
+    limit = sizes[int(draw.choice([0.05, 0.1, 0.3, 0.6, 1]) * (len(sizes) - 1))] / GIB
+    return replace(config, cluster=replace(config.cluster, memory_gib=limit)), kept, plans
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5, 6, 8])
+def test_in_a_random_world_of_one_split_no_plan_of_all_is_faster_than_the_first(seed):
+    """Where it fits with the margin of a search, and by more than an estimate may be too slow."""
+    config, kept, plans = world_of(seed)
+    result = search(config, NO_END, lambda: True, lambda words: None, space_of(config, kept))
+    limit = config.cluster.memory_gib * GIB * (1 - Limits().margin)
+    fitting = [seconds for seconds, size, _ in plans if size <= limit]
+    assert result.ended == ""
+    if fitting:
+        assert result.best[0].counted <= min(fitting) * 1.01
+        assert total(result.best[0].report) <= config.cluster.memory_gib * GIB
 
 
 def test_refused_while_weighing_is_what_does_not_fit(everything):
@@ -321,6 +368,38 @@ def test_short_steps_give_the_time_and_the_memory_of_a_long_one(schedule, vocab,
     scales = Scales(config, 75 * GIB)
     needs, needed = (scales.needs(one, [config.optim])[0][0] for one in (step, whole))
     assert needs == pytest.approx(needed, rel=0.05)
+
+
+def test_short_steps_are_close_to_long_ones_with_any_layers():
+    """Also where ranks wait for each other in the steady state, as in the second and third case."""
+    close = {"zb_v": 0.003, "v_half": 0.006, "v_min": 0.01, "zb_h1": 0.001, "interleaved": 0.005}
+    cases = [
+        ("1f1b", "one_barrier", 88, (3, 5, 2, 4)),
+        ("interleaved", "none", 99, (4, 5, 2, 3, 5, 3)),
+        ("v_min", "two_barrier", 261, (2, 2, 3, 1, 3, 2)),
+    ]
+    for seed in range(4):
+        draw = Random(seed)
+        name, vocab = draw.choice(list(close)), draw.choice(["none", "one_barrier", "two_barrier"])
+        num_stages = draw.randint(2, 4) * (1 if name == "zb_h1" else 2)
+        layers = tuple(draw.randint(2, 5) for _ in range(num_stages))
+        cases.append((name, vocab, draw.randint(40, 100), layers))
+    for name, vocab, count, layers in cases:
+        pp = len(layers) // (1 if name in ("1f1b", "zb_h1") else 2)
+        drafted = draft_step(
+            load_config(
+                [
+                    *("model=gpt_4b", "cluster=a100_80g_node", f"num_microbatches={count}"),
+                    *(f"parallel.pp={pp}", f"schedule={name}", f"vocab={vocab}"),
+                    f"model.num_layers={sum(layers)}",
+                    f"parallel.layers_per_stage={list(layers)}".replace(" ", ""),
+                ]
+            ),
+            pp,
+        )
+        whole = drafted.with_named(name).timeline.makespan
+        found = short_step(drafted, name)[1]
+        assert found == pytest.approx(whole, rel=close.get(name, 0.002)), (name, vocab, layers)
 
 
 def test_no_search_is_slower_than_what_was_typed():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from schedules.generators import promised, shortened
+from schedules.generators import promised, shortened, waits
+from schedules.network import Network
 from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.simulate import simulate_order
@@ -21,6 +22,7 @@ _MANY_RANKS = 16  # which are full after one microbatch of each
 # A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
+_WORTH_A_THIRD = 3  # times the length of a third short step: a step that is long enough for it
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
 
@@ -29,16 +31,39 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
 
     In its steady state a pipeline takes equally long for every p microbatches.  So the time of two
     short steps gives that of a long one.  The step that is returned keeps what a long one keeps.
+
+    Where the backward is split and ranks wait in the steady state, one gap is filled after the
+    other, and what a microbatch takes changes slowly.  A third, longer step tells more.  Of 860
+    random steps the estimates are 0.2 % off in the mean.  Those of v_min are up to 2.4 % too low,
+    or 7.4 % too high where a short step is refined less than the whole one.  Those of v_half are up
+    to 1.9 % too low or 4.5 % too high, of others 0.4 and 1.3 %.  Which rank is ahead may change
+    after hundreds of microbatches, and no short step shows that.
     """
     problem, counts = draft.problem, short_counts(draft.problem)
-    found = shortened(name, problem, draft.cost, counts, _short_efforts(problem, counts))
+    efforts, placed = _short_efforts(problem, counts), placed_by_short(problem)
+    found = shortened(name, problem, draft.cost, counts, efforts)
+    third = _third_count(problem, counts)
+    times = [seconds for _, seconds in found]
+    if third is not None and waits(Network.of(problem, draft.cost), counts, times):
+        effort = efforts[-1] * third // counts[-1]
+        found = found[1:] + shortened(name, problem, draft.cost, (third,), (effort,))
+        counts = (counts[1], third)
+        placed += placed_by(replace(problem, num_microbatches=third), effort)
     few = replace(problem, num_microbatches=counts[-1])
     schedule = place_transfers(found[-1][0], few, draft.cost)  # it delays nothing
     timeline = simulate_order(schedule, few, draft.cost)
     step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)
     seconds = promised(problem.num_microbatches, counts, [seconds for _, seconds in found])
     more = (problem.num_microbatches - counts[-1]) * busiest_seconds(problem, draft.cost)
-    return step, max(seconds, timeline.makespan + more), placed_by_short(problem)
+    return step, max(seconds, timeline.makespan + more), placed
+
+
+def _third_count(problem: Problem, counts: Sequence[int]) -> int | None:
+    """Return the microbatches of a third short step, None where it is not worth its time."""
+    if not problem.split_backward or len(counts) == 1:
+        return None
+    count = counts[1] + 2 * (counts[1] - counts[0])
+    return count if _WORTH_A_THIRD * count <= problem.num_microbatches else None
 
 
 def draft_nodes(item: Candidate) -> int:
