@@ -415,6 +415,34 @@ def test_no_search_is_slower_than_what_was_typed():
         assert as_typed(config_of(*words, other)) not in space_of(config_of(*words)).choices
 
 
+def test_a_plan_that_needs_more_than_its_estimate_takes_a_leaner_optimizer():
+    """On CPUs what is not sent yet grows with the microbatches, and short steps lack some of it."""
+    shape = ["model.num_layers=2", "model.vocab_size=512", "cluster=laptop", "num_microbatches=40"]
+    words = ["model=nano", "cluster.gpus_per_node=8", *shape, "parallel.dp=2", "parallel.tp=2"]
+    config = load_config([*words, "parallel.pp=2", "parallel.recompute=selective"])
+    step = draft_step(config, 8).with_named("1f1b")
+    short_one, _, _ = short_step(draft_step(config, 8), "1f1b")
+    scales = Scales(config, float("inf"))
+    adamw, zero1 = (replace(config.optim, name=name) for name in ("adamw", "zero1"))
+    (seems, _), (needs, _), (least, _) = (
+        scales.needs(one, [optim])[0]
+        for one, optim in ((short_one, adamw), (step, adamw), (step, zero1))
+    )
+    limit = (max(seems, least) + needs) / 2
+    assert max(seems, least) < limit < needs
+    small = replace(config, cluster=replace(config.cluster, memory_gib=limit / GIB))
+    found = search(
+        small,
+        NO_END,
+        lambda: True,
+        lambda words: None,
+        Space((as_typed(small),), Counter(), (adamw, zero1)),
+    )
+    assert [plan.choice.optimizer for plan in found.best] == [zero1]
+    assert found.without_vocabulary is None
+    assert found.with_vocabulary.optim == zero1
+
+
 def test_nothing_fits_and_what_is_closest():
     result = searched(config_of("cluster.memory_gib=0.001"))
     assert not result.best

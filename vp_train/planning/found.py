@@ -103,9 +103,17 @@ class Estimate:
         seconds = counted(choice, float(f"{self.seconds:.4g}"))
         return about, not self.is_planned, seconds, memory
 
-    def as_planned(self, report: PlanReport) -> Estimate:
-        memory, host = report.ranks[report.worst].memory.total, report.host.total
-        return replace(self, seconds=report.step_seconds, memory=memory, host=host, is_planned=True)
+    def as_planned(self, found: Found) -> Estimate:
+        """Return what the whole step takes and needs, with the optimizer that fits it."""
+        report = found.report
+        return replace(
+            self,
+            optim=found.choice.optimizer or self.optim,
+            seconds=report.step_seconds,
+            memory=memory_of(found),
+            host=report.host.total,
+            is_planned=True,
+        )
 
     def makes_spare(self, other: Estimate) -> bool:
         """Return whether this is the same split, as fast as the other, and nowhere needs more.

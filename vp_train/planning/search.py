@@ -308,7 +308,7 @@ class _Search:
         """Yield all estimates, as planned where they were."""
         for estimate in self._estimates:
             planned = self._planned.get(estimate.candidate.choice)
-            yield estimate if planned is None else estimate.as_planned(planned.report)
+            yield estimate if planned is None else estimate.as_planned(planned)
 
     def _distinct(self) -> tuple[list[Estimate], set[Choice]]:
         """Return the different ones, as planned where they were, sorted, and the other choices.
@@ -755,25 +755,39 @@ class _Search:
             self._progress(self._words())
 
     def _plan_one(self, estimate: Estimate) -> None:
-        """Plan the whole step of an estimate, and drop the estimate if that does not fit."""
-        choice, draft = estimate.candidate.choice, estimate.candidate.draft
-        self._spent += plan_nodes(estimate.candidate)
-        step = draft.with_named(choice.schedule)
-        cost = self._scales.cost_of(choice)
-        report = report_of(step, self._cluster, estimate.optim, cost=cost)
+        """Plan the whole step of an estimate, and drop the estimate if no optimizer fits.
+
+        The step may need more than it seemed to, and another optimizer less.
+        """
+        choice, candidate = estimate.candidate.choice, estimate.candidate
+        self._spent += plan_nodes(candidate)
+        step = candidate.draft.with_named(choice.schedule)
+        others = [optim for optim in candidate.optimizers if optim != estimate.optim]
+        refusal: ConfigError | None = None
+        for optimizers in ([estimate.optim], others):
+            found = list[Found]()
+            for optim in optimizers:
+                try:
+                    found.append(self._found(step, choice, optim))
+                except ConfigError as error:
+                    refusal = refusal or error
+            if found:
+                self._planned[choice] = min(found, key=lambda one: one.report.step_seconds)
+                return
+        assert refusal is not None, "nothing was found"
+        self._refuse(choice, refusal, estimate.seconds)
+        self._replace(estimate, estimate.unbalanced)
+        if estimate.unbalanced is not None:
+            self._plan_one(estimate.unbalanced)
+
+    def _found(self, step: StepPlan, choice: Choice, optim: OptimConfig) -> Found:
+        """Return the report of a whole step.  Raises ConfigError if it does not fit."""
+        report = report_of(step, self._cluster, optim, cost=self._scales.cost_of(choice))
+        check_hosts(report.host.total, self._scales.host_limit)
         needs = report.ranks[report.worst].memory.total
-        try:
-            check_hosts(report.host.total, self._scales.host_limit)
-            if needs > self._scales.limit:
-                raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
-        except ConfigError as error:
-            self._refuse(choice, error, estimate.seconds)
-            self._replace(estimate, estimate.unbalanced)
-            if estimate.unbalanced is not None:
-                self._plan_one(estimate.unbalanced)
-        else:
-            chosen = replace(choice, optimizer=estimate.optim)
-            self._planned[choice] = Found(chosen, report)
+        if needs > self._scales.limit:
+            raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
+        return Found(replace(choice, optimizer=optim), report)
 
     def _replace(self, estimate: Estimate, other: Estimate | None) -> None:
         """Put `other` in the place of an estimate; None: drop the estimate."""
