@@ -166,7 +166,7 @@ def shortened(
             ]
 
         def seconds_of(tries: Sequence[tuple[Orders, float]]) -> float:
-            return promised(whole, counts, [seconds for _, seconds in tries])
+            return _rounded(promised(whole, counts, [seconds for _, seconds in tries]))
 
         num_tries = max(_LIKELY, efforts[-1] // (network.size * counts[-1]))
         found = min(map(tried, PREFERENCES[:num_tries]), key=seconds_of)
@@ -176,6 +176,14 @@ def shortened(
         (near.schedule(name, orders), seconds)
         for near, (orders, seconds) in zip(nears, found, strict=True)
     ]
+
+
+def _rounded(seconds: float) -> float:
+    """Return seconds by which orders compare: of equally fast ones the first is taken.
+
+    Without it the rounding of sums would choose, and another one in a short step than in a long.
+    """
+    return float(f"{seconds:.9g}")
 
 
 def promised(num_microbatches: int, counts: Sequence[int], seconds: Sequence[float]) -> float:
@@ -231,7 +239,7 @@ def _woven(
         preferences = _preferred(base, problem, network, max(1, effort // nodes))
         woven = (weave(base, problem, network, preference) for preference in preferences)
         swept = ((orders, sweep(network, orders).makespan) for orders in woven)
-        return min(swept, key=lambda found: found[1])
+        return min(swept, key=lambda found: _rounded(found[1]))
     counted, caps = _in_flight(network, problem, base)
     starts = [
         weave(base, problem, network, preference)
@@ -254,7 +262,7 @@ def _preferred(
     cut = tuple(tuple(item for item in order if item.microbatch < few) for order in base)
 
     def seconds(preference: Preference) -> float:
-        return sweep(near, weave(cut, short, near, preference)).makespan
+        return _rounded(sweep(near, weave(cut, short, near, preference)).makespan)
 
     return tuple(sorted(PREFERENCES, key=seconds)[:count])
 

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from schedules import generators
-from vp_train.config import ConfigError
+from vp_train.config import RECOMPUTE, ConfigError
 from vp_train.planning import short, weigh
 from vp_train.planning.choice import (
     Kept,
@@ -400,6 +400,22 @@ def test_short_steps_are_close_to_long_ones_with_any_layers():
         whole = drafted.with_named(name).timeline.makespan
         found = short_step(drafted, name)[1]
         assert found == pytest.approx(whole, rel=close.get(name, 0.002)), (name, vocab, layers)
+
+
+@pytest.mark.parametrize("count", [24, 37, 50])
+@pytest.mark.parametrize("vocab", ["none", "one_barrier"])
+def test_one_rank_needs_in_a_short_step_what_it_needs_in_a_long_one(vocab, count):
+    """All its orders are equally fast, and the rounding of sums does not choose among them."""
+    words = ["model=nano", "cluster=laptop", "cluster.gpus_per_node=1", f"num_microbatches={count}"]
+    for recompute in RECOMPUTE:
+        config = load_config([*words, f"vocab={vocab}", f"parallel.recompute={recompute}"])
+        drafted = draft_step(config, 1)
+        scales = Scales(config, float("inf"))
+        found = [
+            scales.needs(step, [config.optim])
+            for step in (short_step(drafted, "1f1b")[0], drafted.with_named("1f1b"))
+        ]
+        assert found[0] == found[1]
 
 
 def test_no_search_is_slower_than_what_was_typed():
