@@ -228,6 +228,15 @@ def test_the_slowest_link_is_the_one_with_which_the_whole_plan_just_fits(more):
         assert link_of(with_link(one, now / 8)) == now / 8
 
 
+def test_a_slow_link_is_judged_by_the_short_step_of_any_length():
+    words = ["vocab=two_barrier", "schedule=v_min", "num_microbatches=260"]
+    config = load_config([*LLAMA, *words, "parallel.offload_activations=1"])
+    link = SlowLink(config, choice_of(config, Degrees(1, 8, 1)))
+    slow = link_of(config) / 8
+    report = make_report(with_link(config, slow))
+    assert link.needs(slow) == pytest.approx(needs_of(report), rel=0.05)
+
+
 def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_with_half():
     kept = {"parallel.pp": 8, "micro_batch_size": 1, "schedule.name": "1f1b", "optim.name": "adamw"}
     kept |= {"vocab.algorithm": "one_barrier", "parallel.offload_activations": 1.0}

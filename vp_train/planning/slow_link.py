@@ -13,7 +13,7 @@ from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import host_bytes_per_second
 from vp_train.planning.estimate import link_seconds
 from vp_train.planning.plan import StepPlan
-from vp_train.planning.short import short_counts, short_step
+from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales
 
 _HALVINGS = 6  # of the bandwidth there is, by which the least is known
@@ -61,7 +61,7 @@ class SlowLink:
     def needs(self, bytes_per_second: float) -> float:
         """Return the bytes of the worst rank with such a link."""
         step = self._short
-        count = short_counts(step.problem)[-1]
+        count = 1 + max(item.microbatch for item in step.schedule.ranks[0])
         few = replace(step.problem, num_microbatches=count)
         cost = replace(
             step.cost,
