@@ -82,7 +82,7 @@ def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
 
 def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_path):
     words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "model.num_layers=8"]
-    assumed = "; its passes at assumed rates, not as measured "
+    assumed = "; passes of FSDP at assumed rates, not as measured "
     assert assumed in " ".join(vp_plan(*words, "cost=a100_4b")[1].split())
     assert assumed not in " ".join(vp_plan(*words)[1].split())
 
@@ -376,6 +376,10 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
     ("arguments", "message"),
     [
         (["--top", "3"], "--top belongs to --search"),
+        (
+            ["--json", "data.path=corpus/x", "model=nano"],
+            "--json data.path=corpus/x: that looks like an override, not like a path; write",
+        ),
         (
             ["--json", "model=nano", "cluster=h100_80g_node"],
             "--json model=nano: that looks like an override, not like a path; write --json PATH "

@@ -78,7 +78,7 @@ def similar_run(path: Path) -> Path | None:
 
 
 def runs_beside(path: Path, most: int) -> list[str]:
-    """Return the names of the runs beside `path` that were changed last, at most so many."""
+    """Return the names of the runs beside `path` that began or resumed last, at most so many."""
     found: list[tuple[float, str]] = []
     for place in path.parent.glob("*/config.yaml"):
         with suppress(OSError):  # somebody may remove it meanwhile

@@ -250,6 +250,17 @@ def test_what_was_typed_is_a_choice_with_values_that_no_search_tries(word):
     assert as_typed(config) not in space_of(config, Kept({"parallel.pp": 4})).choices
 
 
+def test_what_was_typed_is_no_choice_where_it_is_of_another_batch_or_moves_to_the_same_memory():
+    words = ["model=nano", "cluster=laptop", "cluster.gpus_per_node=4", "parallel.pp=2"]
+    assert as_typed(load_config([*words, "num_microbatches=7"])) is None
+    typed = as_typed(config := load_config([*words, "num_microbatches=8", "parallel.dp=2"]))
+    assert typed.num_microbatches == 8
+    offloading = replace(config, parallel=replace(config.parallel, offload_activations=0.5))
+    assert as_typed(offloading) not in space_of(offloading).choices
+    whole = load_config([*words[:3], "num_microbatches=8", "parallel.pp=1", "vocab=one_barrier"])
+    assert as_typed(whole).vocab == "none"
+
+
 def test_what_has_too_many_passes_to_be_planned_is_ruled_out_and_counted(monkeypatch):
     config = config_of(batch=24)
     every = space_of(config).choices

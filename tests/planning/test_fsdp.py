@@ -325,6 +325,7 @@ def test_every_way_to_save_memory_is_tried_and_the_fastest_that_fits_wins(
             assert found.num_offloaded == min(other.num_offloaded for other in same)
             alone = best(cluster, means=ON_GPUS)
             assert alone == best(replace(cluster, host_memory_gib=0))
+            assert alone == best(replace(cluster, host_memory_gib=None), means=ON_GPUS)
             assert (alone.num_offloaded, alone.offloads_optimizer) == (0, False)
             for means in (Means(True, False), Means(False, True)):  # each alone
                 allowed = [
@@ -397,7 +398,7 @@ def test_what_fsdp_takes_is_said_to_three_digits():
         return Rivals(rival, with_hosts, without_hosts, means, **how).words(seconds)
 
     begin = f"{size}, host memory would not help: {how}"
-    facts = "; vp-train has no FSDP; H100 runs reach 7 to 14 MFU points less, pipelines 3"
+    facts = "; vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
     assert words(one, one) == f"10.00 s at best, 25.0% slower, {begin}{end}{facts}"
     assert words(one, one, 12.5, ON_GPUS) == (f"10.00 s at best, 20.0% faster, {begin}{end}{facts}")
     some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)
@@ -432,14 +433,13 @@ def test_what_fsdp_takes_is_said_to_three_digits():
 def test_how_far_runs_are_below_plans_is_what_was_compared():
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "plan_published.json"
     rows = json.loads(path.read_text())["held_out"]
-    errors = {
-        source: statistics.median(
-            abs(row["plan_pct"] - row["measured_pct"]) for row in rows if row["source"] == source
+    few, many = (
+        statistics.median(
+            row["plan_pct"] - row["measured_pct"] for row in rows if row["source"] == source
         )
-        for source in ("MPT with FSDP, h100", "torchtitan FSDP, h100", "Megatron-Core, h100")
-    }
-    few, many, pipelines = (f"{error:.0f}" for error in errors.values())
-    said = f"H100 runs reach {few} to {many} MFU points less, pipelines {pipelines}"
+        for source in ("MPT with FSDP, h100", "torchtitan FSDP, h100")
+    )
+    said = f"H100 runs of it reach {few:.0f} to {many:.0f} MFU points less"
     assert fsdp._ONLY_COMPARED.endswith(said)
 
 

@@ -225,6 +225,9 @@ def test_the_slowest_link_is_the_one_with_which_the_whole_plan_just_fits(more):
     typed = replace(config, cost=replace(config.cost, host_bytes_per_second=now / 4))
     for one, part in ((shared, 2), (typed, 4)):
         assert link_of(one) == now / part
+        slow = SlowLink(one, link.choice)
+        assert slow.later(link_of(one)) == 0
+        assert slow.later(now / 8) > 0 or not more
         assert link_of(with_link(one, now / 8)) == now / 8
 
 
@@ -251,15 +254,13 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
         (first,) = result.best
         again = replace(first, choice=replace(first.choice, offload=0.0))  # counts as faster
         for best, words in (
-            ((first,), "; with half of that nothing named here fits"),
-            ((first, again), "; with half of that the fastest named here that fits is row 1"),
+            ((first,), "; with half of them, 25, nothing named here fits"),
+            ((first, again), "; with half of them, 25, the fastest named here that fits is row 1"),
         ):
             lines = search_lines(config, Limits(), replace(result, best=best))
             (line,) = (line for line in lines if line.startswith("link: "))
             assert line.startswith("link: the first fits down to about ")
-            assert (
-                " of the 50 GB/s per GPU that are assumed, by short steps, and is as fast" in line
-            )
+            assert " of the 50 GB/s per GPU by short steps, and is as fast" in line
             assert line.endswith(words) is not fits
             assert (float(line.split()[7]) <= 25) is fits
 

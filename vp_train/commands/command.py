@@ -233,7 +233,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-_OVERRIDE = r"[+~]{0,2}[a-z_]+(\.[a-z_0-9]+)*=[^/]*"
+_OVERRIDE = r"[+~]{0,2}[a-z_]+(\.[a-z_0-9]+)*=.*"
 
 
 def path_of(word: str) -> Path:

@@ -203,7 +203,7 @@ def fsdp_words(config: RunConfig, report: PlanReport, rivals: Rivals) -> str:
     """Return what fully sharded data parallelism would take for the same batch, in words."""
     words = rivals.words(report.step_seconds)
     assumed = config.cost.is_measured and not config.cost.has_rates
-    return f"{words}; its passes at assumed rates, not as measured" if assumed else words
+    return f"{words}; passes of FSDP at assumed rates, not as measured" if assumed else words
 
 
 def model_words(config: RunConfig) -> str:

@@ -244,8 +244,9 @@ def _slow_link_lines(
     if least == now:
         slowest = f"with no less than the {now / 1e9:.3g} GB/s per GPU"
     then = compared(first.report.step_seconds + link.later(least), first.report.step_seconds)
-    line = f"link: the first fits {slowest} that are assumed, by short steps, and is {then} then"
-    if least <= now / 2:
+    line = f"link: the first fits {slowest} by short steps, and is {then} then"
+    half = now / 2
+    if least <= half:
         return [line]
     rest = ((f"row {n}", row.found) for n, row in enumerate(rows, 1))
     firsts = {
@@ -259,10 +260,15 @@ def _slow_link_lines(
         if isinstance(found, Found)
         or (found is not None and (found.is_planned or not found.choice.offload))
     }
-    for choice, (words, _) in sorted(named.items(), key=lambda one: one[1][1]):
-        if not choice.offload or SlowLink(config, choice).needs(now / 2) <= limit:
-            return [f"{line}; with half of that the fastest named here that fits is {words}"]
-    return [f"{line}; with half of that nothing named here fits"]
+    fitting = list[tuple[float, str]]()
+    for choice, (words, seconds) in named.items():
+        link = SlowLink(config, choice)
+        if not choice.offload or link.needs(half) <= limit:
+            fitting.append((seconds + link.later(half), words))
+    of_half = f"with half of them, {half / 1e9:.3g},"
+    if not fitting:
+        return [f"{line}; {of_half} nothing named here fits"]
+    return [f"{line}; {of_half} the fastest named here that fits is {min(fitting)[1]}"]
 
 
 def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:

@@ -374,6 +374,7 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
     if (
         typed is not None
         and typed not in found
+        and (not typed.offload or config.run.device == "cuda")
         and typed.layout.num_stages <= config.model.num_layers + _MOST_EMPTY
         and _reason_against(config, typed.degrees) is None
     ):
@@ -476,6 +477,7 @@ def beside(choice: Choice, num_layers: int) -> list[Choice]:
         )
         for count in counts
         if 2 <= count <= most_chunks(pp, num_layers)
+        and pp * count * choice.num_microbatches <= MOST_FORWARD_PASSES
     ]
 
 
@@ -600,7 +602,7 @@ def as_typed(config: RunConfig) -> Choice | None:
     """Return the choice that a search makes if it leaves the run of `config` as it is.
 
     None if no search makes it, as with layers given per stage, an order that is searched for or
-    from a file, or degrees that do not fit the cluster.
+    from a file, or degrees that do not fit the cluster or the batch.
     """
     if config.vocab.algorithm not in VOCAB_ALGORITHMS:
         return None
@@ -609,14 +611,19 @@ def as_typed(config: RunConfig) -> Choice | None:
         layout = GENERATORS[config.schedule.name].layout_of(degrees.pp, config.schedule.num_chunks)
     except (ConfigError, KeyError, ValueError):
         return None
+    count, rest = divmod(batch_of(config), degrees.dp * config.micro_batch_size)
+    if rest:
+        return None
     even = _even(config.model.num_layers, layout.num_stages)
     placement = config.parallel.placement
     choice = replace(
         choice_of(config, degrees),
-        num_microbatches=batch_of(config) // degrees.dp // config.micro_batch_size,
+        num_microbatches=count,
         num_chunks=layout.num_chunks if layout.name == "loop" else None,
         placement=placement if placement == "redistribute" else even,
     )
+    if degrees.pp == 1:
+        choice = replace(choice, vocab="none", balance=False)
     given = (
         *(config.parallel.layers_per_stage, config.parallel.recompute_per_stage),
         *(config.schedule.file, config.vocab.shards),
@@ -644,8 +651,9 @@ def counts_of_chunks(pp: int, num_layers: int, head_in_layers: float | None) -> 
     """Return the numbers of stages per rank that are worth a try, from 2 on.
 
     With smaller stages the pipeline fills and drains faster, and with more stages more is sent.  So
-    a number is tried where the largest stage is smaller than with all lower ones, or where all
-    stages are alike.  `head_in_layers` is that of `redistribute`, None where it does not move any.
+    a number is tried where the largest stage is smaller than with all lower ones, or where the
+    layers divide by the stages.  `head_in_layers` is that of `redistribute`, None where it does not
+    move any.
 
     Every stage has a layer.  Where it has only one, up to two stages may have none: the 126 layers
     of Llama 3 405B ran in 16 x 8 stages.

@@ -45,7 +45,7 @@ _GATHERED = 2  # layers whose parameters, and whose gradients, are whole at a ti
 _ON_DEVICE = 2  # the last layers, for which a copy to the host and back has no time
 RECOMPUTE = ("none", "selective", "full")
 # Medians by which published runs on H100 are below plans (benchmarks/plan_published.py).
-_ONLY_COMPARED = "vp-train has no FSDP; H100 runs reach 7 to 14 MFU points less, pipelines 3"
+_ONLY_COMPARED = "vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +301,7 @@ def _leanest(
     limit, room = cluster.memory_gib * _GIB, of_rank - memory.host_optimizer
     if room < 0:
         return None
-    room *= moves
+    room = room if moves else 0.0
     link = links_of(cluster, work.degrees).data
     gather, _ = _exchange(link, work, shape.layer_parameters(work.share), work.degrees.dp)
     forward = min(_Layer.of(work, cost, kind).forward for kind in ("none", recompute))

@@ -16,7 +16,13 @@ from schedules.network import Network
 from schedules.simulate import simulate_order, sweep
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
-from vp_train.planning.cluster import links_of, on_cluster, peak_flops, tied_seconds
+from vp_train.planning.cluster import (
+    host_bytes_per_second,
+    links_of,
+    on_cluster,
+    peak_flops,
+    tied_seconds,
+)
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import (
     exposed_tensor_seconds,
@@ -459,5 +465,5 @@ def optimizer_seconds(
         moved = (memory.gradients + memory.weights) / parts + 2 * memory.optimizer
         return moved / cluster.memory_bytes_per_second
     gradients, weights = memory.gradients / degrees.dp, memory.weights / degrees.dp
-    moved = (gradients + weights) / cluster.host_bytes_per_second
+    moved = (gradients + weights) / host_bytes_per_second(cluster)
     return moved + (gradients + 2 * 3 * gradients + weights) / cluster.host_memory_bytes_per_second

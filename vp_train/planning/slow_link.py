@@ -26,12 +26,15 @@ def link_of(config: RunConfig) -> float:
 
 
 def with_link(config: RunConfig, bytes_per_second: float) -> RunConfig:
-    """Return `config` with a bandwidth between a GPU and its host that is not above `link_of`."""
-    if config.cost.host_bytes_per_second is not None:
-        cost = replace(config.cost, host_bytes_per_second=bytes_per_second)
-        return replace(config, cost=cost)
-    cluster = replace(config.cluster, host_bytes_per_second=bytes_per_second)
-    return replace(config, cluster=cluster)
+    """Return `config` with a bandwidth between a GPU and its host that is not above `link_of`.
+
+    That of the cluster, which the optimizer uses, becomes slower by the same part.
+    """
+    own, part = config.cost.host_bytes_per_second, bytes_per_second / link_of(config)
+    cost = replace(config.cost, host_bytes_per_second=None if own is None else bytes_per_second)
+    bandwidth = part * host_bytes_per_second(config.cluster)
+    cluster = replace(config.cluster, host_bytes_per_second=bandwidth)
+    return replace(config, cost=cost, cluster=cluster)
 
 
 @dataclass(frozen=True)
