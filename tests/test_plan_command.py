@@ -51,7 +51,7 @@ def test_as_in_the_readme_without_torch():
     )
     assert f"MFU {found.mfu:.1%}" in done.stdout
     binds = lines.index(f"binds     {found.binds}")
-    assert lines[binds + 1].startswith("without   vocabulary parallelism, best of this split: ")
+    assert lines[binds + 1].startswith("without   vocabulary parallelism, best found here: ")
     helps = re.match(r"helps     (.+): (.+ s) \((.+)% faster\), ", lines[binds + 2])
     again = make_report(load_config([*AS_TYPED, *helps[1].split()]))
     assert helps[2] == duration(again.step_seconds)

@@ -15,6 +15,7 @@ from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
 from vp_train.planning.choice import Choice, Kept, choice_of, offloading, space_of
 from vp_train.planning.cluster import host_bytes_per_second
+from vp_train.planning.compare import helps_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.memory import (
@@ -238,6 +239,16 @@ def test_a_slow_link_is_judged_by_the_short_step_of_any_length():
     slow = link_of(config) / 8
     report = make_report(with_link(config, slow))
     assert link.needs(slow) == pytest.approx(needs_of(report), rel=0.05)
+
+
+def test_what_does_not_fit_is_never_told_to_stay_as_it_is():
+    config = load_config([*LLAMA, "parallel.offload_activations=1"])
+    for part in (0.99, 0.999):
+        gib = part * needs_of(make_report(config)) / GIB
+        small = replace(config, cluster=replace(config.cluster, memory_gib=gib))
+        helps = helps_of(small, make_report(small))
+        assert helps
+        assert all(one.overrides for one in helps)
 
 
 def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_with_half():

@@ -11,6 +11,7 @@ import pytest
 
 from schedules import generators
 from vp_train.config import RECOMPUTE, ConfigError
+from vp_train.planning import search as search_module
 from vp_train.planning import short, weigh
 from vp_train.planning.choice import (
     Kept,
@@ -457,6 +458,17 @@ def test_a_plan_that_needs_more_than_its_estimate_takes_a_leaner_optimizer():
     assert [plan.choice.optimizer for plan in found.best] == [zero1]
     assert found.without_vocabulary is None
     assert found.with_vocabulary.optim == zero1
+
+
+def test_without_vocabulary_parallelism_the_own_schedule_is_looked_at_whatever_the_effort(
+    monkeypatch,
+):
+    monkeypatch.setattr(search_module, "_EFFORT_OF_ONE_LINE", 1)
+    for own in (["schedule=zb_v"], ["schedule=interleaved", "schedule.num_chunks=2"]):
+        config = config_of(*own, "parallel.pp=2", "parallel.placement=balanced")
+        found = without_vocabulary(config, Degrees(1, 2, 1))
+        assert found.num_estimated == 2, "with layers redistributed and without"
+        assert found.without_vocabulary.choice.schedule == config.schedule.name
 
 
 def test_nothing_fits_and_what_is_closest():

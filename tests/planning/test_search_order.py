@@ -1410,7 +1410,8 @@ def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans
         return Space(tuple(world.choices), Counter(), (ADAMW,))
 
     monkeypatch.setattr(search_module, "without_vocabulary_of", space_of)
-    found = search_module.without_vocabulary(CONFIG, Degrees(1, 2, 1))
+    config = replace(CONFIG, schedule=replace(CONFIG.schedule, name="zb_h1"))  # none is its own
+    found = search_module.without_vocabulary(config, Degrees(1, 2, 1))
     assert asked == [Degrees(1, 2, 1)]
     assert made == [(GIB, (ADAMW,))], "all memory may be used"
     assert number_of(world, found.without_vocabulary) == 1
@@ -1418,7 +1419,7 @@ def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans
     assert not world.asked("plan")
     few = World([replace(one, placed=10**5) for one in world.facts.values()], world.choices)
     enter(few)
-    search_module.without_vocabulary(CONFIG, Degrees(1, 2, 1))
+    search_module.without_vocabulary(config, Degrees(1, 2, 1))
     assert few.asked("short") == [0, 1], "three fifths of 300,000 are two short steps"
 
 

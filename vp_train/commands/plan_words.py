@@ -143,7 +143,8 @@ def without_lines(report: PlanReport, result: Result | None) -> list[str]:
     """Return a line with the best plan of this split that does not split the vocabulary."""
     if result is None:
         return []
-    best, head = result.without_vocabulary, "without   vocabulary parallelism, best of this split:"
+    best, how = result.without_vocabulary, "found here" if result.num_open else "of this split"
+    head = f"without   vocabulary parallelism, best {how}:"
     if best is None:
         reason = "" if result.leanest is None else f": {result.leanest.reason}"
         return [f"{head} nothing fits{reason}"]

@@ -19,6 +19,7 @@ from vp_train.planning.choice import (
     choice_of,
     neighbours,
     offloading,
+    optimizers_of,
     space_of,
 )
 from vp_train.planning.cluster import with_margin
@@ -245,13 +246,15 @@ def helps_of(
             num_layers = config.model.num_layers
             moving = [choice] if number == 1 else neighbours(choice, choices)
             found += [moved for one in moving for moved in offloading(one, num_layers)]
-        return list(dict.fromkeys(found))
+        return [one for one in dict.fromkeys(found) if one != now]
 
     progress("trying what one other setting would gain")
     of_one, typed = near(now), (config.optim,)
     problem = draft_step(config, config.cluster.num_gpus).problem
     effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
-    first = _fastest(config, ((of_one, typed), ([now], None)), effort)
+    others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
+    rounds = [(of_one, typed), *([([now], others)] if others else [])]
+    first = _fastest(config, rounds, effort)
     progress("trying what two other settings would gain")
     of_two = near(now, 2)
     if first is not None and len(of_two) > _MANY:

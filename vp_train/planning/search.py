@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from schedules.render import duration
@@ -200,11 +200,13 @@ class _Search:
         self._shown: list[float] = []
         self._shown_at: tuple[int, ...] = ()
 
-    def run(self, *, plans: bool = True) -> Result:
+    def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
         self._enough = part * self._limits.effort
         self._weigh()
+        for choice in firsts:
+            self._estimate_first(self._numbers[choice])
         if plans:
             self._estimate_typed()
         while True:
@@ -382,13 +384,18 @@ class _Search:
     def _estimate_typed(self) -> None:
         """Estimate the run as it was typed if it seems to fit, so that no result is slower."""
         number = None if self._typed is None else self._numbers.get(self._typed)
-        if number is None or number not in self._bounds:
+        if number is not None:
+            self._estimate_first(number, is_sure=False)
+
+    def _estimate_first(self, number: int, *, is_sure: bool = True) -> None:
+        """Estimate a choice before others; unless `is_sure` only if it seems to fit cheaply."""
+        if number not in self._bounds:
             return
         try:
             item = self._items[number] = self._scales.draft(self._choices[number])
             self._spent += draft_nodes(item)
             self._bounds[number] = item.seconds
-            if self._is_doubtful(item, self._queue):
+            if not is_sure and self._is_doubtful(item, self._queue):
                 return
             self._done.add(number)
             self._estimates.append(self._estimate_of(item))
@@ -815,15 +822,27 @@ def limit_of(config: RunConfig, margin: float) -> float:
 def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
     """Return the fastest ways to run `config` without vocabulary parallelism on the same degrees.
 
-    Its schedule, chunks and placement are free, and short steps are simulated.
+    Its schedule, chunks and placement are free, and short steps are simulated.  Its own schedule
+    comes first, whatever effort that takes.
     """
-    return simulated(config, without_vocabulary_of(config, degrees), _EFFORT_OF_ONE_LINE)
+    space, own = without_vocabulary_of(config, degrees), config.schedule
+    same = [
+        choice
+        for choice in space.choices
+        if choice.schedule == own.name and choice.num_chunks in (None, own.num_chunks)
+    ]
+    return simulated(config, space, _EFFORT_OF_ONE_LINE, same)
 
 
-def simulated(config: RunConfig, space: Space, effort: int) -> Result:
-    """Return the fastest of `space` by short steps of `effort` passes, without a margin."""
+def simulated(
+    config: RunConfig, space: Space, effort: int, firsts: Sequence[Choice] = ()
+) -> Result:
+    """Return the fastest of `space` by short steps of `effort` passes, without a margin.
+
+    `firsts` are estimated before others, and in any case.
+    """
     limits = Limits(top=1, margin=0.0, effort=effort)
-    return _Search(config, limits, lambda: True, lambda words: None, space).run(plans=False)
+    return _Search(config, limits, lambda: True, lambda words: None, space).run(firsts, plans=False)
 
 
 def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:
