@@ -233,9 +233,9 @@ def test_the_slowest_link_is_the_one_with_which_the_whole_plan_just_fits(more):
 
 
 def test_a_slow_link_is_judged_by_the_short_step_of_any_length():
-    words = ["vocab=two_barrier", "schedule=v_min", "num_microbatches=260"]
+    words = ["vocab=two_barrier", "schedule=v_min", "parallel.pp=4", "num_microbatches=168"]
     config = load_config([*LLAMA, *words, "parallel.offload_activations=1"])
-    link = SlowLink(config, choice_of(config, Degrees(1, 8, 1)))
+    link = SlowLink(config, choice_of(config, Degrees(2, 4, 1)))
     slow = link_of(config) / 8
     report = make_report(with_link(config, slow))
     assert link.needs(slow) == pytest.approx(needs_of(report), rel=0.05)
