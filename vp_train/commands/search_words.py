@@ -94,6 +94,7 @@ class _Row:
             "step": f"~{duration(found.seconds)}",
             "MFU": f"~{mfu:.1%}",
             _MEMORY[unit]: f"~{found.memory / unit:.1f}",
+            _HOST_MEMORY: f"~{found.host / unit:,.0f}",
         }
 
 
