@@ -41,6 +41,7 @@ from vp_train.planning.choice import (
     space_of,
     without_vocabulary_of,
 )
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import (
     SAME,
@@ -816,7 +817,7 @@ def _alike(choice: Choice) -> tuple[object, ...]:
 
 def limit_of(config: RunConfig, margin: float) -> float:
     """Return the bytes that a rank may need where the part `margin` of them stays free."""
-    return config.cluster.memory_gib * _GIB * (1 - margin)
+    return with_margin(config.cluster, margin).memory_gib * _GIB
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
