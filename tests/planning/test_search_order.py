@@ -1128,8 +1128,8 @@ def test_nothing_offloads_where_memory_does_not_bind_or_it_must_not(enter, reaso
     assert found.num_choices == 2
 
 
-def test_where_nothing_fits_all_that_memory_refused_is_tried_with_offloading(enter):
-    """Choices that recompute nothing alone are tried where a plan fits."""
+def test_all_that_memory_refused_is_tried_with_offloading(enter):
+    """Also what recomputes everything, and where other plans fit."""
     large = TooLargeError(2.0 * GIB, GIB, LEANEST)
     for fits in (True, False):
         base = [
@@ -1150,10 +1150,10 @@ def test_where_nothing_fits_all_that_memory_refused_is_tried_with_offloading(ent
         enter(world)
         found = run_offloading(world, len(base))
         names = [(plan.choice.recompute, plan.choice.offload) for plan in found.best]
-        assert names == ([("full", 0.0)] if fits else [("full", 1.0)])
+        assert names == [("full", 1.0)]
         tried = {world.choices[n].micro_batch_size - 1 for n in world.asked("weigh")[len(base) :]}
-        assert tried == ({2} if fits else {0})
-        assert found.num_choices == len(base) + (0 if fits else 1)
+        assert tried == ({0, 2} if fits else {0})
+        assert found.num_choices == len(base) + 1
 
 
 @pytest.mark.parametrize("effort", [10**6, 8_000, 5_000, 3_000])

@@ -21,7 +21,7 @@ from typing import Any
 
 from schedules.ir import Kind
 from schedules.render import duration
-from vp_train.config import ClusterConfig, CostConfig, OptimConfig
+from vp_train.config import RECOMPUTE, ClusterConfig, CostConfig, OptimConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import Link, links_of, on_cluster, peak_flops
 from vp_train.planning.degrees import Degrees
@@ -43,7 +43,6 @@ from vp_train.vocab.chunks import CHUNKS
 _GIB = 2**30
 _GATHERED = 2  # layers whose parameters, and whose gradients, are whole at a time
 _ON_DEVICE = 2  # the last layers, for which a copy to the host and back has no time
-RECOMPUTE = ("none", "selective", "full")
 # Medians by which published runs on H100 are below plans (benchmarks/plan_published.py).
 _ONLY_COMPARED = "vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
 

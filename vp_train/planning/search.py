@@ -558,22 +558,19 @@ class _Search:
     def _offloading(self) -> list[Choice]:
         """Return the choices with offloaded activations to try.
 
-        They take the place of what recomputes nothing and was refused, seems not to fit or fits
-        with an optimizer in host memory only, and of the best of each kind, where it recomputes or
-        keeps its optimizer there.  Where nothing fits they take the place of all that memory
-        refused.
+        They take the place of what was refused for memory, seems not to fit or fits with an
+        optimizer in host memory only, and of the best of each kind, where it recomputes.
         """
         best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
-        binding = [e.choice for e in best if e.choice.recompute != "none" or e.optim.offload]
-        larger = [refusal.choice for refusal in self._refused if refusal.needs is not None]
-        larger += self._pressed
-        larger += [
+        binding = [e.candidate.choice for e in best if e.choice.recompute != "none"]
+        binding += [e.candidate.choice for e in self._estimates if e.optim.offload]
+        binding += [refusal.choice for refusal in self._refused if refusal.needs is not None]
+        binding += self._pressed
+        binding += [
             choice
             for choice, item in zip(self._choices, self._items, strict=True)
             if item is not None and not item.seems_to_fit
         ]
-        least = self._space.kept.values.get("parallel.recompute", "none")
-        binding += [choice for choice in larger if not best or choice.recompute == least]
         return [
             choice
             for choice in dict.fromkeys(
