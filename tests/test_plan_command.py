@@ -122,7 +122,10 @@ def test_json_has_every_rank(vp_plan, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
-        (["parallel.pp=4", "vocab=none", "model.vocab_size=65536"], "vocab=one_barrier: about"),
+        (
+            ["parallel.pp=4", "vocab=none", "model.vocab_size=65536"],
+            "vocab.algorithm=one_barrier: about",
+        ),
         (["parallel.dp=2", "parallel.pp=2", "run.dtype=bfloat16"], "optim.name=zero1: about"),
         (["parallel.pp=4", "micro_batch_size=8"], "micro_batch_size=1 num_microbatches=64: about"),
         (

@@ -37,6 +37,7 @@ from vp_train.planning.choice import (
     with_batch_of,
     with_replicas,
 )
+from vp_train.planning.cluster import MARGIN
 from vp_train.planning.compare import Help, helps_of, larger_batch_of, rivals_of
 from vp_train.planning.found import Estimate, Limits, Result
 from vp_train.planning.fsdp import Rivals
@@ -46,6 +47,7 @@ from vp_train.planning.search import search
 from vp_train.units import plural
 
 _MOST_TOKENS = 10**9
+_MARGIN = round(100 * MARGIN)  # percent
 _DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
 _EXAMPLES = """\
   vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
@@ -68,7 +70,7 @@ def main() -> None:
         ),
         "--margin": (
             "PERCENT",
-            "with --search: part of the memory of GPUs and hosts that stays free (5)",
+            f"with --search: part of the memory of GPUs and hosts that stays free ({_MARGIN})",
         ),
         "--effort": ("N", "with --search: thousand passes that may be placed (8000)"),
         "--seconds": (
@@ -113,7 +115,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     config = with_replicas(config)
     limits = Limits(
         top=whole_number(options, "--top", 5),
-        margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
+        margin=whole_number(options, "--margin", _MARGIN, least=0, most=90) / 100,
         effort=1000 * whole_number(options, "--effort", 8000),
     )
     seconds = whole_number(options, "--seconds", 180)
@@ -200,6 +202,7 @@ def _compared_record(config: RunConfig, rivals: Rivals, helps: Sequence[Help]) -
                 "overrides": one.overrides,
                 "step_seconds": one.seconds,
                 "bytes": one.memory,
+                "host_total_bytes": one.host,
                 "planned": one.is_planned,
             }
             for one in helps
@@ -276,6 +279,7 @@ def _estimate_record(config: RunConfig, estimate: Estimate) -> dict[str, Any]:
         "overrides": estimate.choice.overrides(config),
         "step_seconds": estimate.seconds,
         "bytes": estimate.memory,
+        "host_total_bytes": estimate.host,
         "planned": estimate.is_planned,
     }
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.plan_remedies import host_remedies, remedies
+from vp_train.commands.plan_remedies import host_remedies, host_words, remedies
 from vp_train.config import RunConfig
 from vp_train.model import shape
 from vp_train.planning.choice import Choice
@@ -167,7 +167,8 @@ def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:
     """
     about = "" if estimate.is_planned else "about "
     how = "" if seconds is None else f" ({compared(estimate.seconds, seconds)})"
-    return f"{about}{duration(estimate.seconds)}{how}, {human_bytes(estimate.memory)}"
+    memory = f"{human_bytes(estimate.memory)}{host_words(estimate.host)}"
+    return f"{about}{duration(estimate.seconds)}{how}, {memory}"
 
 
 def _host_lines(report: PlanReport) -> list[str]:

@@ -221,7 +221,8 @@ def _host_memory_lines(best: Sequence[Found], limits: Limits) -> list[str]:
     if known is None:
         line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
     else:
-        left = f"{known * (1 - limits.margin):,.6g} of the " if limits.margin else ""
+        rest = with_margin(best[0].report.cluster, limits.margin).host_memory_gib
+        left = f"{rest:,.6g} of the " if limits.margin else ""
         line = f"host RAM: {need}; a plan may use {left}{known:,.6g} GiB of cluster.host_memory_gib"
     if any(found.report.host.activations for found in best):
         line += "; no training on GPUs has offloaded activations yet"
