@@ -13,6 +13,7 @@ import pytest
 
 from schedules.render import duration
 from vp_train.commands.plan import main
+from vp_train.commands.plan_words import text_of
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.found import Limits
@@ -27,6 +28,12 @@ NANO = ["model=nano", "num_microbatches=8"]
 @pytest.fixture
 def vp_plan(run_here):
     return partial(run_here, main, "vp-plan")
+
+
+def overrides_behind(words, out):
+    """Return the overrides behind words that begin a line: in it, or in the next one."""
+    (found,) = re.findall(rf"^{words}\s+(.*)$", out, re.MULTILINE)
+    return found
 
 
 def test_as_in_the_readme_without_torch():
@@ -56,6 +63,21 @@ def test_as_in_the_readme_without_torch():
     again = make_report(load_config([*AS_TYPED, *helps[1].split()]))
     assert helps[2] == duration(again.step_seconds)
     assert helps[3] == f"{100 * (1 - again.step_seconds / found.step_seconds):.1f}"
+
+
+def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
+    words, row = "word " * 40, f"1  {'a  b' * 50}"
+    overrides = " ".join(f"parallel.pp{n}={n}" for n in range(12))
+    for begin, indent in (("fsdp      ", 10), ("          ", 10), ("link: ", 4)):
+        first, *others = text_of([f"{begin}{words}{overrides}: {words}"]).splitlines()
+        assert first.startswith(f"{begin}word")
+        assert {len(line) - len(line.lstrip()) for line in others} == {indent}
+        assert sum(overrides in line for line in others) == 1
+        assert all(len(line) <= 120 for line in (first, *others) if overrides not in line)
+        assert " ".join((first + "".join(others)).split()).count("word") == 80
+    kept = [row, "─" * 130, f"{'x' * 119} y", "", "first: " + 20 * "x"]
+    assert text_of(kept[:2] + kept[3:]).splitlines() == kept[:2] + kept[3:]
+    assert text_of(kept[2:3]).splitlines() == ["x" * 119, "    y"]
 
 
 def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
@@ -157,7 +179,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert record["without_vocabulary_parallelism"]["step_seconds"] > steps[0]
     assert (record["choices"], record["ended"]) > (0, "")
     assert (record["margin"], record["fsdp"]) == (0.05, None)
-    shown = out[out.index("in all rows: ") : out.index("the first: ")].splitlines()
+    shown = out[out.index("in all rows: ") : out.index("the first:")].splitlines()
     assert max(map(len, shown)) <= 110
     plans = record["best"]
     for name in ("dp", "pp", "tp"):
@@ -165,9 +187,9 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
         assert (f"{name} {plans[0][name]}; " in shown[0]) is (len(values) == 1)
         assert (f" {name} " in shown[2]) is (len(values) > 1)
     assert [row.split()[0] for row in shown[4:7]] == ["1", "2", "3"]
-    first = out[out.index("the first: ") :].splitlines()[0].removeprefix("the first: ")
+    first = overrides_behind("the first:", out)
     for place, plan in enumerate(plans[1:], 2):
-        (more,) = re.findall(rf"^row {place}, behind those: (.*)$", out, re.MULTILINE)
+        more = overrides_behind(f"row {place}, behind those:", out)
         again = make_report(load_config([*NANO, *first.split(), *more.split()]))
         assert again.step_seconds == pytest.approx(plan["step_seconds"])
         assert again.ranks == make_report(load_config([*NANO, *plan["overrides"].split()])).ranks
@@ -228,11 +250,7 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     line = f"searched although typed: {', '.join(searched)}{hint}\n"
     assert (line in out) if searched else "although typed" not in out
     first = json.loads((tmp_path / "found.json").read_text())["best"][0]
-    pasted = (
-        next(line for line in out.splitlines() if line.startswith("the first: "))
-        .removeprefix("the first: ")
-        .split()
-    )
+    pasted = overrides_behind("the first:", out).split()
     again = make_report(load_config([*typed, *pasted]))
     assert first["pp"] > 1
     assert first["dp"] * first["num_microbatches"] * first["micro_batch_size"] == (
@@ -283,8 +301,8 @@ def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_pla
 def test_search_where_nothing_fits(vp_plan):
     code, out, _ = vp_plan("--search", *NANO, "cluster.memory_gib=0.001")
     assert code == EXIT_CONFIG
-    assert "NOTHING FITS.  Closest: parallel.dp=" in out
-    assert "more than 0.00095 GiB" in out, "5 % stay free"
+    assert "NOTHING FITS.  Closest:\n    parallel.dp=" in out
+    assert "more than the 0.00095 GiB that a plan may use" in out, "5 % stay free"
     assert "ruled out most: memory, for weights, gradients and optimizer state alone: " in out
     helps = [line for line in out.splitlines() if line.startswith("would help")]
     assert "cluster.num_nodes=" in helps[-1], "nothing that the search has refused is advised"
@@ -318,7 +336,7 @@ def slow_cpu(monkeypatch):
 def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, slow_cpu):
     code, out, _ = vp_plan("--search", "--seconds", 1, *NANO, "cluster.memory_gib=0.0035")
     assert code == EXIT_TIME != EXIT_CONFIG
-    assert "NOTHING TRIED SO FAR FITS.  Closest: parallel.dp=" in out
+    assert "NOTHING TRIED SO FAR FITS.  Closest:\n    parallel.dp=" in out
     assert "raise --seconds" in out
 
 

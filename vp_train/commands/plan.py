@@ -18,6 +18,7 @@ from vp_train.commands.plan_words import (
     help_lines,
     model_words,
     plan_lines,
+    text_of,
     without_lines,
     without_of,
 )
@@ -121,11 +122,12 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)
     if "--keep" in options or kept.values:
-        print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
+        words = kept.words or "nothing, because no setting is typed"
+        print(text_of([f"kept: {words}"]), flush=True)
     searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
     if searched:
         hint = "; --keep typed keeps them" if _keeps_typed(config, overrides, options) else ""
-        print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
+        print(text_of([f"searched although typed: {', '.join(searched)}{hint}"]), flush=True)
     is_default = not counts and tokens is None
     print(_batch_words(config, tokens, multiple, is_default=is_default), flush=True)
     return show_search(config, limits, seconds, path, kept)
@@ -188,7 +190,7 @@ def show_plan(config: RunConfig, path: Path | None) -> int:
         comparing.work_on("planning a batch twice as large")
         larger = larger_batch_of(config, report) if report.fits else None
         lines += [*help_lines(report, helps, larger), *searching.words]
-    print("\n".join(lines), flush=True)
+    print(text_of(lines), flush=True)
     _write(path, report.record() | _compared_record(config, rivals, helps))
     return searching.exit_code if report.fits else EXIT_CONFIG
 
@@ -217,7 +219,7 @@ def show_search(
 
     Ctrl-C ends it with the best so far.  Returns the exit code.
     """
-    print(f"{model_words(config)}\n{cluster_words(config)}\n", flush=True)
+    print(text_of([model_words(config), cluster_words(config), ""]), flush=True)
     # CPU time, not the clock on the wall: other processes on the machine must not end a search.
     started = time.process_time()
     with Searching() as searching:
@@ -230,7 +232,7 @@ def show_search(
 
         result = search(config, limits, in_time, show, space_of(config, kept))
     lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
-    print("\n".join(lines), flush=True)
+    print(text_of(lines), flush=True)
     _write(path, search_record(config, limits, result))
     if searching.is_stopped or result.best:
         return searching.exit_code

@@ -382,7 +382,7 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
         needs = leanest.host_needs / _GIB
         lines += [
             f"  may fit on the GPUs, but needs {needs:.2f} GiB of host memory per node, "
-            f"{needs - known:.2f} GiB more than {known:g} GiB",
+            f"{needs - known:.2f} GiB more than the {known:g} GiB that a plan may use",
             f"would help: more than {needs / (1 - limits.margin):.4g} GiB of host memory per node "
             "(cluster.host_memory_gib)",
         ]
