@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -139,6 +140,35 @@ def test_json_has_every_rank(vp_plan, tmp_path):
     for one in record["helps"]:
         again = make_report(load_config([*NANO, *one["overrides"].split()]))
         assert one["step_seconds"] == again.step_seconds < 0.99 * record["step_seconds"]
+
+
+# Settings of which each makes some proposal wrong that does not reset it.
+STUBBORN = [
+    ("schedule=interleaved", "schedule.num_chunks=2", "parallel.pp=2"),
+    ("vocab.algorithm=none", "parallel.placement=redistribute", "micro_batch_size=2"),
+    ("parallel.recompute_per_stage=[full,none]", "parallel.pp=2", "optim.name=zero1"),
+]
+
+
+@pytest.mark.parametrize("typed", STUBBORN, ids=lambda typed: typed[0])
+def test_what_a_plan_proposes_can_be_appended_and_gives_what_is_said(vp_plan, typed):
+    draw, tried = random.Random(len(typed[0])), 0
+    for gib in (4, 0.006):
+        count = draw.choice((4, 8))
+        words = ["model=nano", f"num_microbatches={count}", f"cluster.memory_gib={gib}", *typed]
+        _, out, _ = vp_plan(*words)
+        lines = re.sub(r"\n {4}(?! )", " ", out)
+        for kind, overrides, about, seconds in re.findall(
+            r"^(helps|would fit:|would help:| {8}) +((?:[a-z][\w.]*=\S+ ?)+): (about )?(\S+ m?s)?",
+            lines,
+            re.MULTILINE,
+        ):
+            again = make_report(load_config([*words, *overrides.split()]))
+            if seconds and not about:
+                assert again.fits
+                assert duration(again.step_seconds) == seconds, (words, kind, overrides)
+            tried += 1
+    assert tried > 2
 
 
 @pytest.mark.parametrize(
@@ -444,6 +474,7 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             ["cluster=moon"],
             "cluster=moon is not known; choose one of a100_80g_node, h100_80g_node, laptop",
         ),
+        (["schedule.num_chunks=5", "schedule=zb_v"], "; add schedule.num_chunks=null"),
         (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3 needs"),
         (
             ["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"],

@@ -274,6 +274,18 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
             assert " of the 50 GB/s per GPU by short steps, and is as fast" in line
             assert line.endswith(words) is not fits
             assert (float(line.split()[7]) <= 25) is fits
+    assert result.with_vocabulary is not None
+    candidate = result.with_vocabulary.candidate
+    still = replace(candidate, choice=replace(candidate.choice, offload=0.0))
+    slower = replace(result.with_vocabulary, candidate=still, seconds=99.0, host=0.0)
+    slower = replace(slower, is_planned=False)
+    lines = search_lines(config, Limits(), replace(result, without_offloading=slower))
+    rows = [line for line in lines if line[:2] in ("1 ", "2 ")]
+    assert [row[-2:] for row in rows] == [" *", " 0"], "rows that depend on hosts are marked"
+    assert "~99.00 s" in rows[1]
+    assert any(line.startswith("* depends on links to hosts and on their m") for line in lines)
+    (line,) = (line for line in lines if "without offloaded activations: " in line)
+    assert line.endswith(": row 2")
 
 
 def test_a_report_counts_bytes_of_device_and_host():

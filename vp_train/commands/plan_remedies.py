@@ -36,7 +36,8 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     if replicas > 1:
         tried.append(replace(config, optim=replace(config.optim, name="zero1")))
     on_hosts = report.host.activations + _optimizer_bytes(report)
-    if not config.optim.offload and on_hosts <= report.host_limit:
+    has_hosts = config.run.device == "cuda" and on_hosts <= report.host_limit
+    if has_hosts and not config.optim.offload:
         optim = replace(config.optim, name="zero1", offload=True)
         tried.append(replace(config, optim=optim))
     tried += _recomputing(config)
@@ -149,7 +150,7 @@ def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunCon
         changes[changes_of(config, again)] = again
     if schedule.name == "interleaved":
         line = replace(config, schedule=replace(schedule, name="1f1b", num_chunks=None))
-        changes[f"{changes_of(config, line)}, with fewer microbatches in flight"] = line
+        changes[changes_of(config, line)] = line
     return changes
 
 

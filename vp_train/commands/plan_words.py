@@ -89,6 +89,12 @@ def plan_lines(
             f"          on {report.degrees.pp} ranks {report.schedule} is far above it{cause}; try "
             "other schedules, or vp-plan --search"
         )
+    num_shards = report.degrees.pp * report.degrees.tp
+    if report.vocab != "none" and config.model.vocab_size < num_shards:
+        lines.append(
+            f"advice    vocab.algorithm=none: a vocabulary of {config.model.vocab_size} is too "
+            f"small to split over {num_shards} ranks"
+        )
     if report.advice:
         lines.append(f"advice    {report.advice}")
     if not report.fits:
@@ -149,7 +155,7 @@ def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -
         return [f"would fit: {one}" for one in words or [nothing]]
     if larger is not None:
         gain = 2 * before / larger.seconds - 1
-        words.append(f"{larger.overrides}, a batch twice as large: {gain:.1%} more tokens/s")
+        words.append(f"{larger.overrides}: {gain:.1%} more tokens/s, with twice the batch")
     return [f"{'' if place else 'helps':{_LABEL}}{one}" for place, one in enumerate(words)]
 
 
