@@ -129,7 +129,7 @@ def host_remedies(
         if then.host_excess > 0:
             words += _NOT_ALONE
         if then.excess > 0:
-            words += f"; but then a GPU {then.memory_words}"
+            words += f"; but then a GPU {then.memory_words} that a proposal may use"
         found.append((then.excess > 0, -saved, words))
     return [*(words for *_, words in sorted(found)), _more_gpus_words(config, report.degrees.dp)]
 
