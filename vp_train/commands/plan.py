@@ -73,7 +73,7 @@ def main() -> None:
             "PERCENT",
             f"with --search: part of the memory of GPUs and hosts that stays free ({_MARGIN})",
         ),
-        "--effort": ("N", "with --search: thousand passes that may be placed (8000)"),
+        "--effort": ("N", "with --search: thousand passes that may be placed (10000)"),
         "--seconds": (
             "N",
             "with --search: limit of its CPU time; one simulation may still end after it (180)",
@@ -117,7 +117,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     limits = Limits(
         top=whole_number(options, "--top", 5),
         margin=whole_number(options, "--margin", _MARGIN, least=0, most=90) / 100,
-        effort=1000 * whole_number(options, "--effort", 8000),
+        effort=1000 * whole_number(options, "--effort", 10000),
     )
     seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)

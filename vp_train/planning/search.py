@@ -197,9 +197,9 @@ class _Search:
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
-        # The seconds of what is shown, and of what numbers of choices they were computed.
-        self._shown: list[float] = []
-        self._shown_at: tuple[int, ...] = ()
+        # The different estimates, and at what numbers of choices they were told apart.
+        self._known_rows: tuple[list[Estimate], set[Choice]] = [], set()
+        self._known_at: tuple[int, ...] = ()
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
@@ -211,7 +211,7 @@ class _Search:
         if plans:
             self._estimate_typed()
         while True:
-            before = self._num_estimated, len(self._estimates)
+            before = self._seen
             self._estimate(self._queue, self._limits.top)
             if offloads and self._in_time():
                 self._offload_instead()
@@ -222,8 +222,7 @@ class _Search:
                 self._look_around()
                 self._balance()
                 self._plan()
-            after = self._num_estimated, len(self._estimates)
-            if not plans or after == before or not self._goes_on():
+            if not plans or self._seen == before or not self._goes_on():
                 break
         rows, spare = self._distinct()
         first = next((estimate for estimate in rows if estimate.is_planned), None)
@@ -260,6 +259,11 @@ class _Search:
             ended=self._ended if num_open else "",
             kept=self._space.kept,
         )
+
+    @property
+    def _seen(self) -> tuple[int, int, int]:
+        """What grows, or shrinks where a plan does not fit, while the search finds something."""
+        return self._num_estimated, len(self._estimates), len(self._planned)
 
     @property
     def _ended(self) -> str:
@@ -318,6 +322,9 @@ class _Search:
 
         An estimate is also left out where that of a plan makes it spare.
         """
+        now = (*self._seen, len(self._refused))
+        if now == self._known_at:
+            return self._known_rows
         plans, kept, spare = self._held(), list[Estimate](), set[Choice]()
         for one in sorted(self._known(), key=order_of):
             if any(other.makes_spare(one) for other in (*kept, *plans)):
@@ -325,6 +332,7 @@ class _Search:
                 continue
             spare.update(other.candidate.choice for other in kept if one.makes_spare(other))
             kept = [other for other in kept if not one.makes_spare(other)] + [one]
+        self._known_at, self._known_rows = now, (kept, spare)
         return kept, spare
 
     def _held(self) -> list[Estimate]:
@@ -637,10 +645,8 @@ class _Search:
 
     def _to_beat(self, top: int) -> tuple[float, dict[bool, float]]:
         """Return the seconds of the last of the `top`, and of the first of each kind."""
-        now = (len(self._estimates), len(self._planned), self._num_estimated, len(self._refused))
-        if now != self._shown_at:
-            self._shown_at, self._shown = now, [one.counted for one in self._distinct()[0]]
-        last = sorted(self._shown)[top - 1] if len(self._shown) >= top else float("inf")
+        shown = sorted(one.counted for one in self._distinct()[0])
+        last = shown[top - 1] if len(shown) >= top else float("inf")
         first_of = {
             splits: min(
                 (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
@@ -749,7 +755,7 @@ class _Search:
             times = [one.counted for one in self._distinct()[0] if one.is_planned]
             enough = len(times) >= self._limits.top and estimate not in ahead
             if enough and estimate.counted * (1 - _SLACK) >= times[self._limits.top - 1]:
-                break
+                continue  # estimates are sorted by three digits, so others may be faster
             if estimate.candidate.choice in self._planned:
                 continue
             if any(other.makes_spare(estimate) for other in self._held()):
