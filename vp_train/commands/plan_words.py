@@ -123,7 +123,11 @@ def _broken(line: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return [part.replace("\0", " ") for part in parts]
+    # Overrides that have a line for themselves can be copied as a whole.
+    return [
+        (part.rstrip(":") if " " not in part.strip() and "\0" in part else part).replace("\0", " ")
+        for part in parts
+    ]
 
 
 def without_of(config: RunConfig, report: PlanReport) -> Result | None:
