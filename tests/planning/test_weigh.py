@@ -426,10 +426,13 @@ def test_about_how_many_bytes_a_step_needs_counts_a_held_shard_on_the_worst_rank
 def test_an_error_for_memory_says_what_is_needed_where_and_how_much_that_is_too_much():
     gib = 2.0**30
     error = TooLargeError(3.5 * gib, 2.0 * gib, LEANEST)
-    assert str(error) == "needs at least 3.50 GiB, 1.50 GiB more than 2 GiB"
+    assert str(error) == "needs at least 3.50 GiB, 1.50 GiB more than the 2 GiB that a plan may use"
     assert (error.needs, error.constraint) == (3.5 * gib, f"memory, for {LEANEST}")
     error = TooLargeError(3.5 * gib, 2.25 * gib, weigh.SIMULATED, 0)
-    assert str(error) == "needs 3.50 GiB on rank 0, 1.25 GiB more than 2.25 GiB"
+    assert (
+        str(error)
+        == "needs 3.50 GiB on rank 0, 1.25 GiB more than the 2.25 GiB that a plan may use"
+    )
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -216,12 +216,14 @@ class Help:
     """Settings that help a plan: the overrides to append, and the step with them.
 
     memory: the bytes of the rank that needs most.
+    host: the bytes of a node's host memory.
     is_planned: whether the whole step was planned, not a short one.
     """
 
     overrides: str
     seconds: float
     memory: float
+    host: float = 0.0
     is_planned: bool = True
 
 
@@ -232,12 +234,12 @@ def helps_of(
 
     Schedules, chunks, vocabulary algorithms, degrees, micro-batch sizes, recomputation, offloading
     and optimizers are tried by short steps, and the best are planned unless their step is long.
-    What gains less than 1 % does not count.  There is none for a schedule from a file or from
-    schedule=auto.
+    What gains less than 1 % does not count, nor what leaves less memory free than a search.  There
+    is none for a schedule from a file or from schedule=auto.
     """
     if config.schedule.is_solved or config.schedule.file is not None:
         return []
-    config = _with_degrees(config, report.degrees)
+    config = proposing(_with_degrees(config, report.degrees))
     now, choices = choice_of(config, report.degrees), space_of(config).choices
 
     def near(choice: Choice, number: int = 1) -> list[Choice]:
@@ -272,6 +274,11 @@ def helps_of(
     return found
 
 
+def proposing(config: RunConfig) -> RunConfig:
+    """Return `config` with the memory that a proposal may use, see `MARGIN`."""
+    return replace(config, cluster=with_margin(config.cluster))
+
+
 def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
     dp, pp, tp = degrees.dp, degrees.pp, degrees.tp
     return replace(config, parallel=replace(config.parallel, dp=dp, pp=pp, tp=tp))
@@ -302,7 +309,7 @@ def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
         choice = replace(choice, placement="balanced")
     chosen, words = choice.applied(config), choice.changes(config)
     if _num_passes(chosen) > _SHORT:
-        return Help(words, estimate.seconds, estimate.memory, is_planned=False)
+        return Help(words, estimate.seconds, estimate.memory, estimate.host, is_planned=False)
     return _help_of(chosen, words)
 
 
@@ -312,8 +319,8 @@ def _help_of(config: RunConfig, words: str) -> Help | None:
         report = make_report(config)
     except ConfigError:
         return None
-    memory = report.ranks[report.worst].memory.total
-    return Help(words, report.step_seconds, memory) if report.fits else None
+    memory, host = report.ranks[report.worst].memory.total, report.host.total
+    return Help(words, report.step_seconds, memory, host) if report.fits else None
 
 
 def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
@@ -325,7 +332,7 @@ def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
     if waiting < _LEAST_WAITING or config.schedule.is_solved or config.schedule.file is not None:
         return None
     count = 2 * config.num_microbatches
-    larger = replace(config, num_microbatches=count)
+    larger = replace(proposing(config), num_microbatches=count)
     found = _help_of(larger, f"num_microbatches={count}") if _num_passes(larger) <= _SHORT else None
     gains = found is not None and found.seconds < 2 * (1 - _LEAST_GAIN) * report.step_seconds
     return found if gains else None

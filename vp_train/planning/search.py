@@ -364,7 +364,11 @@ class _Search:
         """Return the refusal for memory that needs least, each by state and leanest activations."""
         on_hosts = [refusal for refusal in self._refused if refusal.host_needs is not None]
         if on_hosts:
-            return min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
+            least = min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
+            if least.choice.offload:
+                return least
+            optim = self._scales.leanest_optimizer(least.choice)  # it is the one on hosts
+            return replace(least, choice=replace(least.choice, optimizer=optim))
         first = None
         for refusal in sorted(
             (refusal for refusal in self._refused if refusal.needs is not None),

@@ -73,7 +73,8 @@ class TooLargeError(ConfigError):
         where = "" if rank is None else f" on rank {rank}"
         super().__init__(
             f"needs{least} {human_bytes(needs)}{where}, "
-            f"{human_bytes(needs - limit)} more than {limit / 2**30:.4g} GiB"
+            f"{human_bytes(needs - limit)} more than the {limit / 2**30:.4g} GiB that a plan may "
+            "use"
         )
         self.needs, self.constraint = needs, f"memory, for {what}"
 
