@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Self
 
@@ -93,6 +94,16 @@ class Searching:
         if self._clock is None:
             self._clock = threading.Thread(target=self._remind, daemon=True)
             self._clock.start()
+
+    def print(self, lines: Sequence[str]) -> None:
+        """Print lines to stdout, before which the line of progress disappears from a terminal."""
+        if not lines:
+            return
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+            print("\n".join(lines), flush=True)
 
     def _remind(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS):
