@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -24,7 +24,7 @@ from vp_train.planning.choice import (
 )
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
-from vp_train.planning.found import Estimate
+from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import PlanReport, make_report
@@ -39,6 +39,9 @@ _SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, i
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
 _MANY = 1_000  # choices with two other settings; of more only those beside the best with one
 _LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
+
+
+Round = tuple[Sequence[Choice], tuple[OptimConfig, ...] | None]  # choices and their optimizers
 
 
 def rivals_of(
@@ -254,21 +257,27 @@ def helps_of(
     effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
-    first = _fastest(config, rounds, effort)
+    found = list[Help]()
+    before = report.step_seconds if report.fits else math.inf
+
+    def look(rounds: Sequence[Round]) -> Estimate | None:
+        """Return the fastest, which is added to `found` if its plan gains enough."""
+        nonlocal before
+        best = _fastest(config, rounds, effort, (1 - _LEAST_GAIN) * before)
+        planned = None if best is None else _planned(config, best)
+        if planned is not None and planned.seconds < (1 - _LEAST_GAIN) * before:
+            found.append(planned)
+            before = planned.seconds
+        return best
+
+    first = look(rounds)
     progress("trying what two other settings would gain")
     of_two = near(now, 2)
     if first is not None and len(of_two) > _MANY:
         of_two = near(first.candidate.choice)
     # Which stages recompute is dear to find out, so it is combined with the optimizer only.
     of_two = [choice for choice in of_two if not choice.recompute_where_needed]
-    second = _fastest(config, ((of_two, typed), (of_one, None)), effort)
-    found = list[Help]()
-    before = report.step_seconds if report.fits else math.inf
-    for best in (first, second):
-        planned = None if best is None else _planned(config, best)
-        if planned is not None and planned.seconds < (1 - _LEAST_GAIN) * before:
-            found.append(planned)
-            before = planned.seconds
+    look([(of_two, typed), (of_one, None)])
     return found
 
 
@@ -278,21 +287,19 @@ def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
 
 
 def _fastest(
-    config: RunConfig,
-    rounds: Iterable[tuple[list[Choice], tuple[OptimConfig, ...] | None]],
-    effort: int,
+    config: RunConfig, rounds: Sequence[Round], effort: int, below: float
 ) -> Estimate | None:
-    """Return the fastest of choices with their optimizers (None: all) that fits."""
-    found = [
-        estimate
-        for choices, optimizers in rounds
-        for estimate in simulated(
-            config,
-            Space(tuple(choices), Counter(), optimizers),
-            effort,
-        ).estimated
-    ]
-    return min(found, key=lambda estimate: estimate.key, default=None)
+    """Return the fastest of choices with their optimizers (None: all) that fits.
+
+    What cannot take fewer than `below` seconds, or than what was found before, is not looked at.
+    """
+    best: Estimate | None = None
+    for choices, optimizers in rounds:
+        space = Space(tuple(choices), Counter(), optimizers)
+        found = simulated(config, space, effort, below=below * (1 + MARGIN_OF_OFFLOADING)).estimated
+        best = min(found if best is None else [best, *found], key=lambda one: one.key, default=None)
+        below = below if best is None else min(below, best.counted)
+    return best
 
 
 def _planned(config: RunConfig, estimate: Estimate) -> Help | None:

@@ -21,6 +21,7 @@ Its effort is counted in passes, not in seconds, so that every machine finds the
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -169,7 +170,10 @@ class _Search:
         in_time: Callable[[], bool],
         progress: Callable[[str], object],
         space: Space,
+        below: float = math.inf,
     ) -> None:
+        self._below = below  # the seconds that a choice must be faster than to be looked for
+        self._of_kinds = True  # whether the best with and without vocabulary parallelism are
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
@@ -203,6 +207,7 @@ class _Search:
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
+        self._of_kinds = plans
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
         self._enough = part * self._limits.effort
         self._weigh()
@@ -217,8 +222,8 @@ class _Search:
                 self._offload_instead()
                 self._estimate(self._queue, self._limits.top)
                 offloads = False
-            self._estimate_other_kind()
             if plans:
+                self._estimate_other_kind()
                 self._look_around()
                 self._balance()
                 self._plan()
@@ -379,8 +384,15 @@ class _Search:
         """Return whether to estimate another choice: the first one always."""
         if self._num_estimated == self._num_before:
             return True
-        enough = self._enough if self._estimates else max(self._limits.effort, self._enough)
+        enough = self._enough
+        if not self._knows_time:
+            enough = max(self._limits.effort, self._enough)
         return self._spent < enough and self._in_time()
+
+    @property
+    def _knows_time(self) -> bool:
+        """Whether a time is known which others have to beat."""
+        return bool(self._estimates) or self._below < math.inf
 
     def _estimate_typed(self) -> None:
         """Estimate the run as it was typed if it seems to fit, so that no result is slower."""
@@ -430,7 +442,7 @@ class _Search:
                     item = self._items[number] = self._scales.draft(choice)
                     self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
-                    if self._estimates:
+                    if self._knows_time:
                         heapq.heappush(queue.by_bound, (self._key(number), number))
                         queue.drafted.append(number)
                         self._num_drafted += 1
@@ -591,7 +603,7 @@ class _Search:
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
-        if not self._estimates:
+        if not self._knows_time:
             return self._leanest(queue)
         if len(queue.drafted) >= queue.next_drafts:
             queue.next_drafts *= 2
@@ -636,7 +648,10 @@ class _Search:
         now = (len(self._estimates), len(self._planned), self._num_estimated, len(self._refused))
         if now != self._shown_at:
             self._shown_at, self._shown = now, [one.counted for one in self._distinct()[0]]
-        last = sorted(self._shown)[top - 1] if len(self._shown) >= top else float("inf")
+        last = sorted(self._shown)[top - 1] if len(self._shown) >= top else math.inf
+        last = min(last, self._below)
+        if not self._of_kinds:
+            return last, {True: last, False: last}
         first_of = {
             splits: min(
                 (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
@@ -836,14 +851,20 @@ def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
 
 
 def simulated(
-    config: RunConfig, space: Space, effort: int, firsts: Sequence[Choice] = ()
+    config: RunConfig,
+    space: Space,
+    effort: int,
+    firsts: Sequence[Choice] = (),
+    below: float = math.inf,
 ) -> Result:
     """Return the fastest of `space` by short steps of `effort` passes, without a margin.
 
-    `firsts` are estimated before others, and in any case.
+    `firsts` are estimated before others, and in any case.  What cannot take fewer than `below`
+    seconds is not looked at.
     """
     limits = Limits(top=1, margin=0.0, effort=effort)
-    return _Search(config, limits, lambda: True, lambda words: None, space).run(firsts, plans=False)
+    search = _Search(config, limits, lambda: True, lambda words: None, space, below)
+    return search.run(firsts, plans=False)
 
 
 def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:
