@@ -160,6 +160,38 @@ class _Queue:
         return {number for _, number in self.by_bound}.union(self.doubtful, self.passed_over)
 
 
+@dataclass(slots=True)
+class Known:
+    """What several searches for one configuration share, so that nothing is computed twice.
+
+    steps: the short steps of choices, with the seconds of their passes and the nodes placed.
+    passes: the seconds of the passes of choices without offloading, which delays none of them.
+    """
+
+    scales: Scales
+    steps: dict[Choice, tuple[StepPlan, float, int]] = field(default_factory=dict)
+    passes: dict[Choice, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Known:
+        return cls(Scales(config, limit_of(config, 0.0)))
+
+    def short_step(self, candidate: Candidate) -> tuple[StepPlan, float, int]:
+        """Return what `short_step` does for a candidate."""
+        key = replace(candidate.choice, optimizer=None)
+        if key not in self.steps:
+            self.steps[key] = short_step(candidate.draft, candidate.choice.schedule)
+            self.passes.setdefault(replace(key, offload=0.0), self.steps[key][1])
+        return self.steps[key]
+
+    def least(self, candidate: Candidate) -> float:
+        """Return the least seconds of a step, if the same one without offloading is known."""
+        key = replace(candidate.choice, optimizer=None, offload=0.0)
+        if not candidate.choice.offload or key not in self.passes:
+            return candidate.seconds
+        return candidate.seconds - candidate.passes + self.passes[key]
+
+
 class _Search:
     """One search: what is left to look at, what was found, and the effort that was spent."""
 
@@ -170,15 +202,22 @@ class _Search:
         in_time: Callable[[], bool],
         progress: Callable[[str], object],
         space: Space,
+        *,
         below: float = math.inf,
+        known: Known | None = None,
     ) -> None:
+        self._shared = known
         self._below = below  # the seconds that a choice must be faster than to be looked for
         self._of_kinds = True  # whether the best with and without vocabulary parallelism are
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
         limit = limit_of(config, limits.margin)
-        self._scales = Scales(config, limit, space.optimizers, limits.margin)
+        self._scales = (
+            Scales(config, limit, space.optimizers, limits.margin)
+            if known is None
+            else known.scales.with_optimizers(space.optimizers)
+        )
         self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
         self._num_layers = config.model.num_layers
         self._num_before = 0  # estimates of what was typed and does not fit
@@ -442,6 +481,8 @@ class _Search:
                     item = self._items[number] = self._scales.draft(choice)
                     self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
+                    if self._shared is not None:
+                        self._bounds[number] = self._shared.least(item)
                     if self._knows_time:
                         heapq.heappush(queue.by_bound, (self._key(number), number))
                         queue.drafted.append(number)
@@ -675,7 +716,11 @@ class _Search:
         Raises TooLargeError if none does, and HostMemoryError if only the hosts lack memory.
         """
         self._num_estimated += 1
-        step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
+        step, passes, placed = (
+            short_step(candidate.draft, candidate.choice.schedule)
+            if self._shared is None
+            else self._shared.short_step(candidate)
+        )
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
         alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
@@ -855,15 +900,19 @@ def simulated(
     space: Space,
     effort: int,
     firsts: Sequence[Choice] = (),
+    *,
     below: float = math.inf,
+    known: Known | None = None,
 ) -> Result:
     """Return the fastest of `space` by short steps of `effort` passes, without a margin.
 
     `firsts` are estimated before others, and in any case.  What cannot take fewer than `below`
-    seconds is not looked at.
+    seconds is not looked at, and what is `known` of this configuration is not computed again.
     """
     limits = Limits(top=1, margin=0.0, effort=effort)
-    search = _Search(config, limits, lambda: True, lambda words: None, space, below)
+    search = _Search(
+        config, limits, lambda: True, lambda words: None, space, below=below, known=known
+    )
     return search.run(firsts, plans=False)
 
 
