@@ -133,20 +133,43 @@ def ordered(
         raise BaseOrderError(name, error) from None
 
 
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """Short steps, which are made as `generate` makes a long one.
+
+    schedules, seconds: those of the steps and their makespans.
+    waits: whether ranks wait in the steady state, as two steps tell. Where the work of the busiest
+        rank binds, a long step takes what they promise. Where ranks wait, other orders may be
+        faster, and what is split may become slower or faster later.
+    num_orders: how many orders were woven for each step, of which one was taken. A split backward
+        is refined instead.
+    """
+
+    schedules: tuple[Schedule, ...]
+    seconds: tuple[float, ...]
+    waits: bool
+    num_orders: int
+
+
 def shortened(
     name: str, problem: Problem, cost: CostModel, counts: Sequence[int], efforts: Sequence[int]
-) -> list[tuple[Schedule, float]]:
-    """Return schedules with `counts` microbatches, made as `generate` makes that of `problem`.
+) -> Shortened:
+    """Return steps with `counts` microbatches, made as `generate` makes that of `problem`.
 
-    Each comes with its makespan in seconds. `efforts` are those of `generate`, as many for every
-    microbatch. Then all are tried and refined as often, and what one microbatch more takes between
-    them is what it takes in the long step. More orders are tried where ranks wait, since a long
-    step takes the best of all. `generate` says what is raised.
+    `efforts` are those of `generate`, as many for every microbatch. Then all are tried and refined
+    as often, and what one microbatch more takes between them is what it takes in the long step.
+    More orders are tried where ranks wait, since a long step takes the best of all. `generate` says
+    what is raised.
     """
     network, whole = Network.of(problem, cost), problem.num_microbatches
     nears = [replace(network, num_microbatches=count) for count in counts]
     fews = [replace(problem, num_microbatches=count) for count in counts]
+
+    def waits(steps: Sequence[tuple[Orders, float]]) -> bool:
+        return _waits(network, counts, [seconds for _, seconds in steps])
+
     if problem.split_backward:
+        num_orders = 1
         found = [
             ordered(name, few, near, effort=effort)
             for few, near, effort in zip(fews, nears, efforts, strict=True)
@@ -168,14 +191,18 @@ def shortened(
         def seconds_of(tries: Sequence[tuple[Orders, float]]) -> float:
             return _rounded(promised(whole, counts, [seconds for _, seconds in tries]))
 
-        num_tries = max(_LIKELY, efforts[-1] // (network.size * counts[-1]))
-        found = min(map(tried, PREFERENCES[:num_tries]), key=seconds_of)
-        if _is_long(problem) and waits(network, counts, [seconds for _, seconds in found]):
-            found = min([found, *map(tried, PREFERENCES[num_tries:])], key=seconds_of)
-    return [
-        (near.schedule(name, orders), seconds)
-        for near, (orders, seconds) in zip(nears, found, strict=True)
-    ]
+        num_orders = max(_LIKELY, efforts[-1] // (network.size * counts[-1]))
+        num_orders = min(num_orders, len(PREFERENCES))
+        found = min(map(tried, PREFERENCES[:num_orders]), key=seconds_of)
+        if _is_long(problem) and waits(found):
+            found = min([found, *map(tried, PREFERENCES[num_orders:])], key=seconds_of)
+            num_orders = len(PREFERENCES)
+    return Shortened(
+        tuple(near.schedule(name, orders) for near, (orders, _) in zip(nears, found, strict=True)),
+        tuple(seconds for _, seconds in found),
+        waits(found),
+        num_orders,
+    )
 
 
 def _rounded(seconds: float) -> float:
@@ -194,12 +221,10 @@ def promised(num_microbatches: int, counts: Sequence[int], seconds: Sequence[flo
     return seconds[1] + (num_microbatches - counts[1]) * rate
 
 
-def waits(network: Network, counts: Sequence[int], seconds: Sequence[float]) -> bool:
-    """Return whether ranks wait in the steady state, if steps with two `counts` take `seconds`.
-
-    Where the work of the busiest rank binds, a long step takes what a short one promises. Where
-    ranks wait, other orders may be faster, and what is split may become slower or faster later.
-    """
+def _waits(network: Network, counts: Sequence[int], seconds: Sequence[float]) -> bool:
+    """Return whether ranks wait in the steady state, if steps with `counts` take `seconds`."""
+    if len(counts) == 1:
+        return False
     work = [0.0] * network.num_lanes
     for lane, took in zip(network.lanes, network.seconds, strict=True):
         work[lane] += took

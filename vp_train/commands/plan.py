@@ -43,7 +43,7 @@ from vp_train.planning.found import Estimate, Limits, Result
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.plan import SEARCHING
 from vp_train.planning.report import PlanReport, make_report
-from vp_train.planning.search import search
+from vp_train.planning.search import Known, search
 from vp_train.units import plural
 
 _MOST_TOKENS = 10**9
@@ -71,7 +71,7 @@ def main() -> None:
             "PERCENT",
             "with --search: part of the memory of GPUs and hosts that stays free (5)",
         ),
-        "--effort": ("N", "with --search: thousand passes that may be placed (8000)"),
+        "--effort": ("N", "with --search: thousand passes that may be placed (10000)"),
         "--seconds": (
             "N",
             "with --search: limit of its CPU time; one simulation may still end after it (180)",
@@ -118,7 +118,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     limits = Limits(
         top=whole_number(options, "--top", 5),
         margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
-        effort=1000 * whole_number(options, "--effort", 8000),
+        effort=1000 * whole_number(options, "--effort", 10000),
     )
     seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)
@@ -189,16 +189,17 @@ def show_plan(config: RunConfig, path: Path | None, *, compares: bool = True) ->
 
 def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help]:
     """Print what a plan is compared with, each as soon as it is known; return what helps."""
+    known = Known.of(config)
     with Searching(keeps_best=False) as comparing:
         if not report.fits:
             comparing.work_on("planning what would help")
             comparing.print(remedy_lines(config, report, comparing.work_on))
         comparing.work_on("searching the same split without vocabulary parallelism")
-        without = without_of(config, report)
+        without = without_of(config, report, known)
         comparing.print(without_lines(report, without))
         comparing.work_on("planning with another contention")
         comparing.print(decides_lines(config, report, rivals, without))
-        helps = helps_of(config, report, comparing.work_on)
+        helps = helps_of(config, report, comparing.work_on, known)
         comparing.work_on("planning a batch twice as large")
         larger = larger_batch_of(config, report) if report.fits else None
         comparing.print(help_lines(report, helps, larger))

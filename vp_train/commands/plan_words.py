@@ -21,7 +21,7 @@ from vp_train.planning.fsdp import Rivals
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport
-from vp_train.planning.search import without_vocabulary
+from vp_train.planning.search import Known, without_vocabulary
 from vp_train.units import compared, human_bytes, plural
 
 _SHOWN_RANKS = 16
@@ -107,9 +107,12 @@ def _wrapped(label: str, words: str) -> list[str]:
     )
 
 
-def without_of(config: RunConfig, report: PlanReport) -> Result | None:
-    """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
-    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees)
+def without_of(config: RunConfig, report: PlanReport, known: Known | None = None) -> Result | None:
+    """Return the plans of this split that do not split the vocabulary; None without a pipeline.
+
+    What is `known` of the configuration is not computed again.
+    """
+    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees, known)
 
 
 def decides_lines(

@@ -243,13 +243,17 @@ class Help:
 
 
 def helps_of(
-    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+    config: RunConfig,
+    report: PlanReport,
+    progress: Callable[[str], object] = lambda words: None,
+    known: Known | None = None,
 ) -> list[Help]:
     """Return what makes a plan faster, or lets it fit: one setting, and two if they do more.
 
     Schedules, chunks, vocabulary algorithms, degrees, micro-batch sizes, recomputation, offloading
     and optimizers are tried by short steps, and the best are planned unless their step is long.
-    What gains less than 1 % does not count.  There is none for a schedule from a file or from
+    What gains less than 1 % does not count, and what is `known` of the configuration is not
+    computed again.  There is none for a schedule from a file or from
     schedule=auto.
     """
     if config.schedule.is_solved or config.schedule.file is not None:
@@ -271,7 +275,7 @@ def helps_of(
     effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
-    found, known = list[Help](), Known.of(config)
+    found, known = list[Help](), known or Known.of(config)
     known.passes[replace(now, offload=0.0)] = report.passes
     before = report.step_seconds if report.fits else math.inf
 

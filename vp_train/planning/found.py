@@ -32,7 +32,7 @@ class Limits:
 
     top: int = 5
     margin: float = 0.05
-    effort: int = 8_000_000
+    effort: int = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,9 +240,9 @@ class _Search:
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
-        # The seconds of what is shown, and of what numbers of choices they were computed.
-        self._shown: list[float] = []
-        self._shown_at: tuple[int, ...] = ()
+        # The different estimates, and at what numbers of choices they were told apart.
+        self._known_rows: tuple[list[Estimate], set[Choice]] = [], set()
+        self._known_at: tuple[int, ...] = ()
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
@@ -255,7 +255,7 @@ class _Search:
         if plans:
             self._estimate_typed()
         while True:
-            before = self._num_estimated, len(self._estimates)
+            before = self._seen
             self._estimate(self._queue, self._limits.top)
             if offloads and self._in_time():
                 self._offload_instead()
@@ -266,8 +266,7 @@ class _Search:
                 self._look_around()
                 self._balance()
                 self._plan()
-            after = self._num_estimated, len(self._estimates)
-            if not plans or after == before or not self._goes_on():
+            if not plans or self._seen == before or not self._goes_on():
                 break
         rows, spare = self._distinct()
         first = next((estimate for estimate in rows if estimate.is_planned), None)
@@ -304,6 +303,11 @@ class _Search:
             ended=self._ended if num_open else "",
             kept=self._space.kept,
         )
+
+    @property
+    def _seen(self) -> tuple[int, int, int]:
+        """What grows, or shrinks where a plan does not fit, while the search finds something."""
+        return self._num_estimated, len(self._estimates), len(self._planned)
 
     @property
     def _ended(self) -> str:
@@ -362,6 +366,9 @@ class _Search:
 
         An estimate is also left out where that of a plan makes it spare.
         """
+        now = (*self._seen, len(self._refused))
+        if now == self._known_at:
+            return self._known_rows
         plans, kept, spare = self._held(), list[Estimate](), set[Choice]()
         for one in sorted(self._known(), key=order_of):
             if any(other.makes_spare(one) for other in (*kept, *plans)):
@@ -369,6 +376,7 @@ class _Search:
                 continue
             spare.update(other.candidate.choice for other in kept if one.makes_spare(other))
             kept = [other for other in kept if not one.makes_spare(other)] + [one]
+        self._known_at, self._known_rows = now, (kept, spare)
         return kept, spare
 
     def _held(self) -> list[Estimate]:
@@ -686,11 +694,8 @@ class _Search:
 
     def _to_beat(self, top: int) -> tuple[float, dict[bool, float]]:
         """Return the seconds of the last of the `top`, and of the first of each kind."""
-        now = (len(self._estimates), len(self._planned), self._num_estimated, len(self._refused))
-        if now != self._shown_at:
-            self._shown_at, self._shown = now, [one.counted for one in self._distinct()[0]]
-        last = sorted(self._shown)[top - 1] if len(self._shown) >= top else math.inf
-        last = min(last, self._below)
+        shown = sorted(one.counted for one in self._distinct()[0])
+        last = min(shown[top - 1] if len(shown) >= top else math.inf, self._below)
         if not self._of_kinds:
             return last, {True: last, False: last}
         first_of = {
@@ -805,7 +810,7 @@ class _Search:
             times = [one.counted for one in self._distinct()[0] if one.is_planned]
             enough = len(times) >= self._limits.top and estimate not in ahead
             if enough and estimate.counted * (1 - _SLACK) >= times[self._limits.top - 1]:
-                break
+                continue  # estimates are sorted by three digits, so others may be faster
             if estimate.candidate.choice in self._planned:
                 continue
             if any(other.makes_spare(estimate) for other in self._held()):
@@ -880,7 +885,7 @@ def limit_of(config: RunConfig, margin: float) -> float:
     return with_margin(config.cluster, margin).memory_gib * _GIB
 
 
-def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
+def without_vocabulary(config: RunConfig, degrees: Degrees, known: Known | None = None) -> Result:
     """Return the fastest ways to run `config` without vocabulary parallelism on the same degrees.
 
     Its schedule, chunks and placement are free, and short steps are simulated.  Its own schedule
@@ -892,7 +897,7 @@ def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
         for choice in space.choices
         if choice.schedule == own.name and choice.num_chunks in (None, own.num_chunks)
     ]
-    return simulated(config, space, _EFFORT_OF_ONE_LINE, same)
+    return simulated(config, space, _EFFORT_OF_ONE_LINE, same, known=known)
 
 
 def simulated(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from schedules.generators import promised, shortened, waits
-from schedules.network import Network
+from schedules.generators import promised, shortened
 from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.simulate import simulate_order
@@ -40,20 +39,20 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     after hundreds of microbatches, and no short step shows that.
     """
     problem, counts = draft.problem, short_counts(draft.problem)
-    efforts, placed = _short_efforts(problem, counts), placed_by_short(problem)
-    found = shortened(name, problem, draft.cost, counts, efforts)
-    third = _third_count(problem, counts)
-    times = [seconds for _, seconds in found]
-    if third is not None and waits(Network.of(problem, draft.cost), counts, times):
+    efforts = _short_efforts(problem, counts)
+    steps = shortened(name, problem, draft.cost, counts, efforts)
+    placed = _placed(problem, counts, efforts, steps.num_orders)
+    schedule, times, third = steps.schedules[-1], steps.seconds, _third_count(problem, counts)
+    if third is not None and steps.waits:
         effort = efforts[-1] * third // counts[-1]
-        found = found[1:] + shortened(name, problem, draft.cost, (third,), (effort,))
-        counts = (counts[1], third)
-        placed += placed_by(replace(problem, num_microbatches=third), effort)
+        last = shortened(name, problem, draft.cost, (third,), (effort,))
+        placed += _placed(problem, (third,), (effort,))
+        schedule, times, counts = last.schedules[0], times[1:] + last.seconds, (counts[1], third)
     few = replace(problem, num_microbatches=counts[-1])
-    schedule = place_transfers(found[-1][0], few, draft.cost)  # it delays nothing
+    schedule = place_transfers(schedule, few, draft.cost)  # it delays nothing
     timeline = simulate_order(schedule, few, draft.cost)
     step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)
-    seconds = promised(problem.num_microbatches, counts, [seconds for _, seconds in found])
+    seconds = promised(problem.num_microbatches, counts, times)
     more = (problem.num_microbatches - counts[-1]) * busiest_seconds(problem, draft.cost)
     return step, max(seconds, timeline.makespan + more), placed
 
@@ -105,16 +104,30 @@ def _short_efforts(problem: Problem, counts: Sequence[int]) -> list[int]:
 
 
 def placed_by_short(problem: Problem) -> int:
-    """Return about how many nodes `short_step` places."""
+    """Return about how many nodes `short_step` places where no rank waits."""
     counts = short_counts(problem)
+    return _placed(problem, counts, _short_efforts(problem, counts))
+
+
+def _placed(
+    problem: Problem,
+    counts: Sequence[int],
+    efforts: Sequence[int],
+    num_orders: int | None = None,
+) -> int:
+    """Return about how many nodes steps with `counts` microbatches place, see `placed_by`."""
     return sum(
-        placed_by(replace(problem, num_microbatches=count), effort)
-        for count, effort in zip(counts, _short_efforts(problem, counts), strict=True)
+        placed_by(replace(problem, num_microbatches=count), effort, num_orders)
+        for count, effort in zip(counts, efforts, strict=True)
     )
 
 
-def placed_by(problem: Problem, effort: int | None = None) -> int:
-    """Return about how many nodes `generate` places, see its `effort`; None: of a whole plan."""
+def placed_by(problem: Problem, effort: int | None = None, num_orders: int | None = None) -> int:
+    """Return about how many nodes `generate` places.
+
+    effort: see there; None: of a whole plan.
+    num_orders: how many orders are woven; None: as many as the effort allows.
+    """
     nodes = problem.layout.num_ranks * (4 if problem.algorithm.sharded else 1)
     nodes += problem.layout.num_stages * len(problem.stage_kinds)
     nodes *= problem.num_microbatches
@@ -123,4 +136,6 @@ def placed_by(problem: Problem, effort: int | None = None) -> int:
         starts = 2 if nodes < effort // 3 else 1
         refined = max(2 * nodes, min(effort // 2, _REFINED * nodes))
         return 2 * nodes + starts * (nodes + refined)
-    return nodes * (2 + min(5, max(1, effort // nodes)))
+    if num_orders is None:
+        num_orders = min(5, max(1, effort // nodes))
+    return nodes * (2 + num_orders)

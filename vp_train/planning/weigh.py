@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from schedules.bound import step_bound
@@ -547,54 +547,26 @@ class Scales:
         recompute, because that is another choice.
         """
         everywhere = replace(choice, recompute_where_needed=False)
-        without = self._draft(replace(everywhere, recompute="none"))
-        saving = self._draft(everywhere)
-        found: dict[Choice, Sequence[OptimConfig]] = {}
         # The first optimizer is the leanest of those on the GPU, the last one of all.
         first, last = optimizers[0], optimizers[-1]
-        kinds = self._stages_to_recompute(choice, first, without, saving)
+        some = _SomeRecompute.of(
+            choice.schedule,
+            self._draft(replace(everywhere, recompute="none")),
+            self._draft(everywhere),
+            self._peaks_of(choice, choice.layout),
+            (first, last),
+        )
+        found: dict[Choice, Sequence[OptimConfig]] = {}
+        kinds = some.where_needed(0, self.limit)
         if len(set(kinds)) > 1:
             found[replace(everywhere, recompute_per_stage=kinds)] = optimizers
         if last.offload and choice.recompute in kinds:
-            kinds = self._stages_to_recompute(choice, last, without, saving)
+            kinds = some.where_needed(1, self.limit)
             if len(set(kinds)) > 1:
                 found.setdefault(replace(everywhere, recompute_per_stage=kinds), (last,))
         if not found:
             raise SameChoiceError(f"all stages recompute {kinds[0]}")
         return found
-
-    def _stages_to_recompute(
-        self, choice: Choice, optim: OptimConfig, without: Draft, saving: Draft
-    ) -> tuple[str, ...]:
-        """Return what every stage recomputes if as few as memory needs do.
-
-        On every rank the stages that save most come first.  `without` recomputes nothing, `saving`
-        everything.
-        """
-        layout, peaks = choice.layout, self._peaks_of(choice, choice.layout)
-        kept, fewer = without.cost.stage_bytes, saving.cost.stage_bytes
-        kinds = ["none"] * layout.num_stages
-
-        def fits(rank: int, recomputing: Collection[int]) -> bool:
-            found, held = list(without.recompute), list(kept)
-            for stage in recomputing:
-                found[stage], held[stage] = choice.recompute, fewer[stage]
-            cost = replace(without.cost, stage_bytes=tuple(held))
-            mixed = replace(without, recompute=tuple(found), cost=cost)
-            step = _at_peak(mixed, choice.schedule, peaks, ranks=[rank])
-            return rank_memory(step, optim, rank).total + cost.shard_bytes[rank] <= self.limit
-
-        count = 0  # of stages that recompute, at first as many as on the rank before
-        for rank, peak in enumerate(peaks):
-            flying = dict(zip(layout.stages_of(rank), peak.counts, strict=True))
-            order = sorted(flying, key=lambda n: -flying[n] * (kept[n] - fewer[n]))
-            while count > 0 and fits(rank, order[: count - 1]):
-                count -= 1
-            while count < len(order) and not fits(rank, order[:count]):
-                count += 1
-            for stage in order[:count]:
-                kinds[stage] = choice.recompute
-        return tuple(kinds)
 
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
         count = _enough(choice.schedule, choice.num_microbatches, layout)
@@ -629,6 +601,78 @@ class Scales:
                 work, cluster, optim, parameters
             ) + optimizer_seconds(work.degrees, cluster, optim, held)
         return self._after[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _SomeRecompute:
+    """Recomputation in the same number of stages on every rank: in those that save most.
+
+    step: one in which no stage recomputes, as in `minimum_step`.
+    saving: a draft in which all do.
+    optimizers: those with which memory is looked at.
+    orders: the stages of each rank, that which saves most first.
+    steps, needs: what was computed, by the number of stages, and by the rank too.
+    """
+
+    step: StepPlan
+    saving: Draft
+    optimizers: Sequence[OptimConfig]
+    orders: tuple[list[int], ...]
+    steps: dict[int, StepPlan] = field(default_factory=dict)
+    needs: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        schedule: str,
+        without: Draft,
+        saving: Draft,
+        peaks: tuple[Peak, ...],
+        optimizers: Sequence[OptimConfig],
+    ) -> _SomeRecompute:
+        layout = without.problem.layout
+        kept, fewer = without.cost.stage_bytes, saving.cost.stage_bytes
+        orders = list[list[int]]()
+        for rank, peak in enumerate(peaks):
+            flying = dict(zip(layout.stages_of(rank), peak.counts, strict=True))
+            saved = {stage: flying[stage] * (kept[stage] - fewer[stage]) for stage in flying}
+            orders.append(sorted(saved, key=saved.__getitem__, reverse=True))
+        return cls(_at_peak(without, schedule, peaks), saving, optimizers, tuple(orders))
+
+    def where_needed(self, which: int, limit: float) -> tuple[str, ...]:
+        """Return what every stage recomputes if as few as needed do.
+
+        `which` of the optimizers is used, and `limit` is in bytes.
+        """
+        kinds, count = list(self.step.recompute), 0  # at first as many as on the rank before
+        for rank, order in enumerate(self.orders):
+            while count > 0 and self._needs(rank, count - 1)[which] <= limit:
+                count -= 1
+            while count < len(order) and self._needs(rank, count)[which] > limit:
+                count += 1
+            for stage in order[:count]:
+                kinds[stage] = self.saving.recompute[stage]
+        return tuple(kinds)
+
+    def _needs(self, rank: int, count: int) -> list[float]:
+        """Return the bytes of a rank with each optimizer if so many of its stages recompute."""
+        if (rank, count) not in self.needs:
+            step = self._step(count)
+            held = step.cost.shard_bytes[rank]
+            totals = total_bytes(step, self.optimizers, rank)
+            self.needs[rank, count] = [total + held for total in totals]
+        return self.needs[rank, count]
+
+    def _step(self, count: int) -> StepPlan:
+        """Return the step in which so many stages of every rank recompute."""
+        if count not in self.steps:
+            kinds, held = list(self.step.recompute), list(self.step.cost.stage_bytes)
+            for stage in (stage for order in self.orders for stage in order[:count]):
+                kinds[stage] = self.saving.recompute[stage]
+                held[stage] = self.saving.cost.stage_bytes[stage]
+            cost = replace(self.step.cost, stage_bytes=tuple(held))
+            self.steps[count] = replace(self.step, recompute=tuple(kinds), cost=cost)
+        return self.steps[count]
 
 
 @dataclass(frozen=True, slots=True)
