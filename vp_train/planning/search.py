@@ -636,6 +636,14 @@ class _Search:
         ]
 
     def _look_at_doubtful(self, queue: _Queue) -> None:
+        """Let what is dear or seems not to fit have its turn.
+
+        Hardly any of the latter fits, so it is left out where only short steps are looked at and a
+        time is known.
+        """
+        if not self._of_kinds and self._knows_time:
+            items = ((number, self._items[number]) for number in queue.doubtful)
+            queue.doubtful = [number for number, item in items if item and item.seems_to_fit]
         for place, number in enumerate(queue.doubtful):
             queue.put(number, self._key(number), float(place))
         queue.doubtful, queue.looks_at_all = [], True
