@@ -84,7 +84,7 @@ _SLACK = 0.01
 # this part of the one that was seen.
 _ALIKE = 0.97
 _KEPT_REFUSALS = 100
-_TRIES_OF_OTHER_KIND = 20
+_TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL = 20, 3
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
@@ -638,13 +638,14 @@ class _Search:
     def _look_at_doubtful(self, queue: _Queue) -> None:
         """Let what is dear or seems not to fit have its turn.
 
-        Hardly any of the latter fits, so it is left out where only short steps are looked at and a
-        time is known.
+        Of the latter hardly any fits, so where a time is known by short steps only a few are tried.
         """
+        numbers = queue.doubtful
         if not self._of_kinds and self._knows_time:
-            items = ((number, self._items[number]) for number in queue.doubtful)
-            queue.doubtful = [number for number, item in items if item and item.seems_to_fit]
-        for place, number in enumerate(queue.doubtful):
+            items = {number: self._items[number] for number in sorted(numbers, key=self._key)}
+            numbers = [number for number, item in items.items() if item and item.seems_to_fit]
+            numbers += [number for number in items if number not in numbers][:_TRIES_OF_DOUBTFUL]
+        for place, number in enumerate(numbers):
             queue.put(number, self._key(number), float(place))
         queue.doubtful, queue.looks_at_all = [], True
 
