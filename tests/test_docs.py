@@ -313,8 +313,8 @@ def test_the_search_that_is_shown_has_the_figures_of_its_plans():
     page = (ROOT / "docs/cluster.md").read_text()
     (shown,) = (block for _, block in _FENCE.findall(page) if "vp-plan --search --top" in block)
     (command,) = re.findall(r"^\$ vp-plan --search --top 3 (.*)$", shown, re.MULTILINE)
-    (plan,) = re.findall(r"^the first: (.*)$", shown, re.MULTILINE)
-    row = r"^1 .* (\S+) s +(\S+)% +(\S+)% +(\S+) +\S+$"
+    (plan,) = re.findall(r"^the first:\s+(.*)$", shown, re.MULTILINE)
+    row = r"^1 .* (\S+) s +(\S+)% +(\S+)% +(\S+) +\S+ \*$"
     seconds, mfu, _, gib = map(float, re.findall(row, shown, re.MULTILINE)[0])
     config, planned = (load_config(words.split()) for words in (command, f"{command} {plan}"))
     num_gpus = planned.cluster.num_gpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from schedules.render import duration
 from vp_train.commands.plan import main
+from vp_train.commands.plan_words import text_of
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.found import Limits
@@ -27,6 +29,12 @@ NANO = ["model=nano", "num_microbatches=8"]
 @pytest.fixture
 def vp_plan(run_here):
     return partial(run_here, main, "vp-plan")
+
+
+def overrides_behind(words, out):
+    """Return the overrides behind words that begin a line: in it, or in the next one."""
+    (found,) = re.findall(rf"^{words}\s+(.*)$", out, re.MULTILINE)
+    return found
 
 
 def test_as_in_the_readme_without_torch():
@@ -76,6 +84,21 @@ def test_a_plan_is_shown_before_what_it_is_compared_with_or_alone(vp_plan, tmp_p
     monkeypatch.setattr("vp_train.commands.plan.without_of", interrupted)
     code, out, _ = vp_plan(*typed)
     assert (code != EXIT_OK, out) == (True, alone)
+
+
+def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
+    words, row = "word " * 40, f"1  {'a  b' * 50}"
+    overrides = " ".join(f"parallel.pp{n}={n}" for n in range(12))
+    for begin, indent in (("fsdp      ", 10), ("          ", 10), ("link: ", 4)):
+        first, *others = text_of([f"{begin}{words}{overrides}: {words}"]).splitlines()
+        assert first.startswith(f"{begin}word")
+        assert {len(line) - len(line.lstrip()) for line in others} == {indent}
+        assert overrides in map(str.strip, others), "it can be copied without the colon"
+        assert all(len(line) <= 120 for line in (first, *others) if overrides not in line)
+        assert " ".join((first + "".join(others)).split()).count("word") == 80
+    kept = [row, "─" * 130, f"{'x' * 119} y", "", "first: " + 20 * "x"]
+    assert text_of(kept[:2] + kept[3:]).splitlines() == kept[:2] + kept[3:]
+    assert text_of(kept[2:3]).splitlines() == ["x" * 119, "    y"]
 
 
 def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
@@ -139,10 +162,43 @@ def test_json_has_every_rank(vp_plan, tmp_path):
         assert one["step_seconds"] == again.step_seconds < 0.99 * record["step_seconds"]
 
 
+# Settings of which each makes some proposal wrong that does not reset it.
+STUBBORN = [
+    ("schedule=interleaved", "schedule.num_chunks=2", "parallel.pp=2"),
+    ("vocab.algorithm=none", "parallel.placement=redistribute", "micro_batch_size=2"),
+    ("parallel.recompute_per_stage=[full,none]", "parallel.pp=2", "optim.name=zero1"),
+]
+
+
+@pytest.mark.parametrize("typed", STUBBORN, ids=lambda typed: typed[0])
+def test_what_a_plan_proposes_can_be_appended_and_gives_what_is_said(vp_plan, typed):
+    draw, tried = random.Random(len(typed[0])), 0
+    for gib in (4, 0.006):
+        count = draw.choice((4, 8))
+        words = ["model=nano", f"num_microbatches={count}", f"cluster.memory_gib={gib}", *typed]
+        _, out, _ = vp_plan(*words)
+        lines = re.sub(r"\n {4}(?! )", " ", out)
+        for kind, overrides, about, seconds in re.findall(
+            r"^(helps|would fit:|would help:| {8}) +((?:[a-z][\w.]*=[^\s:]+ ?)+):? *"
+            r"(about )?(\S+ m?s\b)?",
+            lines,
+            re.MULTILINE,
+        ):
+            again = make_report(load_config([*words, *overrides.split()]))
+            if seconds and not about:
+                assert again.fits
+                assert duration(again.step_seconds) == seconds, (words, kind, overrides)
+            tried += 1
+    assert tried > 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
-        (["parallel.pp=4", "vocab=none", "model.vocab_size=65536"], "vocab=one_barrier: about"),
+        (
+            ["parallel.pp=4", "vocab=none", "model.vocab_size=65536"],
+            "vocab.algorithm=one_barrier: about",
+        ),
         (["parallel.dp=2", "parallel.pp=2", "run.dtype=bfloat16"], "optim.name=zero1: about"),
         (["parallel.pp=4", "micro_batch_size=8"], "micro_batch_size=1 num_microbatches=64: about"),
         (
@@ -174,7 +230,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert record["without_vocabulary_parallelism"]["step_seconds"] > steps[0]
     assert (record["choices"], record["ended"]) > (0, "")
     assert (record["margin"], record["fsdp"]) == (0.05, None)
-    shown = out[out.index("in all rows: ") : out.index("the first: ")].splitlines()
+    shown = out[out.index("in all rows: ") : out.index("the first:")].splitlines()
     assert max(map(len, shown)) <= 110
     plans = record["best"]
     for name in ("dp", "pp", "tp"):
@@ -182,9 +238,9 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
         assert (f"{name} {plans[0][name]}; " in shown[0]) is (len(values) == 1)
         assert (f" {name} " in shown[2]) is (len(values) > 1)
     assert [row.split()[0] for row in shown[4:7]] == ["1", "2", "3"]
-    first = out[out.index("the first: ") :].splitlines()[0].removeprefix("the first: ")
+    first = overrides_behind("the first:", out)
     for place, plan in enumerate(plans[1:], 2):
-        (more,) = re.findall(rf"^row {place}, behind those: (.*)$", out, re.MULTILINE)
+        more = overrides_behind(f"row {place}, behind those:", out)
         again = make_report(load_config([*NANO, *first.split(), *more.split()]))
         assert again.step_seconds == pytest.approx(plan["step_seconds"])
         assert again.ranks == make_report(load_config([*NANO, *plan["overrides"].split()])).ranks
@@ -245,11 +301,7 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_p
     line = f"searched although typed: {', '.join(searched)}{hint}\n"
     assert (line in out) if searched else "although typed" not in out
     first = json.loads((tmp_path / "found.json").read_text())["best"][0]
-    pasted = (
-        next(line for line in out.splitlines() if line.startswith("the first: "))
-        .removeprefix("the first: ")
-        .split()
-    )
+    pasted = overrides_behind("the first:", out).split()
     again = make_report(load_config([*typed, *pasted]))
     assert first["pp"] > 1
     assert first["dp"] * first["num_microbatches"] * first["micro_batch_size"] == (
@@ -300,8 +352,8 @@ def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_pla
 def test_search_where_nothing_fits(vp_plan):
     code, out, _ = vp_plan("--search", *NANO, "cluster.memory_gib=0.001")
     assert code == EXIT_CONFIG
-    assert "NOTHING FITS.  Closest: parallel.dp=" in out
-    assert "more than 0.00095 GiB" in out, "5 % stay free"
+    assert "NOTHING FITS.  Closest:\n    parallel.dp=" in out
+    assert "more than the 0.00095 GiB that a plan may use" in out, "5 % stay free"
     assert "ruled out most: memory, for weights, gradients and optimizer state alone: " in out
     helps = [line for line in out.splitlines() if line.startswith("would help")]
     assert "cluster.num_nodes=" in helps[-1], "nothing that the search has refused is advised"
@@ -335,7 +387,7 @@ def slow_cpu(monkeypatch):
 def test_no_result_in_time_is_not_a_mistake_of_the_user(vp_plan, slow_cpu):
     code, out, _ = vp_plan("--search", "--seconds", 1, *NANO, "cluster.memory_gib=0.0035")
     assert code == EXIT_TIME != EXIT_CONFIG
-    assert "NOTHING TRIED SO FAR FITS.  Closest: parallel.dp=" in out
+    assert "NOTHING TRIED SO FAR FITS.  Closest:\n    parallel.dp=" in out
     assert "raise --seconds" in out
 
 
@@ -444,6 +496,7 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             ["cluster=moon"],
             "cluster=moon is not known; choose one of a100_80g_node, h100_80g_node, laptop",
         ),
+        (["schedule.num_chunks=5", "schedule=zb_v"], "; add schedule.num_chunks=null"),
         (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3 needs"),
         (
             ["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"],

@@ -9,6 +9,7 @@ import pytest
 
 from vp_train.planning import compare
 from vp_train.planning.choice import Kept
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import (
     Way,
     contention_words,
@@ -22,6 +23,9 @@ from vp_train.planning.report import make_report
 from vp_train.settings import load_config
 
 GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=8"]
+
+
+LITTLE = ["cluster.memory_gib=7"]  # two proposals would fit into all of it, and one into 0.95
 
 
 def way(words, *, base, slope=0.0, factor=1.0, is_slow=False):
@@ -113,7 +117,8 @@ def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():
 
 
 def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_more():
-    for words in ([], ["cluster.memory_gib=7"]):
+    hosts = []
+    for words in ([], LITTLE, [*LITTLE, "cluster.host_memory_gib=3.5"]):
         config = load_config([*GPT, *words])
         report = make_report(config)
         assert report.fits is (not words)
@@ -122,9 +127,13 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
         assert helps
         for one in helps:
             again = make_report(load_config([*GPT, *words, *one.overrides.split()]))
-            assert again.fits
+            lean = replace(again, cluster=with_margin(again.cluster))
+            assert lean.fits, "a proposal leaves free what a search does, also of the hosts"
             assert again.step_seconds == one.seconds < 0.99 * before
+            assert again.host.total == one.host
             before = again.step_seconds
+            hosts.append(one.host)
+    assert any(hosts)
     config = load_config(GPT)
     report = make_report(config)
     larger = larger_batch_of(config, report)

@@ -389,39 +389,46 @@ def test_what_fsdp_takes_is_said_to_three_digits():
         host_bytes=0.0,
         offloads_optimizer=False,
     )
-    size, how = "3.50 GiB of 75 GiB", f"dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch "
-    how += f"{work.micro_batch_size}, recomputation selective"
-    end = ", exposed 20.0%"
+    how = f"(dp={work.degrees.dp} x tp={work.degrees.tp}, micro-batch {work.micro_batch_size}, "
+    how += "recomputation selective"
+    end = ", 3.50 of 75 GiB)"
 
     def words(with_hosts, without_hosts, seconds=8.0, means=ON_HOSTS, **how):
         rival = without_hosts if means == ON_GPUS else with_hosts
         return Rivals(rival, with_hosts, without_hosts, means, **how).words(seconds)
 
-    begin = f"{size}, host memory would not help: {how}"
-    facts = "; vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
-    assert words(one, one) == f"10.00 s at best, 25.0% slower, {begin}{end}{facts}"
-    assert words(one, one, 12.5, ON_GPUS) == (f"10.00 s at best, 20.0% faster, {begin}{end}{facts}")
+    rest = f", with or without host memory {how}{end}"
+    rest += "; vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
+    slower, faster = "25.0% slower than this plan", "20.0% faster than this plan"
+    assert words(one, one) == f"would lose: 10.00 s at best, {slower}{rest}"
+    assert words(one, one, 12.5, ON_GPUS) == f"would win: 10.00 s at best, {faster}{rest}"
+    assert words(one, one, 10.0) == f"would tie: 10.00 s at best, as fast as this plan{rest}"
+    assert words(one, one, None) == f"would fit: 10.00 s at best{rest}"
+    first = "would lose: 10.00 s at best, 25.0% slower than the first plan, "
+    assert words(one, one, is_searched=True).startswith(first)
     some = replace(one, num_layers=9, num_recomputed=8, num_offloaded=2, offloads_optimizer=True)
     some = replace(some, host_bytes=1.0)
     more = " in 8 of 9 layers, activations of 2 layers offloaded, optimizer offloaded"
     alone = replace(one, compute=8.0, num_bytes=one.limit)
+    facts = "; vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
     for means, names in (
         (ON_HOSTS, "activations and the optimizer"),
         (Means(False, True), "the optimizer"),
         (Means(True, False), "activations"),
     ):
-        begin = f"{size}, {names} may be in host memory, as in this plan: {how}"
-        whole = f"10.00 s at best, 25.0% slower, {begin}{more}{end}; without host memory "
-        assert words(some, alone, means=means) == f"{whole}12.00 s{facts}"
-    assert ", as in this search: " in words(some, alone, is_searched=True)
+        where = f", where {names} may be in host memory, as in this plan {how}{more}{end}"
+        whole = f"would lose: 10.00 s at best, {slower}{where}; without host memory "
+        assert words(some, alone, means=means) == f"{whole}12.00 s, 50.0% slower{facts}"
+    assert ", as in this search (" in words(some, alone, is_searched=True)
     alone = replace(alone, num_bytes=one.limit + 2**30)
     assert words(some, alone, means=means) == f"{whole}it does not fit{facts}"
-    small = "does not fit, nothing may be in host memory, as in this plan: at least 76.00 GiB, more"
-    assert words(some, alone, means=ON_GPUS) == f"{small} than 75 GiB; with host memory 10.00 s"
+    small = "would not fit, where nothing may be in host memory, as in this plan: at least 76.00 "
+    small += "GiB, more than 75 GiB; with host memory 10.00 s"
+    assert words(some, alone, means=ON_GPUS) == f"{small}, 25.0% slower"
+    assert words(some, alone, None, ON_GPUS) == small
     few = replace(some, num_recomputed=9, num_offloaded=1)
     assert ", activations of 1 layer offloaded, optimizer offloaded" in words(few, alone)
-    begin = "10.00 s at best, as fast, 75.00 GiB of 75 GiB, host"
-    assert words(replace(one, num_bytes=one.limit), one, 10.0).startswith(begin)
+    assert "75.00 of 75 GiB" in words(replace(one, num_bytes=one.limit), one)
     assert words(None, None) == "the batch does not divide over the GPUs"
     record = Rivals(few, some, None, means).record()
     assert record["without_hosts"] is None

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
 from vp_train.planning.choice import Choice, Kept, choice_of, offloading, space_of
-from vp_train.planning.cluster import host_bytes_per_second
+from vp_train.planning.cluster import MARGIN, host_bytes_per_second
 from vp_train.planning.compare import helps_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
@@ -196,6 +197,7 @@ def test_a_search_does_not_offload_more_than_hosts_have():
             )
             assert words in lines
             assert "would help: GPUs" not in lines
+            assert re.search(r"^NOTHING FITS.  Closest: .* optim.offload=true$", lines, re.M)
             assert "would help: cluster.num_nodes=2, where dp=2 x pp=8" in lines
         ended = replace(result, num_open=1, ended="effort")
         begin = "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort"
@@ -274,6 +276,18 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
             assert " of the 50 GB/s per GPU by short steps, and is as fast" in line
             assert line.endswith(words) is not fits
             assert (float(line.split()[7]) <= 25) is fits
+    assert result.with_vocabulary is not None
+    candidate = result.with_vocabulary.candidate
+    still = replace(candidate, choice=replace(candidate.choice, offload=0.0))
+    slower = replace(result.with_vocabulary, candidate=still, seconds=99.0, host=0.0)
+    slower = replace(slower, is_planned=False)
+    lines = search_lines(config, Limits(), replace(result, without_offloading=slower))
+    rows = [line for line in lines if line[:2] in ("1 ", "2 ")]
+    assert [row[-2:] for row in rows] == [" *", " 0"], "rows that depend on hosts are marked"
+    assert "~99.00 s" in rows[1]
+    assert any(line.startswith("* depends on links to hosts and on their m") for line in lines)
+    (line,) = (line for line in lines if "without offloaded activations: " in line)
+    assert line.endswith(": row 2")
 
 
 def test_a_report_counts_bytes_of_device_and_host():
@@ -370,7 +384,7 @@ def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
             ["parallel.offload_activations=1", "schedule=interleaved", "num_microbatches=8"],
             [
                 "parallel.recompute=full",
-                "schedule=1f1b",
+                "schedule.name=1f1b",
                 "parallel.offload_activations=0.5",
                 "parallel.recompute=selective",
             ],
@@ -385,6 +399,7 @@ def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
     config = load_config([*typed, f"cluster.host_memory_gib={0.7 * whole / GIB}"])
     report = make_report(config)
     assert report.excess < 0 < report.host_excess
+    missing = report.host_excess + MARGIN * 0.7 * whole
     helps = [line for line in remedy_lines(config, report) if line.startswith("would help")]
     assert "more GPUs per replica" in helps.pop()
     settings = []
@@ -394,7 +409,7 @@ def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
         changed = make_report(load_config([*typed, *words.split()]))
         saved = report.host.total - changed.host.total
         assert f": {human_bytes(saved)} less" in line
-        assert ("not enough" in line) is (saved < report.host_excess)
+        assert ("not enough" in line) is (saved < missing)
         assert ("but then a GPU needs" in line) is (changed.excess > 0)
         settings.append(words)
     assert settings == advised

@@ -23,7 +23,7 @@ from vp_train.planning.choice import (
     with_batch_of,
 )
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.found import Limits, counted
+from vp_train.planning.found import MARGIN_OF_OFFLOADING, SAME, Limits, counted
 from vp_train.planning.memory import rank_state
 from vp_train.planning.no_choice import no_choice_words
 from vp_train.planning.plan import draft_step
@@ -290,6 +290,42 @@ def test_a_search_with_kept_settings_is_one_of_fewer_choices():
         nothing = replace(kept, values=values)
         with pytest.raises(ConfigError, match=words):
             search(config, NO_END, lambda: True, lambda words: None, space_of(config, nothing))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "model", "link", "batch", "known"),
+    [
+        # It recomputes everything, and offloads what stages start from.
+        ((1, 2, 1), (11, 2048, 131_072, 2048), 50, (24, 2), "interleaved none full 1 6 balanced"),
+        # Without offloading it fits with an optimizer on hosts, which takes five times as long.
+        ((1, 4, 1), (8, 4096, 32_768, 2048), 25, (4, 1), "v_min one_barrier none 1 null even"),
+        # One rank has the whole vocabulary, so its shard is never held during a backward.
+        ((1, 1, 2), (8, 2048, 131_072, 8192), 25, (6, 1), "1f1b none full 0 null even"),
+    ],
+)
+def test_a_search_finds_what_just_fits(ranks, model, link, batch, known):
+    (dp, pp, tp), (layers, hidden, vocab, length) = ranks, model
+    words = [
+        *(f"parallel.dp={dp}", f"parallel.pp={pp}", f"parallel.tp={tp}"),
+        *("model=llama3_8b", f"model.num_layers={layers}", f"model.hidden_size={hidden}"),
+        *(f"model.vocab_size={vocab}", f"model.seq_length={length}"),
+        *(f"num_microbatches={batch[0]}", f"micro_batch_size={batch[1]}"),
+        *("cluster=h100_80g_node", "cluster.num_nodes=1", f"cluster.gpus_per_node={dp * pp * tp}"),
+        f"cluster.host_bytes_per_second={link}e9",
+    ]
+    schedule, algorithm, recompute, offload, chunks, placement = known.split()
+    of_known = [
+        *(f"schedule={schedule}", f"vocab={algorithm}", f"parallel.recompute={recompute}"),
+        *(f"parallel.offload_activations={offload}", f"schedule.num_chunks={chunks}"),
+        *(f"parallel.placement={placement}", f"parallel.sequence_parallel={tp > 1}".lower()),
+    ]
+    report = make_report(load_config([*words, *of_known, "cluster.memory_gib=1000"]))
+    limit = report.ranks[report.worst].memory.total / GIB * (1 + 1e-9)
+    config = load_config([*words, f"cluster.memory_gib={limit!r}"])
+    kept = Kept.of(config, ["parallel.dp", "parallel.pp", "parallel.tp", "micro_batch_size"])
+    found = search(config, NO_END, lambda: True, lambda words: None, space_of(config, kept))
+    margin = 1 + MARGIN_OF_OFFLOADING if offload == "1" else 1.0
+    assert found.best[0].counted <= report.step_seconds * margin * (1 + SAME)
 
 
 def test_recomputation_where_needed_fits_and_is_faster_than_everywhere():

@@ -19,6 +19,7 @@ from vp_train.commands.plan_words import (
     model_words,
     plan_lines,
     remedy_lines,
+    text_of,
     without_lines,
     without_of,
 )
@@ -38,15 +39,17 @@ from vp_train.planning.choice import (
     with_batch_of,
     with_replicas,
 )
+from vp_train.planning.cluster import MARGIN
 from vp_train.planning.compare import Help, helps_of, larger_batch_of, rivals_of
 from vp_train.planning.found import Estimate, Limits, Result
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.plan import SEARCHING
 from vp_train.planning.report import PlanReport, make_report
-from vp_train.planning.search import Known, search
+from vp_train.planning.search import search
 from vp_train.units import plural
 
 _MOST_TOKENS = 10**9
+_MARGIN = round(100 * MARGIN)  # percent
 _DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
 _EXAMPLES = """\
   vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
@@ -69,7 +72,7 @@ def main() -> None:
         ),
         "--margin": (
             "PERCENT",
-            "with --search: part of the memory of GPUs and hosts that stays free (5)",
+            f"with --search: part of the memory of GPUs and hosts that stays free ({_MARGIN})",
         ),
         "--effort": ("N", "with --search: thousand passes that may be placed (10000)"),
         "--seconds": (
@@ -117,17 +120,18 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     config = with_replicas(config)
     limits = Limits(
         top=whole_number(options, "--top", 5),
-        margin=whole_number(options, "--margin", 5, least=0, most=90) / 100,
+        margin=whole_number(options, "--margin", _MARGIN, least=0, most=90) / 100,
         effort=1000 * whole_number(options, "--effort", 10000),
     )
     seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)
     if "--keep" in options or kept.values:
-        print(f"kept: {kept.words or 'nothing, because no setting is typed'}", flush=True)
+        words = kept.words or "nothing, because no setting is typed"
+        print(text_of([f"kept: {words}"]), flush=True)
     searched = [word for word in searched_words(overrides) if not kept.has_word(word)]
     if searched:
         hint = "; --keep typed keeps them" if _keeps_typed(config, overrides, options) else ""
-        print(f"searched although typed: {', '.join(searched)}{hint}", flush=True)
+        print(text_of([f"searched although typed: {', '.join(searched)}{hint}"]), flush=True)
     is_default = not counts and tokens is None
     print(_batch_words(config, tokens, multiple, is_default=is_default), flush=True)
     return show_search(config, limits, seconds, path, kept)
@@ -181,7 +185,7 @@ def show_plan(config: RunConfig, path: Path | None, *, compares: bool = True) ->
         searching.work_on("planning the step")
         report = make_report(config, searching.watch)
         rivals = rivals_of(config, report)
-    print("\n".join([*plan_lines(config, report, rivals), *searching.words]), flush=True)
+    print(text_of([*plan_lines(config, report, rivals), *searching.words]), flush=True)
     helps = _compare(config, report, rivals) if compares else None
     _write(path, report.record() | _compared_record(config, rivals, helps))
     return searching.exit_code if report.fits else EXIT_CONFIG
@@ -189,20 +193,19 @@ def show_plan(config: RunConfig, path: Path | None, *, compares: bool = True) ->
 
 def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help]:
     """Print what a plan is compared with, each as soon as it is known; return what helps."""
-    known = Known.of(config)
     with Searching(keeps_best=False) as comparing:
         if not report.fits:
             comparing.work_on("planning what would help")
-            comparing.print(remedy_lines(config, report, comparing.work_on))
+            comparing.print(text_of(remedy_lines(config, report, comparing.work_on)))
         comparing.work_on("searching the same split without vocabulary parallelism")
-        without = without_of(config, report, known)
-        comparing.print(without_lines(report, without))
+        without = without_of(config, report)
+        comparing.print(text_of(without_lines(report, without)))
         comparing.work_on("planning with another contention")
-        comparing.print(decides_lines(config, report, rivals, without))
-        helps = helps_of(config, report, comparing.work_on, known)
+        comparing.print(text_of(decides_lines(config, report, rivals, without)))
+        helps = helps_of(config, report, comparing.work_on)
         comparing.work_on("planning a batch twice as large")
         larger = larger_batch_of(config, report) if report.fits else None
-        comparing.print(help_lines(report, helps, larger))
+        comparing.print(text_of(help_lines(report, helps, larger)))
     return helps
 
 
@@ -219,6 +222,7 @@ def _compared_record(
                 "overrides": one.overrides,
                 "step_seconds": one.seconds,
                 "bytes": one.memory,
+                "host_total_bytes": one.host,
                 "planned": one.is_planned,
             }
             for one in helps
@@ -233,7 +237,7 @@ def show_search(
 
     Ctrl-C ends it with the best so far.  Returns the exit code.
     """
-    print(f"{model_words(config)}\n{cluster_words(config)}\n", flush=True)
+    print(text_of([model_words(config), cluster_words(config), ""]), flush=True)
     # CPU time, not the clock on the wall: other processes on the machine must not end a search.
     started = time.process_time()
     with Searching() as searching:
@@ -246,7 +250,7 @@ def show_search(
 
         result = search(config, limits, in_time, show, space_of(config, kept))
     lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
-    print("\n".join(lines), flush=True)
+    print(text_of(lines), flush=True)
     _write(path, search_record(config, limits, result))
     if searching.is_stopped or result.best:
         return searching.exit_code
@@ -295,6 +299,7 @@ def _estimate_record(config: RunConfig, estimate: Estimate) -> dict[str, Any]:
         "overrides": estimate.choice.overrides(config),
         "step_seconds": estimate.seconds,
         "bytes": estimate.memory,
+        "host_total_bytes": estimate.host,
         "planned": estimate.is_planned,
     }
 

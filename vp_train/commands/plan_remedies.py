@@ -8,11 +8,14 @@ from dataclasses import replace
 
 from schedules.generators import GENERATORS
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.planning.choice import changes_of
+from vp_train.planning.compare import proposing
 from vp_train.planning.degrees import split_ranks
+from vp_train.planning.memory import host_optimizer_bytes, nodes_of
 from vp_train.planning.placement import offloaded_layers, split_layers
 from vp_train.planning.report import PlanReport, brief_report
 from vp_train.planning.weigh import about_bytes
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, large_bytes
 
 _NOT_ALONE = ", which is not enough alone"
 
@@ -20,49 +23,39 @@ _NOT_ALONE = ", which is not enough alone"
 def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     """Return the changes that save memory on the worst rank of `config`, the largest saving first.
 
-    Every change is tried on its own, and the words say where it is not enough.
+    Every change is tried on its own, and the words say where it is not enough to leave as much free
+    as a proposal does.
     """
+    config, report = _proposing(config, report)
     replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
     # What waits in host memory, and so is not saved on the GPU, only a simulation says.
     offloads = bool(config.parallel.offload_activations) and not config.schedule.is_solved
     needs = _planned_bytes if offloads else about_bytes
     before = report.ranks[report.worst].memory.total if offloads else about_bytes(config)
-    tried: list[tuple[str, RunConfig]] = []
-    if config.optim.name != "zero1" and replicas > 1:
-        tried.append(
-            ("optim.name=zero1", replace(config, optim=replace(config.optim, name="zero1")))
-        )
-    if not config.optim.offload and report.host_excess <= 0:
-        offloaded = replace(config, optim=replace(config.optim, name="zero1", offload=True))
-        tried.append(
-            ("optim.name=zero1 optim.offload=true, the optimizer in host memory", offloaded)
-        )
-    for value in RECOMPUTE[1:]:
-        parallel = replace(config.parallel, recompute=value, recompute_per_stage=None)
-        tried.append((f"parallel.recompute={value}", replace(config, parallel=parallel)))
+    tried: list[RunConfig] = []
+    if replicas > 1:
+        tried.append(replace(config, optim=replace(config.optim, name="zero1")))
+    on_hosts = report.host.activations + _optimizer_bytes(report)
+    has_hosts = config.run.device == "cuda" and on_hosts <= report.host_limit
+    if has_hosts and not config.optim.offload:
+        optim = replace(config.optim, name="zero1", offload=True)
+        tried.append(replace(config, optim=optim))
+    tried += _recomputing(config)
     if config.micro_batch_size > 1:
-        size = config.micro_batch_size
-        halved = replace(
-            config, micro_batch_size=1, num_microbatches=config.num_microbatches * size
-        )
-        tried.append(
-            (f"micro_batch_size=1 num_microbatches={config.num_microbatches * size}", halved)
-        )
+        count = config.num_microbatches * config.micro_batch_size
+        tried.append(replace(config, micro_batch_size=1, num_microbatches=count))
     if config.vocab.algorithm == "none":
-        tried.append(
-            (
-                "vocab=one_barrier",
-                replace(config, vocab=replace(config.vocab, algorithm="one_barrier")),
-            )
-        )
+        tried.append(replace(config, vocab=replace(config.vocab, algorithm="one_barrier")))
     found = []
-    for words, changed in tried:
+    for changed in tried:
         try:
-            after = needs(changed)
+            saved = before - needs(changed)
         except ConfigError:
             continue
-        if before - after > 0.01 * before:
-            found.append((before - after, f"{words}: about {human_bytes(before - after)} less"))
+        if saved > 0.01 * before:
+            words = f"{changes_of(config, changed)}: about {human_bytes(saved)} less"
+            is_moved = changed.optim.offload and not config.optim.offload
+            found.append((saved, words + host_words(on_hosts) * is_moved))
     saved, words = _saved_by_offloading(config, report)
     if saved > 0.01 * before:
         found.append((saved, words))
@@ -70,6 +63,36 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
         words + _NOT_ALONE * (saved < report.excess) for saved, words in sorted(found, reverse=True)
     ]
     return [*ordered, _more_gpus_words(config, replicas)]
+
+
+def _proposing(config: RunConfig, report: PlanReport) -> tuple[RunConfig, PlanReport]:
+    """Return a plan as if there were only the memory that a proposal may use."""
+    config = proposing(config)
+    return config, replace(report, cluster=config.cluster)
+
+
+def _recomputing(config: RunConfig) -> list[RunConfig]:
+    """Return `config` with each recomputation of all stages that it does not have."""
+    found = [
+        replace(config, parallel=replace(config.parallel, recompute=kind, recompute_per_stage=None))
+        for kind in RECOMPUTE[1:]
+    ]
+    return [changed for changed in found if changed != config]
+
+
+def _optimizer_bytes(report: PlanReport) -> float:
+    """Return the bytes of a node's host memory that the optimizer needs there."""
+    dp, pp, tp = report.degrees.dp, report.degrees.pp, report.degrees.tp
+    of_rank = [
+        host_optimizer_bytes(report.work, rank.memory.parameters) / dp for rank in report.ranks
+    ]
+    nodes = nodes_of(report.degrees, report.cluster.gpus_per_node)
+    return max(sum(of_rank[rank // tp % pp] for rank in ranks) for ranks in nodes)
+
+
+def host_words(num_bytes: float) -> str:
+    """Return what a node needs of its memory, if it does, to be put behind other words."""
+    return f", {large_bytes(num_bytes)} host RAM of a node" if num_bytes else ""
 
 
 def _planned_bytes(config: RunConfig) -> float:
@@ -91,6 +114,7 @@ def host_remedies(
     Every change is planned on its own.  Bytes are those of a node.  What does not fit on the GPUs
     then comes last.
     """
+    config, report = _proposing(config, report)
     found: list[tuple[bool, float, str]] = []
     for words, changed in _lighter_on_hosts(config, report).items():
         progress(f"planning with {words}")
@@ -105,7 +129,7 @@ def host_remedies(
         if then.host_excess > 0:
             words += _NOT_ALONE
         if then.excess > 0:
-            words += f"; but then a GPU {then.memory_words}"
+            words += f"; but then a GPU {then.memory_words} that a proposal may use"
         found.append((then.excess > 0, -saved, words))
     return [*(words for *_, words in sorted(found)), _more_gpus_words(config, report.degrees.dp)]
 
@@ -122,13 +146,11 @@ def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunCon
     part = _largest_part(config, 1 - report.host_excess / host.activations)
     fewer = replace(parallel, offload_activations=part)
     changes[f"parallel.offload_activations={part:g}"] = replace(config, parallel=fewer)
-    for value in RECOMPUTE[1:]:
-        again = replace(parallel, recompute=value, recompute_per_stage=None)
-        changes[f"parallel.recompute={value}"] = replace(config, parallel=again)
+    for again in _recomputing(config):
+        changes[changes_of(config, again)] = again
     if schedule.name == "interleaved":
-        line = replace(schedule, name="1f1b", num_chunks=None)
-        words = "schedule=1f1b" + " schedule.num_chunks=null" * (schedule.num_chunks is not None)
-        changes[f"{words}, with fewer microbatches in flight"] = replace(config, schedule=line)
+        line = replace(config, schedule=replace(schedule, name="1f1b", num_chunks=None))
+        changes[changes_of(config, line)] = line
     return changes
 
 
@@ -162,7 +184,5 @@ def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, 
     if found.offloading is None or found.host_excess > 0:
         return 0.0, ""
     saved = now - found.ranks[found.worst].memory.total
-    return saved, (
-        f"parallel.offload_activations=1: {human_bytes(saved)} less, with "
-        f"{human_bytes(found.host.activations)} in host memory per node"
-    )
+    words = f"parallel.offload_activations=1: {human_bytes(saved)} less"
+    return saved, words + host_words(found.host.total)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.plan_remedies import host_remedies, remedies
+from vp_train.commands.plan_remedies import host_remedies, host_words, remedies
 from vp_train.config import RunConfig
 from vp_train.model import shape
 from vp_train.planning.choice import Choice
@@ -21,13 +22,18 @@ from vp_train.planning.fsdp import Rivals
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport
-from vp_train.planning.search import Known, without_vocabulary
+from vp_train.planning.search import without_vocabulary
 from vp_train.units import compared, human_bytes, plural
 
 _SHOWN_RANKS = 16
 _GIB = 2**30
 _LARGE_GAP = 0.1  # above the lower bound
-_WIDTH = 120  # columns of the lines of a plan that are wrapped
+_WIDTH = 120  # columns of lines
+_LABEL = 10  # columns of a label in front of the lines of a plan
+_INDENT = 4  # columns in front of what continues another line
+# Rows of tables, and what joins overrides that are to be copied.
+_ROW = re.compile(r"─|\S {2,}\S.* {2,}\S.* {2,}\S")
+_OVERRIDES = re.compile(r"(?<!\S)[a-z][\w.]*=\S+(?: [a-z][\w.]*=\S+)+")
 
 
 def has_fsdp(config: RunConfig) -> bool:
@@ -70,13 +76,19 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
     if report.launch_words:
         lines.insert(-1, f"launch    {report.launch_words}")
     if rivals is not None and has_fsdp(config):
-        lines[-1:-1] = _wrapped("fsdp", fsdp_words(config, report, rivals))
+        lines.insert(-1, f"fsdp      {fsdp_words(config, report, rivals)}")
     if report.gap > _LARGE_GAP:
         held = report.gap_in_its_memory
         cause = "" if held is None or held > report.gap / 2 else " because it keeps so little"
         lines.append(
             f"          on {report.degrees.pp} ranks {report.schedule} is far above it{cause}; try "
             "other schedules, or vp-plan --search"
+        )
+    num_shards = report.degrees.pp * report.degrees.tp
+    if report.vocab != "none" and config.model.vocab_size < num_shards:
+        lines.append(
+            f"advice    vocab.algorithm=none: a vocabulary of {config.model.vocab_size} is too "
+            f"small to split over {num_shards} ranks"
         )
     if report.advice:
         lines.append(f"advice    {report.advice}")
@@ -95,24 +107,34 @@ def remedy_lines(
     return ["", *(f"would help: {words}" for words in helps)] if helps else []
 
 
-def _wrapped(label: str, words: str) -> list[str]:
-    """Return words behind a label in lines of the report of a plan."""
-    return textwrap.wrap(
-        words,
+def text_of(lines: Iterable[str]) -> str:
+    """Return lines as text of at most 120 columns, which breaks no table and no overrides."""
+    return "\n".join(part for line in lines for part in _broken(line))
+
+
+def _broken(line: str) -> list[str]:
+    """Return a line in parts; further ones stand below what is behind its label, if it has one."""
+    if len(line) <= _WIDTH or _ROW.search(line):
+        return [line]
+    has_label = line[_LABEL - 2 : _LABEL].isspace() and not line[_LABEL].isspace()
+    joined = _OVERRIDES.sub(lambda found: found[0].replace(" ", "\0"), line)
+    parts = textwrap.wrap(
+        joined,
         _WIDTH,
-        initial_indent=f"{label:10}",
-        subsequent_indent=10 * " ",
+        subsequent_indent=" " * (_LABEL if has_label else _INDENT),
         break_long_words=False,
         break_on_hyphens=False,
     )
+    # Overrides that have a line for themselves can be copied as a whole.
+    return [
+        (part.rstrip(":") if " " not in part.strip() and "\0" in part else part).replace("\0", " ")
+        for part in parts
+    ]
 
 
-def without_of(config: RunConfig, report: PlanReport, known: Known | None = None) -> Result | None:
-    """Return the plans of this split that do not split the vocabulary; None without a pipeline.
-
-    What is `known` of the configuration is not computed again.
-    """
-    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees, known)
+def without_of(config: RunConfig, report: PlanReport) -> Result | None:
+    """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
+    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees)
 
 
 def decides_lines(
@@ -127,7 +149,7 @@ def decides_lines(
     rival = fsdp_way(config, report, rivals, 0.0) if has_fsdp(config) else None
     first = pipeline_way("this plan", config, report.step_seconds)
     words = contention_words(config, first, (other, rival)) if report.fits else ""
-    return _wrapped("decides", words)
+    return [f"decides   {words}"] if words else []
 
 
 def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -> list[str]:
@@ -139,9 +161,8 @@ def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -
         return [f"would fit: {one}" for one in words or [nothing]]
     if larger is not None:
         gain = 2 * before / larger.seconds - 1
-        words.append(f"{larger.overrides}, a batch twice as large: {gain:.1%} more tokens/s")
-    lines = [line for one in words for line in _wrapped("", one)]
-    return [f"helps     {lines[0][10:]}", *lines[1:]] if lines else []
+        words.append(f"{larger.overrides}: {gain:.1%} more tokens/s, with twice the batch")
+    return [f"{'' if place else 'helps':{_LABEL}}{one}" for place, one in enumerate(words)]
 
 
 def without_lines(report: PlanReport, result: Result | None) -> list[str]:
@@ -172,7 +193,8 @@ def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:
     """
     about = "" if estimate.is_planned else "about "
     how = "" if seconds is None else f" ({compared(estimate.seconds, seconds)})"
-    return f"{about}{duration(estimate.seconds)}{how}, {human_bytes(estimate.memory)}"
+    memory = f"{human_bytes(estimate.memory)}{host_words(estimate.host)}"
+    return f"{about}{duration(estimate.seconds)}{how}, {memory}"
 
 
 def _host_lines(report: PlanReport) -> list[str]:
@@ -207,7 +229,7 @@ def _offload_lines(found: Offloading | None, step_seconds: float) -> list[str]:
 
 def fsdp_words(config: RunConfig, report: PlanReport, rivals: Rivals) -> str:
     """Return what fully sharded data parallelism would take for the same batch, in words."""
-    words = rivals.words(report.step_seconds)
+    words = rivals.words(report.step_seconds if report.fits else None)
     assumed = config.cost.is_measured and not config.cost.has_rates
     return f"{words}; passes of FSDP at assumed rates, not as measured" if assumed else words
 

@@ -45,7 +45,7 @@ def search_lines(
     lines = _unfinished_lines(result, is_stopped=is_stopped)
     if result.best:
         first, rows = result.best[0], _rows(result)
-        lines += [*_table_lines(result, rows), "", *_override_lines(config, first, rows)]
+        lines += [*_table_lines(config, result, rows), "", *_override_lines(config, first, rows)]
         lines += [f"binds: {first.report.binds}"]
         lines += _host_memory_lines(result.best, limits)
         lines += _slow_link_lines(config, limits, result, rows)
@@ -90,17 +90,24 @@ class _Row:
         if isinstance(found, Found):
             return _report_words(found.report, unit)
         mfu = first.mfu * first.step_seconds / found.seconds
+        about = "" if found.is_planned else "~"
         return {
-            "step": f"~{duration(found.seconds)}",
-            "MFU": f"~{mfu:.1%}",
-            _MEMORY[unit]: f"~{found.memory / unit:.1f}",
-            _HOST_MEMORY: f"~{found.host / unit:,.0f}",
+            "step": f"{about}{duration(found.seconds)}",
+            "MFU": f"{about}{mfu:.1%}",
+            _MEMORY[unit]: f"{about}{found.memory / unit:.1f}",
+            _HOST_MEMORY: _host_words(found.host, unit, about),
         }
 
 
 def _rows(result: Result) -> list[_Row]:
-    """Return the rows of the table.  Plans of about the same time stand by their memory."""
+    """Return the rows of the table.  Plans of about the same time stand by their memory.
+
+    Where the first plan offloads activations, the best that does not is among them.
+    """
     rows = [*map(_Row, result.best), *map(_Row, result.estimated)]
+    other = result.without_offloading
+    if other is not None and result.best[0].choice.offload:
+        rows += [_Row(other)] * all(row.choice.offload for row in rows)
     return sorted(rows, key=lambda row: rounded(row.found.counted))
 
 
@@ -221,7 +228,8 @@ def _host_memory_lines(best: Sequence[Found], limits: Limits) -> list[str]:
     if known is None:
         line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
     else:
-        left = f"{known * (1 - limits.margin):,.6g} of the " if limits.margin else ""
+        rest = with_margin(best[0].report.cluster, limits.margin).host_memory_gib
+        left = f"{rest:,.6g} of the " if limits.margin else ""
         line = f"host RAM: {need}; a plan may use {left}{known:,.6g} GiB of cluster.host_memory_gib"
     if any(found.report.host.activations for found in best):
         line += "; no training on GPUs has offloaded activations yet"
@@ -272,7 +280,13 @@ def _slow_link_lines(
     return [f"{line}; {of_half} the fastest named here that fits is {min(fitting)[1]}"]
 
 
-def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:
+def _known_words(config: RunConfig) -> str:
+    """Return the memory of a host in words."""
+    known = config.cluster.host_memory_gib
+    return "memory without a limit" if known is None else f"{known:,.6g} GiB per node"
+
+
+def _table_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
     """Return a table of the best in lines, those that are only estimated with `~`.
 
     What all have in common stands above it.
@@ -287,7 +301,8 @@ def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     heads = [head for head in (*chosen[0], *_report_words(first, unit)) if head not in common]
-    if not any(found.report.host.total for found in result.best):
+    uses_hosts = any(found.report.host.total for found in result.best)
+    if not uses_hosts:
         heads.remove(_HOST_MEMORY)
     table.add_column("", justify="right")
     for head in heads:
@@ -297,7 +312,12 @@ def _table_lines(result: Result, rows: Sequence[_Row]) -> list[str]:
         table.add_row(str(place), *(words.get(head, "") for head in heads))
     lines = [f"in all rows: {'; '.join(map(' '.join, common.items()))}", ""] if common else []
     lines += rendered(table)
-    if result.estimated:
+    if uses_hosts:
+        lines += [
+            f"* depends on links to hosts and on their memory, which presets assume: now "
+            f"{link_of(config) / 1e9:.3g} GB/s per GPU, {_known_words(config)}"
+        ]
+    if any(isinstance(row.found, Estimate) and not row.found.is_planned for row in rows):
         lines += ["~ estimated from short steps, not planned whole"]
     seconds = [rounded(row.seconds) for row in rows]
     if seconds != sorted(seconds):
@@ -331,8 +351,13 @@ def _report_words(report: PlanReport, unit: float) -> dict[str, str]:
         "MFU": f"{report.mfu:.1%}",
         "bubble": f"{report.bubble:.1%}",
         _MEMORY[unit]: f"{report.ranks[report.worst].memory.total / unit:.1f}",
-        _HOST_MEMORY: f"{report.host.total / unit:,.0f}",
+        _HOST_MEMORY: _host_words(report.host.total, unit),
     }
+
+
+def _host_words(num_bytes: float, unit: float, about: str = "") -> str:
+    """Return the memory of a node's host that a row needs, marked as what presets assume."""
+    return f"{about}{num_bytes / unit:,.0f} *" if num_bytes else "0  "
 
 
 def _vocab_words(choice: Choice) -> str:
@@ -381,7 +406,7 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
         needs = leanest.host_needs / _GIB
         lines += [
             f"  may fit on the GPUs, but needs {needs:.2f} GiB of host memory per node, "
-            f"{needs - known:.2f} GiB more than {known:g} GiB",
+            f"{needs - known:.2f} GiB more than the {known:g} GiB that a plan may use",
             f"would help: more than {needs / (1 - limits.margin):.4g} GiB of host memory per node "
             "(cluster.host_memory_gib)",
         ]

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from types import FrameType
 from typing import Self
 
@@ -95,15 +94,15 @@ class Searching:
             self._clock = threading.Thread(target=self._remind, daemon=True)
             self._clock.start()
 
-    def print(self, lines: Sequence[str]) -> None:
-        """Print lines to stdout, before which the line of progress disappears from a terminal."""
-        if not lines:
+    def print(self, text: str) -> None:
+        """Print text to stdout, before which the line of progress disappears from a terminal."""
+        if not text:
             return
         with self._lock:
             if self._live is not None:
                 self._live.stop()
                 self._live = None
-            print("\n".join(lines), flush=True)
+            print(text, flush=True)
 
     def _remind(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS):

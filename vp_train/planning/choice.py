@@ -145,12 +145,16 @@ class Choice:
 
     def changes(self, config: RunConfig) -> str:
         """Return the overrides of what this choice changes in `config`, whose degrees are set."""
-        chosen = self.applied(config)
-        return " ".join(
-            f"{name}={_word(_value(chosen, name))}"
-            for name in (*_ALWAYS, *_WHERE_OTHER)
-            if _value(chosen, name) != _value(config, name)
-        )
+        return changes_of(config, self.applied(config))
+
+
+def changes_of(config: RunConfig, chosen: RunConfig) -> str:
+    """Return the overrides of what a choice has changed in `config`."""
+    return " ".join(
+        f"{name}={_word(_value(chosen, name))}"
+        for name in (*_ALWAYS, *_WHERE_OTHER)
+        if _value(chosen, name) != _value(config, name)
+    )
 
 
 KEPT_WHERE_TYPED = "vocab.balance"  # by a search, also without --keep

@@ -18,6 +18,10 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import sum_seconds
 from vp_train.planning.workload import Workload
 
+# The part of the memory of GPUs and of hosts that stays free in whatever a search or a plan
+# proposes.  A plan that somebody types may use all of it.
+MARGIN = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -166,7 +170,7 @@ def chosen_costs(cost: CostConfig) -> dict[str, Any]:
     }
 
 
-def with_margin(cluster: ClusterConfig, margin: float) -> ClusterConfig:
+def with_margin(cluster: ClusterConfig, margin: float = MARGIN) -> ClusterConfig:
     """Return `cluster` without the part `margin` of the memory of its GPUs and hosts."""
     kept, known = 1 - margin, cluster.host_memory_gib
     return replace(

@@ -233,12 +233,14 @@ class Help:
     """Settings that help a plan: the overrides to append, and the step with them.
 
     memory: the bytes of the rank that needs most.
+    host: the bytes of a node's host memory.
     is_planned: whether the whole step was planned, not a short one.
     """
 
     overrides: str
     seconds: float
     memory: float
+    host: float = 0.0
     is_planned: bool = True
 
 
@@ -246,19 +248,17 @@ def helps_of(
     config: RunConfig,
     report: PlanReport,
     progress: Callable[[str], object] = lambda words: None,
-    known: Known | None = None,
 ) -> list[Help]:
     """Return what makes a plan faster, or lets it fit: one setting, and two if they do more.
 
     Schedules, chunks, vocabulary algorithms, degrees, micro-batch sizes, recomputation, offloading
     and optimizers are tried by short steps, and the best are planned unless their step is long.
-    What gains less than 1 % does not count, and what is `known` of the configuration is not
-    computed again.  There is none for a schedule from a file or from
-    schedule=auto.
+    What gains less than 1 % does not count, nor what leaves less memory free than a search.  There
+    is none for a schedule from a file or from schedule=auto.
     """
     if config.schedule.is_solved or config.schedule.file is not None:
         return []
-    config = _with_degrees(config, report.degrees)
+    config = proposing(_with_degrees(config, report.degrees))
     now, choices = choice_of(config, report.degrees), space_of(config).choices
 
     def near(choice: Choice, number: int = 1) -> list[Choice]:
@@ -275,7 +275,7 @@ def helps_of(
     effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
-    found, known = list[Help](), known or Known.of(config)
+    found, known = list[Help](), Known.of(config)
     known.passes[replace(now, offload=0.0)] = report.passes
     before = report.step_seconds if report.fits else math.inf
 
@@ -300,6 +300,11 @@ def helps_of(
     of_two = [choice for choice in of_two if not choice.recompute_where_needed]
     look([(of_two, typed), (of_one, None)])
     return found
+
+
+def proposing(config: RunConfig) -> RunConfig:
+    """Return `config` with the memory that a proposal may use, see `MARGIN`."""
+    return replace(config, cluster=with_margin(config.cluster))
 
 
 def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
@@ -331,7 +336,7 @@ def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
         choice = replace(choice, placement="balanced")
     chosen, words = choice.applied(config), choice.changes(config)
     if _num_passes(chosen) > _SHORT:
-        return Help(words, estimate.seconds, estimate.memory, is_planned=False)
+        return Help(words, estimate.seconds, estimate.memory, estimate.host, is_planned=False)
     return _help_of(chosen, words)
 
 
@@ -341,8 +346,8 @@ def _help_of(config: RunConfig, words: str) -> Help | None:
         report = brief_report(config)
     except ConfigError:
         return None
-    memory = report.ranks[report.worst].memory.total
-    return Help(words, report.step_seconds, memory) if report.fits else None
+    memory, host = report.ranks[report.worst].memory.total, report.host.total
+    return Help(words, report.step_seconds, memory, host) if report.fits else None
 
 
 def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
@@ -354,7 +359,7 @@ def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
     if waiting < _LEAST_WAITING or config.schedule.is_solved or config.schedule.file is not None:
         return None
     count = 2 * config.num_microbatches
-    larger = replace(config, num_microbatches=count)
+    larger = replace(proposing(config), num_microbatches=count)
     found = _help_of(larger, f"num_microbatches={count}") if _num_passes(larger) <= _SHORT else None
     gains = found is not None and found.seconds < 2 * (1 - _LEAST_GAIN) * report.step_seconds
     return found if gains else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from vp_train.config import OptimConfig
 from vp_train.planning.choice import Choice, Kept
+from vp_train.planning.cluster import MARGIN
 from vp_train.planning.report import PlanReport
 from vp_train.planning.weigh import Candidate
 
@@ -31,7 +32,7 @@ class Limits:
     """
 
     top: int = 5
-    margin: float = 0.05
+    margin: float = MARGIN
     effort: int = 10_000_000
 
 

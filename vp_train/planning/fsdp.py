@@ -21,7 +21,7 @@ from typing import Any
 
 from schedules.ir import Kind
 from schedules.render import duration
-from vp_train.config import ClusterConfig, CostConfig, OptimConfig
+from vp_train.config import RECOMPUTE, ClusterConfig, CostConfig, OptimConfig
 from vp_train.model import shape
 from vp_train.planning.cluster import Link, links_of, on_cluster, peak_flops
 from vp_train.planning.degrees import Degrees
@@ -37,13 +37,12 @@ from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.workload import Workload
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES, rounded_up
-from vp_train.units import compared, human_bytes, plural
+from vp_train.units import AS_FAST, compared, plural
 from vp_train.vocab.chunks import CHUNKS
 
 _GIB = 2**30
 _GATHERED = 2  # layers whose parameters, and whose gradients, are whole at a time
 _ON_DEVICE = 2  # the last layers, for which a copy to the host and back has no time
-RECOMPUTE = ("none", "selective", "full")
 # Medians by which published runs on H100 are below plans (benchmarks/plan_published.py).
 _ONLY_COMPARED = "vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
 
@@ -210,30 +209,37 @@ class Rivals:
     means: Means
     is_searched: bool = False
 
-    def words(self, seconds: float) -> str:
-        """Return in words what FSDP takes at best where the plan takes `seconds`.
+    def words(self, seconds: float | None) -> str:
+        """Return in words whether FSDP wins at best against a plan of `seconds`, and how.
 
-        They end with the two facts that a reader needs: it is no run of this trainer, and its plan
-        is less sure.
+        seconds: None if the plan does not fit.  The words end with the two facts that a reader
+        needs: FSDP is no run of this trainer, and its plan is less sure.
         """
         found = self.rival
         other = self.with_hosts if self.means == ON_GPUS else self.without_hosts
         if found is None or other is None:
             return "the batch does not divide over the GPUs"
-        means = f"{self.means.words}, as in {'this search' if self.is_searched else 'this plan'}"
-        ends = duration(other.seconds) if other.fits else "it does not fit"
+        plan = "this search" if self.is_searched else "this plan"
+        where, ends = f", where {self.means.words}, as in {plan}", "it does not fit"
+        if other.fits:
+            ends = duration(other.seconds)
+            ends += "" if seconds is None else f", {compared(other.seconds, seconds)}"
         ends = f"; {'with' if self.means == ON_GPUS else 'without'} host memory {ends}"
         if self.with_hosts is not None and not self.with_hosts.host_bytes:
-            means, ends = "host memory would not help", ""
-        size, limit = human_bytes(found.num_bytes), f"{found.limit / _GIB:.4g} GiB"
+            where, ends = ", with or without host memory", ""
+        size, limit = f"{found.num_bytes / _GIB:,.2f}", f"{found.limit / _GIB:.4g} GiB"
         if not found.fits:
-            return f"does not fit, {means}: at least {size}, more than {limit}{ends}"
+            return f"would not fit{where}: at least {size} GiB, more than {limit}{ends}"
+        verdict, how = "fit", ""
+        if seconds is not None:
+            verdict = "win" if found.seconds < seconds else "lose"
+            how = f", {compared(found.seconds, seconds)}"
+            verdict, than = ("tie", "as") if how == f", {AS_FAST}" else (verdict, "than")
+            how += f" {than} {'the first plan' if self.is_searched else plan}"
         return (
-            f"{duration(found.seconds)} at best, {compared(found.seconds, seconds)}, "
-            f"{size} of {limit}, {means}: "
-            f"dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch {found.micro_batch_size}, "
-            f"{found.memory_words}, exposed "
-            f"{(found.exposed + found.tensor) / found.seconds:.1%}{ends}; "
+            f"would {verdict}: {duration(found.seconds)} at best{how}{where} "
+            f"(dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch "
+            f"{found.micro_batch_size}, {found.memory_words}, {size} of {limit}){ends}; "
             f"{_ONLY_COMPARED}"
         )
 

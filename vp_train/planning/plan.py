@@ -432,7 +432,8 @@ def _layout(name: str, num_ranks: int, num_chunks: int | None) -> Layout:
         return GENERATORS[name].layout_of(num_ranks, num_chunks)
     except ValueError as error:
         raise ConfigError(
-            f"schedule.num_chunks={num_chunks} with schedule.name={name}: {error}"
+            f"schedule.num_chunks={num_chunks} with schedule.name={name}: {error}; add "
+            "schedule.num_chunks=null"
         ) from None
 
 

@@ -5,6 +5,7 @@ Pure: nothing starts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -135,6 +136,12 @@ class PlanReport:
         return self.cluster.memory_gib * _GIB
 
     @property
+    def host_limit(self) -> float:
+        """The bytes that the ranks of a node may keep in its memory, infinity if not known."""
+        known = self.cluster.host_memory_gib
+        return math.inf if known is None else known * _GIB
+
+    @property
     def worst(self) -> int:
         """The rank that needs most memory."""
         return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].memory.total)
@@ -151,8 +158,7 @@ class PlanReport:
     @property
     def host_excess(self) -> float:
         """The bytes above the host memory of a node, if that is known; at most 0 if it fits."""
-        known = self.cluster.host_memory_gib
-        return 0.0 if known is None else self.host.total - known * _GIB
+        return 0.0 if math.isinf(self.host_limit) else self.host.total - self.host_limit
 
     @property
     def fits(self) -> bool:

@@ -408,7 +408,11 @@ class _Search:
         """Return the refusal for memory that needs least, each by state and leanest activations."""
         on_hosts = [refusal for refusal in self._refused if refusal.host_needs is not None]
         if on_hosts:
-            return min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
+            least = min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
+            if least.choice.offload:
+                return least
+            optim = self._scales.leanest_optimizer(least.choice)  # it is the one on hosts
+            return replace(least, choice=replace(least.choice, optimizer=optim))
         first = None
         for refusal in sorted(
             (refusal for refusal in self._refused if refusal.needs is not None),
@@ -611,22 +615,19 @@ class _Search:
     def _offloading(self) -> list[Choice]:
         """Return the choices with offloaded activations to try.
 
-        They take the place of what recomputes nothing and was refused, seems not to fit or fits
-        with an optimizer in host memory only, and of the best of each kind, where it recomputes or
-        keeps its optimizer there.  Where nothing fits they take the place of all that memory
-        refused.
+        They take the place of what was refused for memory, seems not to fit or fits with an
+        optimizer in host memory only, and of the best of each kind, where it recomputes.
         """
         best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
-        binding = [e.choice for e in best if e.choice.recompute != "none" or e.optim.offload]
-        larger = [refusal.choice for refusal in self._refused if refusal.needs is not None]
-        larger += self._pressed
-        larger += [
+        binding = [e.candidate.choice for e in best if e.choice.recompute != "none"]
+        binding += [e.candidate.choice for e in self._estimates if e.optim.offload]
+        binding += [refusal.choice for refusal in self._refused if refusal.needs is not None]
+        binding += self._pressed
+        binding += [
             choice
             for choice, item in zip(self._choices, self._items, strict=True)
             if item is not None and not item.seems_to_fit
         ]
-        least = self._space.kept.values.get("parallel.recompute", "none")
-        binding += [choice for choice in larger if not best or choice.recompute == least]
         return [
             choice
             for choice in dict.fromkeys(
@@ -894,7 +895,7 @@ def limit_of(config: RunConfig, margin: float) -> float:
     return with_margin(config.cluster, margin).memory_gib * _GIB
 
 
-def without_vocabulary(config: RunConfig, degrees: Degrees, known: Known | None = None) -> Result:
+def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
     """Return the fastest ways to run `config` without vocabulary parallelism on the same degrees.
 
     Its schedule, chunks and placement are free, and short steps are simulated.  Its own schedule
@@ -906,7 +907,7 @@ def without_vocabulary(config: RunConfig, degrees: Degrees, known: Known | None 
         for choice in space.choices
         if choice.schedule == own.name and choice.num_chunks in (None, own.num_chunks)
     ]
-    return simulated(config, space, _EFFORT_OF_ONE_LINE, same, known=known)
+    return simulated(config, space, _EFFORT_OF_ONE_LINE, same)
 
 
 def simulated(

@@ -30,7 +30,6 @@ from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.memory import (
     host_optimizer_bytes,
     nodes_of,
-    rank_memory,
     rank_state,
     state_of,
     total_bytes,
@@ -75,7 +74,8 @@ class TooLargeError(ConfigError):
         where = "" if rank is None else f" on rank {rank}"
         super().__init__(
             f"needs{least} {human_bytes(needs)}{where}, "
-            f"{human_bytes(needs - limit)} more than {limit / 2**30:.4g} GiB"
+            f"{human_bytes(needs - limit)} more than the {limit / 2**30:.4g} GiB that a plan may "
+            "use"
         )
         self.needs, self.constraint = needs, f"memory, for {what}"
 
@@ -185,13 +185,18 @@ def _at_peak(
     peaks: Sequence[Peak],
     *,
     least: bool = True,
+    holds: bool = False,
     ranks: Iterable[int] | None = None,
 ) -> StepPlan:
     """Return a step that ends when ranks keep the most; `least` as in `Peak`.
 
-    Only `ranks` have passes, None for all.
+    With `holds` they have S of a microbatch, too.  Its T comes before the backward if one rank has
+    the whole vocabulary, else it is left out, because the shard is held meanwhile.  Only `ranks`
+    have passes, None for all.
     """
     problem = draft.problem
+    shard = (Kind.S,) if problem.algorithm.sharded else (Kind.S, Kind.T)
+    holding = problem.shard_ranks(End.OUTPUT) if holds else ()
     orders: list[tuple[Pass, ...]] = [()] * len(peaks)
     for rank in range(len(peaks)) if ranks is None else ranks:
         peak = peaks[rank]
@@ -201,6 +206,7 @@ def _at_peak(
             for stage, count in zip(problem.layout.stages_of(rank), held, strict=True)
             for microbatch in range(count)
         ]
+        order += [Pass(rank, kind, 0) for kind in shard if rank in holding]
         orders[rank] = (*order, Pass(peak.backward, problem.backward, 0))
     cost = draft.cost
     if problem.split_backward:
@@ -245,11 +251,8 @@ def about_bytes(config: RunConfig) -> float:
         vocab=replace(config.vocab, algorithm=vocab),
     )
     found = draft_step(named, config.cluster.num_gpus)
-    minimum = minimum_step(name, found)
-    return max(
-        rank_memory(minimum, config.optim, rank).total + found.cost.shard_bytes[rank]
-        for rank in range(minimum.num_ranks)
-    )
+    minimum = _at_peak(found, name, peaks_of(name, found.problem), holds=True)
+    return max(total_bytes(minimum, [config.optim], rank)[0] for rank in range(minimum.num_ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,9 +478,8 @@ class Scales:
         passes = self._bound_of(choice, drafted)
         kept = drafted.without_offloaded()
         moving = _on_device(choice) * max(drafted.cost.offload_bytes, default=0.0)
-        peak = _at_peak(kept, choice.schedule, peaks, least=False, ranks=ranks)
-        held = max(peak.cost.shard_bytes) + moving
-        expected = [num_bytes + held for num_bytes, _ in self.needs(peak, fitting)]
+        peak = _at_peak(kept, choice.schedule, peaks, least=False, holds=True, ranks=ranks)
+        expected = [num_bytes + moving for num_bytes, _ in self.needs(peak, fitting)]
         splits = GENERATORS[choice.schedule].split_backward
         if not splits and min(expected) > _FAR_TOO_LARGE * self.limit:
             raise TooLargeError(min(expected) / _FAR_TOO_LARGE, self.limit, EXPECTED)
@@ -607,7 +609,7 @@ class Scales:
 class _SomeRecompute:
     """Recomputation in the same number of stages on every rank: in those that save most.
 
-    step: one in which no stage recomputes, as in `minimum_step`.
+    step: one in which no stage recomputes, as in `minimum_step`, and which holds a shard.
     saving: a draft in which all do.
     optimizers: those with which memory is looked at.
     orders: the stages of each rank, that which saves most first.
@@ -637,7 +639,8 @@ class _SomeRecompute:
             flying = dict(zip(layout.stages_of(rank), peak.counts, strict=True))
             saved = {stage: flying[stage] * (kept[stage] - fewer[stage]) for stage in flying}
             orders.append(sorted(saved, key=saved.__getitem__, reverse=True))
-        return cls(_at_peak(without, schedule, peaks), saving, optimizers, tuple(orders))
+        step = _at_peak(without, schedule, peaks, holds=True)
+        return cls(step, saving, optimizers, tuple(orders))
 
     def where_needed(self, which: int, limit: float) -> tuple[str, ...]:
         """Return what every stage recomputes if as few as needed do.
@@ -657,10 +660,7 @@ class _SomeRecompute:
     def _needs(self, rank: int, count: int) -> list[float]:
         """Return the bytes of a rank with each optimizer if so many of its stages recompute."""
         if (rank, count) not in self.needs:
-            step = self._step(count)
-            held = step.cost.shard_bytes[rank]
-            totals = total_bytes(step, self.optimizers, rank)
-            self.needs[rank, count] = [total + held for total in totals]
+            self.needs[rank, count] = total_bytes(self._step(count), self.optimizers, rank)
         return self.needs[rank, count]
 
     def _step(self, count: int) -> StepPlan:
