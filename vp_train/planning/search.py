@@ -626,7 +626,7 @@ class _Search:
         binding += [
             choice
             for choice, item in zip(self._choices, self._items, strict=True)
-            if item is not None and not item.seems_to_fit
+            if item is not None and (item.is_pressed or not item.seems_to_fit)
         ]
         return [
             choice

@@ -261,7 +261,8 @@ class Candidate:
 
     `passes` are the seconds of its passes at least, `seconds` those of the whole step.
     `optimizers` are those with which it may fit into memory.  `seems_to_fit` says whether it does
-    with what the base order keeps, which is more than the least.
+    with what the base order keeps, which is more than the least, and `is_pressed` whether only with
+    an optimizer in host memory.
     """
 
     choice: Choice
@@ -270,6 +271,7 @@ class Candidate:
     seconds: float
     optimizers: tuple[OptimConfig, ...]
     seems_to_fit: bool
+    is_pressed: bool = False
 
 
 def _on_device(choice: Choice) -> int:
@@ -489,10 +491,12 @@ class Scales:
             for optim, num_bytes in zip(fitting, expected, strict=True)
             if splits or num_bytes <= _ABOUT * self.limit
         ]
-        after = min(self.after(minimum, optim) for optim in likely or fitting)
+        likely = likely or list(fitting)
+        after = min(self.after(minimum, optim) for optim in likely)
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
-        return Candidate(choice, drafted, passes, passes + after, fitting, seems_to_fit)
+        is_pressed = all(optim.offload for optim in likely)
+        return Candidate(choice, drafted, passes, passes + after, fitting, seems_to_fit, is_pressed)
 
     def after(self, step: StepPlan, optim: OptimConfig) -> float:
         """Return the seconds of a step after its passes, the least if it was not simulated."""
