@@ -34,7 +34,7 @@ from vp_train.units import AS_FAST, compared
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
 # of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.
-_EFFORT, _LEAST_STEPS = 60_000, 40
+_EFFORT, _LEAST_STEPS = 60_000, 60
 _SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, in about a second
 _TELLING = 1 << 12  # of one that tells by how much a longer one changes
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
