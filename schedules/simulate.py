@@ -169,24 +169,31 @@ def _cycle(network: Network, orders: Orders, missing: list[int]) -> str:
 
 def _timeline_of(swept: Sweep, network: Network, problem: Problem) -> Timeline:
     """Return the spans of a sweep and the peaks of every rank, without a bound."""
-    size, num_ranks = network.size, network.num_ranks
+    size, num_ranks, num_passes = network.size, network.num_ranks, network.num_passes
+    lanes, seconds, starts = network.lanes, network.seconds, swept.start
     compute: list[list[Span]] = [[] for _ in range(num_ranks)]
     comm: list[Span] = []
     orders: Orders = [[] for _ in range(num_ranks)]
     roots = [problem.root(end) for end in End]
-    kinds = [node.kind.value if isinstance(node, Pass) else "" for node in network.nodes]
+    # Of every node: the beginning of its name, its kind and its stage.
+    names = [
+        (f"{node.stage}{node.kind}", node.kind.value, node.stage)
+        if isinstance(node, Pass)
+        else (f"{node.barrier}.", node.barrier, -1)
+        for node in network.nodes
+    ]
+    numerals = list(map(str, range(network.num_microbatches)))
     for number in swept.order:
         microbatch, k = divmod(number, size)
-        node, lane, start = network.nodes[k], network.lanes[k], swept.start[number]
-        end = start + network.seconds[k]
-        if isinstance(node, Pass):
-            kind, stage = kinds[k], node.stage
-            name = f"{stage}{kind}{microbatch}"
+        (name, kind, stage), lane, start = names[k], lanes[k], starts[number]
+        name += numerals[microbatch]
+        end = start + seconds[k]
+        if k < num_passes:
             compute[lane].append(Span(lane, name, kind, stage, microbatch, start, end))
             orders[lane].append(number)
         else:
-            root, name = roots[lane - num_ranks], f"{node.barrier}.{microbatch}"
-            comm.append(Span(root, name, node.barrier, -1, microbatch, start, end))
+            root = roots[lane - num_ranks]
+            comm.append(Span(root, name, kind, stage, microbatch, start, end))
     changes = [
         in_flight_change(node, problem) if isinstance(node, Pass) else 0 for node in network.nodes
     ]
@@ -216,7 +223,8 @@ def peak(changes: Iterable[float]) -> float:
     held = highest = 0.0
     for change in changes:
         held += change
-        highest = max(highest, held)
+        if held > highest:
+            highest = held
     return highest
 
 
@@ -225,4 +233,5 @@ def peak_in_flight(order: Iterable[Pass], problem: Problem) -> int:
 
     A pair is in flight from its F to the end of its last backward pass.
     """
-    return int(peak(in_flight_change(item, problem) for item in order))
+    last = problem.stage_kinds[-1]
+    return int(peak((item.kind is Kind.F) - (item.kind is last) for item in order))

@@ -66,6 +66,26 @@ def test_as_in_the_readme_without_torch():
     assert helps[3] == f"{100 * (1 - again.step_seconds / found.step_seconds):.1f}"
 
 
+def test_a_plan_is_shown_before_what_it_is_compared_with_or_alone(vp_plan, tmp_path, monkeypatch):
+    typed = [*NANO, "parallel.pp=4", "--json", tmp_path / "plan.json"]
+    _, whole, _ = vp_plan(*typed)
+    assert json.loads((tmp_path / "plan.json").read_text())["helps"] != []
+    code, alone, _ = vp_plan(*typed, "--no-compare")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert (code, record["helps"]) == (EXIT_OK, None)
+    alone = alone[: alone.index("written to")]
+    assert whole.startswith(alone)
+    assert "\nbinds " in alone
+    assert whole[len(alone) :].startswith("without ")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vp_train.commands.plan.without_of", interrupted)
+    code, out, _ = vp_plan(*typed)
+    assert (code != EXIT_OK, out) == (True, alone)
+
+
 def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
     words, row = "word " * 40, f"1  {'a  b' * 50}"
     overrides = " ".join(f"parallel.pp{n}={n}" for n in range(12))
@@ -458,6 +478,7 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
         ),
         (["vocab.balance=true", "vocab=none"], "vocab.balance=true needs a sharded vocabulary"),
         (["--margin", "3"], "--margin belongs to --search"),
+        (["--search", "--no-compare"], "--no-compare is for one plan; drop it, or --search"),
         (["--keep", "schedule"], "--keep belongs to --search"),
         (["--search", "--keep", "parallel.pp"], "--keep parallel.pp: it is not set; add"),
         (["--search", "--keep", "parallel.ptp"], "--keep parallel.ptp is not known (did you mean"),

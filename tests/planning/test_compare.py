@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from vp_train.planning import compare
 from vp_train.planning.choice import Kept
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import (
@@ -77,6 +78,19 @@ def test_a_pipeline_beside_a_sharded_vocabulary_takes_what_a_plan_with_that_cont
     found = pipeline_way("it", now, seconds)
     assert found.at(0.3) == make_report(then).step_seconds
     assert (found.at(0.3) > seconds) is found.is_slow is (vocab == "one_barrier")
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_of_a_long_step_a_shorter_one_tells_what_another_contention_does(schedule, monkeypatch):
+    typed = [*GPT, "parallel.pp=4", f"schedule={schedule}", "num_microbatches=96"]
+    now, then = (load_config([*typed, f"cluster.contention={part}"]) for part in (0.1, 0.3))
+    seconds = make_report(now).step_seconds
+    monkeypatch.setattr(compare, "_TELLING", 128)
+    monkeypatch.setattr(compare, "_SHORT", 512)
+    assert compare._shortened(now).num_microbatches < 96
+    found = pipeline_way("it", now, seconds).at(0.3)
+    assert found == pytest.approx(make_report(then).step_seconds, rel=5e-4)
+    assert found > 1.05 * seconds
 
 
 def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():

@@ -9,7 +9,7 @@ import pytest
 
 from schedules.ir import Schedule
 from vp_train.commands.plan_remedies import remedies
-from vp_train.commands.plan_words import plan_lines
+from vp_train.commands.plan_words import plan_lines, remedy_lines
 from vp_train.commands.search_words import search_lines
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
@@ -352,7 +352,7 @@ def test_more_offloading_is_among_what_would_help():
     config = load_config([*LLAMA, "parallel.offload_activations=0.25", "cluster.memory_gib=25"])
     report = make_report(config)
     assert report.excess > 0
-    (line,) = (line for line in plan_lines(config, report) if "offload_activations=1" in line)
+    (line,) = (line for line in remedy_lines(config, report) if "offload_activations=1" in line)
     whole = replace(config, parallel=replace(config.parallel, offload_activations=1.0))
     less = make_report(whole).ranks[0].memory.total
     saved = report.ranks[report.worst].memory.total - less
@@ -400,7 +400,7 @@ def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
     report = make_report(config)
     assert report.excess < 0 < report.host_excess
     missing = report.host_excess + MARGIN * 0.7 * whole
-    helps = [line for line in plan_lines(config, report) if line.startswith("would help")]
+    helps = [line for line in remedy_lines(config, report) if line.startswith("would help")]
     assert "more GPUs per replica" in helps.pop()
     settings = []
     for line in helps:

@@ -1442,6 +1442,30 @@ def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans
     assert few.asked("short") == [0, 1], "three fifths of 300,000 are two short steps"
 
 
+def test_where_a_time_is_known_only_what_may_be_faster_is_simulated_and_once(enter):
+    """The last one offloads what the first keeps, which cannot make its passes shorter."""
+    facts = [Facts(1.0, 2.5), Facts(2.0, 2.2), Facts(3.5, 3.6), Facts(1.0, 1.2)]
+    world = World(facts, [*map(choice_of, range(3)), choice_of(0, offload=1.0)])
+    enter(world)
+    world.with_optimizers = lambda optimizers: world
+    space, known = Space(tuple(world.choices), Counter(), (ADAMW,)), search_module.Known(world)
+    for _ in range(2):
+        found = search_module.simulated(CONFIG, space, 10**6, below=3.0, known=known)
+        assert [number_of(world, one) for one in found.estimated] == [1]
+        assert world.asked("short") == [0, 1]
+    search_module.simulated(CONFIG, space, 10**6, below=1.0)
+    assert world.asked("short") == [0, 1], "nothing can be that fast"
+
+
+def test_where_a_time_is_known_a_few_of_what_seems_not_to_fit_are_tried_last(enter):
+    facts = [Facts(1.0 + number, 9.0, seems_to_fit=number == 5) for number in range(6)]
+    world = World(facts)
+    enter(world)
+    space = Space(tuple(world.choices), Counter(), (ADAMW,))
+    search_module.simulated(CONFIG, space, 10**6, below=10.0)
+    assert world.asked("short") == [5, 0, 1, 2]
+
+
 def test_what_is_looked_for_by_default():
     assert Limits() == Limits(top=5, margin=0.05, effort=10_000_000)
     assert search_module.limit_of(CONFIG, 0.25) == 0.75 * GIB

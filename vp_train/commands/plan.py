@@ -18,6 +18,7 @@ from vp_train.commands.plan_words import (
     help_lines,
     model_words,
     plan_lines,
+    remedy_lines,
     text_of,
     without_lines,
     without_of,
@@ -43,7 +44,7 @@ from vp_train.planning.compare import Help, helps_of, larger_batch_of, rivals_of
 from vp_train.planning.found import Estimate, Limits, Result
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.plan import SEARCHING
-from vp_train.planning.report import make_report
+from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
 from vp_train.units import plural
 
@@ -78,6 +79,7 @@ def main() -> None:
             "N",
             "with --search: limit of its CPU time; one simulation may still end after it (180)",
         ),
+        "--no-compare": ("", "show one plan alone: not what would help, nor other plans but FSDP"),
         "--json": ("FILE", "write the report there"),
     }
     run(
@@ -103,7 +105,9 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         for name in ("--top", "--tokens", "--keep", "--margin", "--effort", "--seconds"):
             if name in options:
                 raise ConfigError(f"{name} belongs to --search; add that, or drop {name}")
-        return show_plan(config, _json_file(options))
+        return show_plan(config, _json_file(options), compares="--no-compare" not in options)
+    if "--no-compare" in options:
+        raise ConfigError("--no-compare is for one plan; drop it, or --search")
     kept = kept_of(config, overrides, options.get("--keep"))
     counts, tokens, multiple = typed(overrides, "num_microbatches"), None, ""
     if "--tokens" in options:
@@ -169,37 +173,51 @@ def kept_of(config: RunConfig, overrides: Sequence[str], names: str | None) -> K
     return Kept.of(config, chosen)
 
 
-def show_plan(config: RunConfig, path: Path | None) -> int:
+def show_plan(config: RunConfig, path: Path | None, *, compares: bool = True) -> int:
     """Plan `config`, print the report and write it to `path`.  Raises ConfigError.
 
-    Returns the exit code: EXIT_CONFIG if the run does not fit into memory.
+    The plan comes first, then one comparison after the other, unless not `compares`.  Returns the
+    exit code: EXIT_CONFIG if the run does not fit into memory.
     """
     if config.schedule.is_solved:
         print(SEARCHING, flush=True)
     with Searching(keeps_best=config.schedule.is_solved) as searching:
         searching.work_on("planning the step")
         report = make_report(config, searching.watch)
-    with Searching(keeps_best=False) as comparing:
         rivals = rivals_of(config, report)
-        lines = plan_lines(config, report, comparing.work_on, rivals)
-        comparing.work_on("searching the same split without vocabulary parallelism")
-        without = without_of(config, report)
-        lines += without_lines(report, without)
-        lines += decides_lines(config, report, rivals, without)
-        helps = helps_of(config, report, comparing.work_on)
-        comparing.work_on("planning a batch twice as large")
-        larger = larger_batch_of(config, report) if report.fits else None
-        lines += [*help_lines(report, helps, larger), *searching.words]
-    print(text_of(lines), flush=True)
+    print(text_of([*plan_lines(config, report, rivals), *searching.words]), flush=True)
+    helps = _compare(config, report, rivals) if compares else None
     _write(path, report.record() | _compared_record(config, rivals, helps))
     return searching.exit_code if report.fits else EXIT_CONFIG
 
 
-def _compared_record(config: RunConfig, rivals: Rivals, helps: Sequence[Help]) -> dict[str, Any]:
-    """Return for JSON what a plan was compared with."""
+def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help]:
+    """Print what a plan is compared with, each as soon as it is known; return what helps."""
+    with Searching(keeps_best=False) as comparing:
+        if not report.fits:
+            comparing.work_on("planning what would help")
+            comparing.print(text_of(remedy_lines(config, report, comparing.work_on)))
+        comparing.work_on("searching the same split without vocabulary parallelism")
+        without = without_of(config, report)
+        comparing.print(text_of(without_lines(report, without)))
+        comparing.work_on("planning with another contention")
+        comparing.print(text_of(decides_lines(config, report, rivals, without)))
+        helps = helps_of(config, report, comparing.work_on)
+        comparing.work_on("planning a batch twice as large")
+        larger = larger_batch_of(config, report) if report.fits else None
+        comparing.print(text_of(help_lines(report, helps, larger)))
+    return helps
+
+
+def _compared_record(
+    config: RunConfig, rivals: Rivals, helps: Sequence[Help] | None
+) -> dict[str, Any]:
+    """Return for JSON what a plan was compared with; `helps` is None if that was not looked for."""
     return {
         "fsdp": rivals.record() if has_fsdp(config) else None,
-        "helps": [
+        "helps": None
+        if helps is None
+        else [
             {
                 "overrides": one.overrides,
                 "step_seconds": one.seconds,

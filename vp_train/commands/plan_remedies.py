@@ -13,7 +13,7 @@ from vp_train.planning.compare import proposing
 from vp_train.planning.degrees import split_ranks
 from vp_train.planning.memory import host_optimizer_bytes, nodes_of
 from vp_train.planning.placement import offloaded_layers, split_layers
-from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.report import PlanReport, brief_report
 from vp_train.planning.weigh import about_bytes
 from vp_train.units import human_bytes, large_bytes
 
@@ -97,7 +97,7 @@ def host_words(num_bytes: float) -> str:
 
 def _planned_bytes(config: RunConfig) -> float:
     """Return the bytes that the worst rank needs, from a simulation.  Raises ConfigError."""
-    report = make_report(config)
+    report = brief_report(config)
     return report.ranks[report.worst].memory.total
 
 
@@ -119,7 +119,7 @@ def host_remedies(
     for words, changed in _lighter_on_hosts(config, report).items():
         progress(f"planning with {words}")
         try:
-            then = make_report(changed)
+            then = brief_report(changed)
         except ConfigError:
             continue
         saved = report.host.total - then.host.total
@@ -180,7 +180,7 @@ def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, 
     if config.run.device != "cuda" or is_whole or config.schedule.is_solved:
         return 0.0, ""
     offloads = replace(config, parallel=replace(parallel, offload_activations=1.0))
-    found, now = make_report(offloads), report.ranks[report.worst].memory.total
+    found, now = brief_report(offloads), report.ranks[report.worst].memory.total
     if found.offloading is None or found.host_excess > 0:
         return 0.0, ""
     saved = now - found.ranks[found.worst].memory.total

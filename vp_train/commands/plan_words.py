@@ -41,15 +41,10 @@ def has_fsdp(config: RunConfig) -> bool:
     return config.run.device == "cuda" and config.cluster.num_gpus > 1
 
 
-def plan_lines(
-    config: RunConfig,
-    report: PlanReport,
-    progress: Callable[[str], object] = lambda words: None,
-    rivals: Rivals | None = None,
-) -> list[str]:
+def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = None) -> list[str]:
     """Return the report of one plan in lines; it fits on a screen for up to 16 ranks.
 
-    `progress` gets lines to show while it looks for what would help.  `rivals` are shown if given.
+    `rivals` are shown if given.
     """
     parts, step, worst = report.parts, report.step_seconds, report.ranks[report.worst].memory
     shares = ", ".join(
@@ -97,12 +92,19 @@ def plan_lines(
         )
     if report.advice:
         lines.append(f"advice    {report.advice}")
-    if not report.fits:
-        progress("planning what would help")
-        helps = remedies(config, report) if report.excess > 0 else []
-        helps += host_remedies(config, report, progress) if report.host_excess > 0 else []
-        lines += ["", *(f"would help: {words}" for words in helps)]
     return lines
+
+
+def remedy_lines(
+    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+) -> list[str]:
+    """Return what would save memory where a plan needs too much, in lines.
+
+    `progress` gets lines to show meanwhile.
+    """
+    helps = remedies(config, report) if report.excess > 0 else []
+    helps += host_remedies(config, report, progress) if report.host_excess > 0 else []
+    return ["", *(f"would help: {words}" for words in helps)] if helps else []
 
 
 def text_of(lines: Iterable[str]) -> str:

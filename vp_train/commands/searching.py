@@ -94,6 +94,16 @@ class Searching:
             self._clock = threading.Thread(target=self._remind, daemon=True)
             self._clock.start()
 
+    def print(self, text: str) -> None:
+        """Print text to stdout, before which the line of progress disappears from a terminal."""
+        if not text:
+            return
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+            print(text, flush=True)
+
     def _remind(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS):
             self._show()

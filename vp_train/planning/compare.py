@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -24,21 +24,25 @@ from vp_train.planning.choice import (
 )
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
-from vp_train.planning.found import Estimate
+from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
 from vp_train.planning.plan import draft_step
-from vp_train.planning.report import PlanReport, make_report
-from vp_train.planning.search import simulated
+from vp_train.planning.report import PlanReport, brief_report
+from vp_train.planning.search import Known, simulated
 from vp_train.planning.short import placed_by_short
 from vp_train.units import AS_FAST, compared
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
 # of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.
-_EFFORT, _LEAST_STEPS = 60_000, 40
+_EFFORT, _LEAST_STEPS = 60_000, 60
 _SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, in about a second
+_TELLING = 1 << 12  # of one that tells by how much a longer one changes
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
 _MANY = 1_000  # choices with two other settings; of more only those beside the best with one
 _LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
+
+
+Round = tuple[Sequence[Choice], tuple[OptimConfig, ...] | None]  # choices and their optimizers
 
 
 def rivals_of(
@@ -100,23 +104,28 @@ def pipeline_way(words: str, config: RunConfig, seconds: float, factor: float = 
     if algorithm is None or not algorithm.sharded or config.schedule.is_solved:
         return Way(words, seconds, lambda part: seconds, factor=factor)
 
-    # Of a long step a shorter one says by which factor it changes.
+    # Of a long step a shorter one says by how much it changes.
     short = _shortened(config)
 
     @cache
     def planned(part: float) -> PlanReport | None:
         try:
-            report = make_report(_with_contention(short, part))
+            report = brief_report(_with_contention(short, part))
         except ConfigError:
             return None
         return report if report.fits else None
 
     def at(part: float) -> float | None:
         then = planned(part)
-        if then is None or short is config:
+        if then is None or short == config:
             return None if then is None else then.step_seconds
         now = planned(_contention_of(config)[1])
-        return None if now is None else seconds * then.passes / now.passes
+        if now is None:
+            return None
+        # What comes on top are microbatches of the steady state, in which the busiest rank binds.
+        more = config.num_microbatches / short.num_microbatches - 1
+        slower = [one.passes + more * one.ranks[one.busiest].busy for one in (now, then)]
+        return seconds + slower[1] - slower[0]
 
     return Way(words, seconds, at, is_slow=True, factor=factor)
 
@@ -129,11 +138,19 @@ def _num_passes(config: RunConfig) -> int:
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """Return `config` with fewer microbatches if its step has more passes than are planned here."""
-    if config.schedule.file is not None or _num_passes(config) <= _SHORT:
+    """Return `config` with fewer microbatches if a shorter step tells what another contention does.
+
+    Where the backward is split, the steady state needs many of them.
+    """
+    if config.schedule.file is not None:
+        return config
+    most = _SHORT if GENERATORS[config.schedule.name].split_backward else _TELLING
+    if _num_passes(config) <= most:
         return config
     stages = _num_passes(config) // config.num_microbatches
-    return replace(config, num_microbatches=max(2 * stages, _SHORT // 2 // stages))
+    pp = split_ranks(config.parallel, config.cluster.num_gpus).pp
+    count = max(2 * pp, most // 2 // stages)
+    return replace(config, num_microbatches=min(config.num_microbatches, count))
 
 
 def fsdp_way(config: RunConfig, report: PlanReport, rivals: Rivals, margin: float) -> Way | None:
@@ -228,7 +245,9 @@ class Help:
 
 
 def helps_of(
-    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+    config: RunConfig,
+    report: PlanReport,
+    progress: Callable[[str], object] = lambda words: None,
 ) -> list[Help]:
     """Return what makes a plan faster, or lets it fit: one setting, and two if they do more.
 
@@ -256,21 +275,30 @@ def helps_of(
     effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
-    first = _fastest(config, rounds, effort)
+    found, known = list[Help](), Known.of(config)
+    known.passes[replace(now, offload=0.0)] = report.passes
+    before = report.step_seconds if report.fits else math.inf
+
+    def look(rounds: Sequence[Round]) -> Estimate | None:
+        """Return the fastest, which is added to `found` if its plan gains enough."""
+        nonlocal before
+        best = _fastest(config, rounds, effort, (1 - _LEAST_GAIN) * before, known)
+        planned = None
+        if best is not None and best.seconds < before:
+            planned = _planned(config, best)
+        if planned is not None and planned.seconds < (1 - _LEAST_GAIN) * before:
+            found.append(planned)
+            before = planned.seconds
+        return best
+
+    first = look(rounds)
     progress("trying what two other settings would gain")
     of_two = near(now, 2)
     if first is not None and len(of_two) > _MANY:
         of_two = near(first.candidate.choice)
     # Which stages recompute is dear to find out, so it is combined with the optimizer only.
     of_two = [choice for choice in of_two if not choice.recompute_where_needed]
-    second = _fastest(config, ((of_two, typed), (of_one, None)), effort)
-    found = list[Help]()
-    before = report.step_seconds if report.fits else math.inf
-    for best in (first, second):
-        planned = None if best is None else _planned(config, best)
-        if planned is not None and planned.seconds < (1 - _LEAST_GAIN) * before:
-            found.append(planned)
-            before = planned.seconds
+    look([(of_two, typed), (of_one, None)])
     return found
 
 
@@ -285,21 +313,20 @@ def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
 
 
 def _fastest(
-    config: RunConfig,
-    rounds: Iterable[tuple[list[Choice], tuple[OptimConfig, ...] | None]],
-    effort: int,
+    config: RunConfig, rounds: Sequence[Round], effort: int, below: float, known: Known
 ) -> Estimate | None:
-    """Return the fastest of choices with their optimizers (None: all) that fits."""
-    found = [
-        estimate
-        for choices, optimizers in rounds
-        for estimate in simulated(
-            config,
-            Space(tuple(choices), Counter(), optimizers),
-            effort,
-        ).estimated
-    ]
-    return min(found, key=lambda estimate: estimate.key, default=None)
+    """Return the fastest of choices with their optimizers (None: all) that fits.
+
+    What cannot take fewer than `below` seconds, or than what was found before, is not looked at.
+    """
+    best: Estimate | None = None
+    for choices, optimizers in rounds:
+        space = Space(tuple(choices), Counter(), optimizers)
+        least = below * (1 + MARGIN_OF_OFFLOADING)
+        found = simulated(config, space, effort, below=least, known=known).estimated
+        best = min(found if best is None else [best, *found], key=lambda one: one.key, default=None)
+        below = below if best is None else min(below, best.counted)
+    return best
 
 
 def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
@@ -316,7 +343,7 @@ def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
 def _help_of(config: RunConfig, words: str) -> Help | None:
     """Return the plan of `config`, None if it does not fit or cannot be planned."""
     try:
-        report = make_report(config)
+        report = brief_report(config)
     except ConfigError:
         return None
     memory, host = report.ranks[report.worst].memory.total, report.host.total

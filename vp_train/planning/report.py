@@ -14,7 +14,7 @@ from schedules.bound import step_bound
 from schedules.generators.auto import Watch
 from schedules.ir import Kind
 from schedules.network import Network
-from schedules.simulate import simulate_order, sweep
+from schedules.simulate import sweep
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.planning.cluster import (
@@ -336,16 +336,7 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
     `watch` sees the search of schedule=auto go on, and may end it.  Raises ConfigError, which names
     the value and the way out.
     """
-    num_gpus = config.cluster.num_gpus
-    try:
-        degrees = split_ranks(config.parallel, num_gpus, otherwise=_OTHER_CLUSTER)
-    except ConfigError as error:
-        preset = " (cluster=laptop)" if config.cluster == ClusterConfig() else ""
-        raise ConfigError(f"the cluster has {num_gpus} GPUs{preset}: {error}") from None
-    cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
-    config = replace(config, cost=cost)
-    step = plan_step(config, num_gpus, watch)
-    report = report_of(step, config.cluster, config.optim, cost=cost)
+    step, config, report = _planned(config, watch)
     transfers = 0.0 if report.offloading is None else report.offloading.exposed
     return replace(
         report,
@@ -355,6 +346,27 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
     )
 
 
+def brief_report(config: RunConfig) -> PlanReport:
+    """Return `make_report` without `messages`, `gap_in_its_memory` and `advice`, in less time."""
+    return _planned(config)[2]
+
+
+def _planned(
+    config: RunConfig, watch: Watch | None = None
+) -> tuple[StepPlan, RunConfig, PlanReport]:
+    """Return the step of `config`, `config` with the costs of its cluster, and the report."""
+    num_gpus = config.cluster.num_gpus
+    try:
+        degrees = split_ranks(config.parallel, num_gpus, otherwise=_OTHER_CLUSTER)
+    except ConfigError as error:
+        preset = " (cluster=laptop)" if config.cluster == ClusterConfig() else ""
+        raise ConfigError(f"the cluster has {num_gpus} GPUs{preset}: {error}") from None
+    cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
+    config = replace(config, cost=cost)
+    step = plan_step(config, num_gpus, watch)
+    return step, config, report_of(step, config.cluster, config.optim, cost=cost)
+
+
 def _waiting_seconds(step: StepPlan) -> float:
     """Return the seconds that communication adds to the passes, in the same order.
 
@@ -362,8 +374,8 @@ def _waiting_seconds(step: StepPlan) -> float:
     """
     cost = step.cost
     free = replace(cost, hop_seconds=0.0, barrier_seconds=dict.fromkeys(cost.barrier_seconds, 0.0))
-    alone = replace(step.schedule, offloads=())
-    return step.timeline.makespan - simulate_order(alone, step.problem, free).makespan
+    network = Network.of(step.problem, free)
+    return step.timeline.makespan - sweep(network, network.orders(step.schedule)).makespan
 
 
 def report_of(

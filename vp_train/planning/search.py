@@ -21,6 +21,7 @@ Its effort is counted in passes, not in seconds, so that every machine finds the
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,7 +85,7 @@ _SLACK = 0.01
 # this part of the one that was seen.
 _ALIKE = 0.97
 _KEPT_REFUSALS = 100
-_TRIES_OF_OTHER_KIND = 20
+_TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL = 20, 3
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
@@ -160,6 +161,38 @@ class _Queue:
         return {number for _, number in self.by_bound}.union(self.doubtful, self.passed_over)
 
 
+@dataclass(slots=True)
+class Known:
+    """What several searches for one configuration share, so that nothing is computed twice.
+
+    steps: the short steps of choices, with the seconds of their passes and the nodes placed.
+    passes: the seconds of the passes of choices without offloading, which delays none of them.
+    """
+
+    scales: Scales
+    steps: dict[Choice, tuple[StepPlan, float, int]] = field(default_factory=dict)
+    passes: dict[Choice, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Known:
+        return cls(Scales(config, limit_of(config, 0.0)))
+
+    def short_step(self, candidate: Candidate) -> tuple[StepPlan, float, int]:
+        """Return what `short_step` does for a candidate."""
+        key = replace(candidate.choice, optimizer=None)
+        if key not in self.steps:
+            self.steps[key] = short_step(candidate.draft, candidate.choice.schedule)
+            self.passes.setdefault(replace(key, offload=0.0), self.steps[key][1])
+        return self.steps[key]
+
+    def least(self, candidate: Candidate) -> float:
+        """Return the least seconds of a step, if the same one without offloading is known."""
+        key = replace(candidate.choice, optimizer=None, offload=0.0)
+        if not candidate.choice.offload or key not in self.passes:
+            return candidate.seconds
+        return candidate.seconds - candidate.passes + self.passes[key]
+
+
 class _Search:
     """One search: what is left to look at, what was found, and the effort that was spent."""
 
@@ -170,12 +203,22 @@ class _Search:
         in_time: Callable[[], bool],
         progress: Callable[[str], object],
         space: Space,
+        *,
+        below: float = math.inf,
+        known: Known | None = None,
     ) -> None:
+        self._shared = known
+        self._below = below  # the seconds that a choice must be faster than to be looked for
+        self._of_kinds = True  # whether the best with and without vocabulary parallelism are
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
         limit = limit_of(config, limits.margin)
-        self._scales = Scales(config, limit, space.optimizers, limits.margin)
+        self._scales = (
+            Scales(config, limit, space.optimizers, limits.margin)
+            if known is None
+            else known.scales.with_optimizers(space.optimizers)
+        )
         self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
         self._num_layers = config.model.num_layers
         self._num_before = 0  # estimates of what was typed and does not fit
@@ -204,6 +247,7 @@ class _Search:
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
+        self._of_kinds = plans
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
         self._enough = part * self._limits.effort
         self._weigh()
@@ -218,8 +262,8 @@ class _Search:
                 self._offload_instead()
                 self._estimate(self._queue, self._limits.top)
                 offloads = False
-            self._estimate_other_kind()
             if plans:
+                self._estimate_other_kind()
                 self._look_around()
                 self._balance()
                 self._plan()
@@ -392,8 +436,15 @@ class _Search:
         """Return whether to estimate another choice: the first one always."""
         if self._num_estimated == self._num_before:
             return True
-        enough = self._enough if self._estimates else max(self._limits.effort, self._enough)
+        enough = self._enough
+        if not self._knows_time:
+            enough = max(self._limits.effort, self._enough)
         return self._spent < enough and self._in_time()
+
+    @property
+    def _knows_time(self) -> bool:
+        """Whether a time is known which others have to beat."""
+        return bool(self._estimates) or self._below < math.inf
 
     def _estimate_typed(self) -> None:
         """Estimate the run as it was typed if it seems to fit, so that no result is slower."""
@@ -443,7 +494,9 @@ class _Search:
                     item = self._items[number] = self._scales.draft(choice)
                     self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
-                    if self._estimates:
+                    if self._shared is not None:
+                        self._bounds[number] = self._shared.least(item)
+                    if self._knows_time:
                         heapq.heappush(queue.by_bound, (self._key(number), number))
                         queue.drafted.append(number)
                         self._num_drafted += 1
@@ -587,7 +640,16 @@ class _Search:
         ]
 
     def _look_at_doubtful(self, queue: _Queue) -> None:
-        for place, number in enumerate(queue.doubtful):
+        """Let what is dear or seems not to fit have its turn.
+
+        Of the latter hardly any fits, so where a time is known by short steps only a few are tried.
+        """
+        numbers = queue.doubtful
+        if not self._of_kinds and self._knows_time:
+            items = {number: self._items[number] for number in sorted(numbers, key=self._key)}
+            numbers = [number for number, item in items.items() if item and item.seems_to_fit]
+            numbers += [number for number in items if number not in numbers][:_TRIES_OF_DOUBTFUL]
+        for place, number in enumerate(numbers):
             queue.put(number, self._key(number), float(place))
         queue.doubtful, queue.looks_at_all = [], True
 
@@ -603,7 +665,7 @@ class _Search:
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
-        if not self._estimates:
+        if not self._knows_time:
             return self._leanest(queue)
         if len(queue.drafted) >= queue.next_drafts:
             queue.next_drafts *= 2
@@ -646,7 +708,9 @@ class _Search:
     def _to_beat(self, top: int) -> tuple[float, dict[bool, float]]:
         """Return the seconds of the last of the `top`, and of the first of each kind."""
         shown = sorted(one.counted for one in self._distinct()[0])
-        last = shown[top - 1] if len(shown) >= top else float("inf")
+        last = min(shown[top - 1] if len(shown) >= top else math.inf, self._below)
+        if not self._of_kinds:
+            return last, {True: last, False: last}
         first_of = {
             splits: min(
                 (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
@@ -670,7 +734,11 @@ class _Search:
         Raises TooLargeError if none does, and HostMemoryError if only the hosts lack memory.
         """
         self._num_estimated += 1
-        step, passes, placed = short_step(candidate.draft, candidate.choice.schedule)
+        step, passes, placed = (
+            short_step(candidate.draft, candidate.choice.schedule)
+            if self._shared is None
+            else self._shared.short_step(candidate)
+        )
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
         alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
@@ -846,14 +914,24 @@ def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
 
 
 def simulated(
-    config: RunConfig, space: Space, effort: int, firsts: Sequence[Choice] = ()
+    config: RunConfig,
+    space: Space,
+    effort: int,
+    firsts: Sequence[Choice] = (),
+    *,
+    below: float = math.inf,
+    known: Known | None = None,
 ) -> Result:
     """Return the fastest of `space` by short steps of `effort` passes, without a margin.
 
-    `firsts` are estimated before others, and in any case.
+    `firsts` are estimated before others, and in any case.  What cannot take fewer than `below`
+    seconds is not looked at, and what is `known` of this configuration is not computed again.
     """
     limits = Limits(top=1, margin=0.0, effort=effort)
-    return _Search(config, limits, lambda: True, lambda words: None, space).run(firsts, plans=False)
+    search = _Search(
+        config, limits, lambda: True, lambda words: None, space, below=below, known=known
+    )
+    return search.run(firsts, plans=False)
 
 
 def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:

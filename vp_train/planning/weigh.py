@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -317,6 +318,12 @@ class Scales:
         self._peaks: dict[tuple[str, Layout, int, int], tuple[Peak, ...]] = {}
         self._after: dict[tuple[Degrees, OptimConfig, int], float] = {}
         self._bounds: dict[tuple[object, ...], float] = {}
+
+    def with_optimizers(self, optimizers: tuple[OptimConfig, ...] | None) -> Scales:
+        """Return scales with other optimizers, which share what does not depend on them."""
+        other = copy(self)
+        other._only, other._optimizers = optimizers, {}
+        return other
 
     def check(self, choices: Iterable[Choice]) -> None:
         """Check the base order of every schedule once.  Raises ConfigError, which names it."""
