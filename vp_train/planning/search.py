@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from schedules.generators import GENERATORS
 from schedules.render import duration
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
@@ -564,9 +563,7 @@ class _Search:
             except ConfigError:
                 continue
             is_faster = counted(choice, weight.seconds) < first_of[choice.splits_vocabulary]
-            # Where the backward is split, W may follow sooner than in the base order.
-            may_fit = weight.seems_to_fit or GENERATORS[choice.schedule].split_backward
-            if is_faster and may_fit:
+            if is_faster and weight.seems_to_fit:
                 number = self._numbers[choice] = len(self._choices)
                 self._choices.append(choice)
                 self._items.append(None)

@@ -46,6 +46,7 @@ _MOST_RANKS = 16  # of which the memory is looked at one by one
 # follow sooner): an optimizer may still fit with so many times the limit, and what would need so
 # many times is refused without a simulation.
 _ABOUT, _FAR_TOO_LARGE = 1.05, 2
+_SOONER = 1.1  # times the limit that the base order may need where W may follow sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +369,8 @@ class Scales:
             if (family.split_backward or state + expected <= _ABOUT * self.limit)
             and moved + split.host_state * optim.offload <= self.host_limit
         ]
-        seems_to_fit = any(state + expected <= self.limit for state, _ in likely)
+        room = (_SOONER if family.split_backward else 1.0) * self.limit
+        seems_to_fit = any(state + expected <= room for state, _ in likely)
         fitting = likely or fitting
         after = [self._after_of(split.work, optim, parameters) for _, optim in fitting]
         # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
