@@ -3,7 +3,7 @@
 A base schedule orders the stage passes. `generate` checks that order, then adds the vocabulary
 passes of the problem. If the backward is split, it also refines the order: passes of the warm-up
 and the cool-down move where that closes gaps. No rank then has more microbatches in flight than in
-the base order.
+the base order. Where stages recompute their activations in I, what waits for W counts instead.
 """
 
 from __future__ import annotations
@@ -19,14 +19,22 @@ from schedules.generators.interleaved import interleaved
 from schedules.generators.one_f_one_b import one_f_one_b
 from schedules.generators.refine import refine
 from schedules.generators.v_shape import v_half, v_min
-from schedules.generators.weave import PREFERENCES, STARTS, BaseOrder, Preference, weave
+from schedules.generators.weave import (
+    PREFERENCES,
+    STARTS,
+    BaseOrder,
+    Preference,
+    in_flight_weights,
+    most_in_flight,
+    weave,
+)
 from schedules.generators.zero_bubble import zb_h1, zb_v
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
 from schedules.network import Network, Orders
 from schedules.problem import Problem
-from schedules.simulate import in_flight_change, peak_in_flight, sweep
+from schedules.simulate import sweep
 
 # The nodes that may be placed in search of a better order, which takes about a second. A single try
 # may take more.
@@ -305,12 +313,14 @@ def _in_flight(network: Network, problem: Problem, base: BaseOrder) -> tuple[Net
     far ahead of T, and no stage fits into the place of a shard.
     """
     passes = [node for node in network.nodes if isinstance(node, Pass)]
-    stage_bytes = [network.byte_change[k] for k, item in enumerate(passes) if item.kind is Kind.F]
-    shard_bytes = [network.byte_change[k] for k, item in enumerate(passes) if item.kind is Kind.S]
+    weights = in_flight_weights(network, problem)
+    whole = Kind.F if weights[Kind.F] == 1.0 else Kind.W
+    stage_bytes = [abs(network.byte_change[k]) for k, one in enumerate(passes) if one.kind is whole]
+    shard_bytes = [network.byte_change[k] for k, one in enumerate(passes) if one.kind is Kind.S]
     stage = sum(stage_bytes) / len(stage_bytes)
     shard = min(0.9, max(0.1, max(shard_bytes, default=0.0) / stage)) if stage > 0 else 0.1
-    held = {Kind.S: shard, Kind.T: -shard}
-    changes = [held.get(item.kind, float(in_flight_change(item, problem))) for item in passes]
+    held = {**weights, Kind.S: shard, Kind.T: -shard}
+    changes = [held.get(item.kind, 0.0) for item in passes]
     changes += [0.0] * (network.size - len(passes))
-    caps = [peak_in_flight(order, problem) + shard for order in base]
+    caps = [most_in_flight(order, weights) + shard for order in base]
     return replace(network, byte_change=tuple(changes)), caps

@@ -16,14 +16,15 @@ simulate the results and keep the best.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from schedules.generators.fill import LOOSE
 from schedules.graph import DeadlockError, require_acyclic
 from schedules.ir import Kind, Pass
 from schedules.network import EMBEDDINGS_AHEAD, Network, Orders
 from schedules.problem import Node, Problem
-from schedules.simulate import peak_in_flight
+from schedules.simulate import peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,47 @@ STARTS = (
     Preference(_S_FIRST, 2, 0.5),
 )
 
+_RECOMPUTES = 2  # times as much as from F to I is kept from I to W where most is computed again
+
 BaseOrder = tuple[tuple[Pass, ...], ...]
+
+
+def waits_for_weights(kept: float, for_weights: float) -> bool:
+    """Return whether a stage keeps far more from I to W than from F to I, because I recomputes."""
+    return for_weights > _RECOMPUTES * kept
+
+
+def in_flight_weights(network: Network, problem: Problem) -> dict[Kind, float]:
+    """Return by how much a stage pass of each kind changes the stages in flight on its rank.
+
+    A stage counts as one from its F to its last backward. Where it keeps far more from its I to its
+    W than before, because I computes its activations again, it counts as one from I only, and from
+    F as the part of that which it keeps. Else W would wait as long as if nothing were recomputed.
+    """
+    if problem.forward_only:
+        return {}
+    if not problem.split_backward:
+        return {Kind.F: 1.0, Kind.B: -1.0}
+    held = dict.fromkeys((Kind.F, Kind.W), 0.0)
+    for node, change in zip(network.nodes, network.byte_change, strict=False):
+        if isinstance(node, Pass) and node.kind in held:
+            held[node.kind] += abs(change)
+    whole = waits_for_weights(held[Kind.F], held[Kind.W])
+    part = held[Kind.F] / held[Kind.W] if whole else 1.0
+    return {Kind.F: part, Kind.I: 1.0 - part, Kind.W: -1.0}
+
+
+def most_in_flight(order: Sequence[Pass], weights: Mapping[Kind, float]) -> float:
+    """Return how many stages may be in flight on a rank: the peak of its base order `order`.
+
+    Where a stage counts as one from its I only, at most one waits for its W beside the next.
+    """
+    most = peak(weights.get(item.kind, 0.0) for item in order)
+    if not weights.get(Kind.I):
+        return most
+    at_once = {Kind.F: (weights[Kind.F],), Kind.I: (weights[Kind.I], weights[Kind.W])}
+    least = peak(change for item in order for change in at_once.get(item.kind, ()))
+    return min(most, least + 1.0)
 
 
 def weave(base: BaseOrder, problem: Problem, network: Network, preference: Preference) -> Orders:
@@ -134,14 +175,13 @@ class _Weaver:
             if node.kind.is_vocabulary and k not in fixed:
                 numbers = range(k + (count - 1) * size, -1, -size)
                 self._left[node.stage][_SLOTS[node.kind]] = list(numbers)
-        self._most_in_flight = [peak_in_flight(order, problem) for order in base]
-        self._in_flight = [0] * num_ranks
+        weights = in_flight_weights(network, problem)
+        self._change = [weights.get(node.kind, 0.0) for node in passes]
+        self._most_in_flight = [LOOSE * most_in_flight(order, weights) for order in base]
+        self._in_flight = [0.0] * num_ranks
         self._held_shards, self._held_gradients = [0] * num_ranks, [0] * num_ranks
         self._most_shards = _NEVER if problem.forward_only else preference.max_held
         self._eager = tuple(_SLOTS[kind] for kind in preference.eager)
-        self._is_forward = [node.kind is Kind.F for node in passes]
-        last_kind = problem.stage_kinds[-1]
-        self._change = [(node.kind is Kind.F) - (node.kind is last_kind) for node in passes]
         self._is_gradient = [node.kind is Kind.G for node in passes]
         self._first_forward = keys[0, Kind.F]
         self._embedded = 0  # number of forwards of stage 0 that are already placed
@@ -240,10 +280,10 @@ class _Weaver:
             return _G, now
         if (
             left[_W]
-            and self._in_flight[rank] >= self._most_in_flight[rank]
             and left[_BASE]
-            and self._is_forward[left[_BASE][-1] % size]
-        ):  # F must wait for W
+            and self._in_flight[rank] + self._change[left[_BASE][-1] % size]
+            > self._most_in_flight[rank]
+        ):  # F must wait for W, or I where W frees what it keeps
             if times[_W] <= now:
                 return _W, now
             times[_BASE] = _NEVER

@@ -1,5 +1,6 @@
 """The laws of the schedules: first closed forms for some, then properties of all schedules."""
 
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from schedules.ir import Kind
 from schedules.layout import Layout
 from schedules.lower import Action, lower
 from schedules.problem import Problem
-from schedules.simulate import peak_in_flight, simulate
+from schedules.simulate import peak, peak_in_flight, simulate
 from schedules.vocab import VOCAB_ALGORITHMS, evaluation
 from tests.schedules.cases import cost, problem
 
@@ -45,6 +46,23 @@ def test_1f1b_keeps_p_microbatches_in_flight_and_one_more_for_each_barrier(algor
     case = problem(p, m, algorithm)
     timeline = simulate(generate("1f1b", case, costs), case, costs)
     assert timeline.peak_in_flight == tuple(min(m, p - rank + extra) for rank in range(p))
+
+
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier", "two_barrier"])
+@pytest.mark.parametrize("name", ["zb_h1", "zb_v", "v_half", "v_min"])
+def test_where_stages_recompute_at_most_one_waits_for_its_weight_gradient(name, algorithm):
+    """I computes their activations again, so what waits for W keeps four times what F does."""
+    for p, m in ((2, 7), (3, 9), (4, 4), (4, 16)):
+        layout = GENERATORS[name].layout_of(p)
+        case = Problem(layout, m, VOCAB_ALGORITHMS[algorithm], split_backward=True)
+        times = {"F": 1.0, "I": 2.0, "W": 1.0, "S": 0.4, "T": 0.2, "E": 0.1, "G": 0.1}
+        plain = CostModel.uniform(layout.num_stages, p, hop=0.05, barrier=0.1, **times)
+        costs = replace(plain, weight_bytes=(4.0,) * layout.num_stages)
+        orders = generate(name, case, costs).ranks
+        for base, order in zip(GENERATORS[name].base_order(case), orders, strict=True):
+            flying = peak((i.kind is Kind.F) - (i.kind is Kind.I) for i in base)
+            kept = [peak(map(costs.byte_change, one)) for one in (base, order)]
+            assert kept[1] <= min(kept[0], flying - 1 + 2 * 4.0) + 0.1 * 4.0
 
 
 @pytest.mark.parametrize("algorithm", ["one_barrier", "two_barrier"])

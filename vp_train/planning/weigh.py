@@ -12,10 +12,12 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Literal
 
 from schedules.bound import step_bound
 from schedules.cost import CostModel
 from schedules.generators import GENERATORS
+from schedules.generators.weave import waits_for_weights
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
 from schedules.problem import Problem
@@ -40,6 +42,8 @@ from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_bas
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
+
+Waits = Literal["none", "one", "all"]
 
 _MOST_RANKS = 16  # of which the memory is looked at one by one
 # Where the backward is whole, the base order says well what a step needs (where it is split, W may
@@ -185,34 +189,37 @@ def _at_peak(
     name: str,
     peaks: Sequence[Peak],
     *,
-    least: bool = True,
+    waits: Waits = "none",
     holds: bool = False,
     ranks: Iterable[int] | None = None,
 ) -> StepPlan:
-    """Return a step that ends when ranks keep the most; `least` as in `Peak`.
+    """Return a step that ends when ranks keep the most.
 
-    With `holds` they have S of a microbatch, too.  Its T comes before the backward if one rank has
-    the whole vocabulary, else it is left out, because the shard is held meanwhile.  Only `ranks`
-    have passes, None for all.
+    Where the backward is split, none, one or all of what is in flight may wait for its W.  With
+    `holds` ranks have S of a microbatch, too.  Its T comes before the backward if one rank has the
+    whole vocabulary, else it is left out, because the shard is held meanwhile.  Only `ranks` have
+    passes, None for all.
     """
     problem = draft.problem
     shard = (Kind.S,) if problem.algorithm.sharded else (Kind.S, Kind.T)
     holding = problem.shard_ranks(End.OUTPUT) if holds else ()
+    cost = draft.cost
     orders: list[tuple[Pass, ...]] = [()] * len(peaks)
     for rank in range(len(peaks)) if ranks is None else ranks:
         peak = peaks[rank]
-        held = peak.counts if least else peak.kept
+        held = peak.kept if waits == "all" else peak.counts
         order = [
             Pass(stage, Kind.F, microbatch)
             for stage, count in zip(problem.layout.stages_of(rank), held, strict=True)
             for microbatch in range(count)
         ]
         order += [Pass(rank, kind, 0) for kind in shard if rank in holding]
+        if waits == "one":
+            order.append(Pass(peak.backward, Kind.I, 1))
         orders[rank] = (*order, Pass(peak.backward, problem.backward, 0))
-    cost = draft.cost
-    if problem.split_backward:
+    if problem.split_backward and waits != "one":
         kept = cost.stage_bytes
-        if not least:  # any of the microbatches may wait for its W
+        if waits == "all":
             kept = tuple(map(max, kept, cost.weight_bytes))
         cost = replace(cost, stage_bytes=kept, weight_bytes=(0.0,) * problem.layout.num_stages)
     return unsimulated(draft, Schedule(name, tuple(orders)), cost)
@@ -428,19 +435,23 @@ class Scales:
         """Return the least bytes of activations that rank 0 keeps, and those of the base order."""
         peak = self._peaks_of(choice, placed.layout)[0]
         of_layer, for_weights = split.layer_bytes(choice.recompute)
-        least = at_most = 0.0
+        splits = GENERATORS[choice.schedule].split_backward
+        one_waits = splits and waits_for_weights(of_layer, for_weights)
+        flying = peak.counts if one_waits else peak.kept
+        least = at_most = waiting = 0.0
         for chunk, stage in enumerate(placed.layout.stages_of(0)):
             layers = placed.counts[stage]
             moved = offloaded_layers(layers, choice.offload)
-            split_backward = GENERATORS[choice.schedule].split_backward
             # The forwards of the warm-up come in a burst, of which the link carries a part.
             carried = min(moved, layers * split.carried(choice.recompute)) if moved else 0.0
             kept = (layers - carried) * of_layer
-            if split_backward:  # nothing that waits for its W moves, and all of them may wait
+            if one_waits:
+                waiting = max(waiting, 2 * layers * for_weights)  # beside the next one
+            elif splits:  # nothing that waits for its W moves, and all of them may wait
                 kept = max(kept, layers * for_weights)
             least += (layers - moved) * of_layer * peak.counts[chunk]
-            at_most += kept * peak.kept[chunk]
-        return least, at_most
+            at_most += kept * flying[chunk]
+        return least, at_most + waiting
 
     def _optimizers_of(self, choice: Choice) -> list[OptimConfig]:
         dp = choice.degrees.dp
@@ -482,9 +493,11 @@ class Scales:
         passes = self._bound_of(choice, drafted)
         kept = drafted.without_offloaded()
         moving = _on_device(choice) * max(drafted.cost.offload_bytes, default=0.0)
-        peak = _at_peak(kept, choice.schedule, peaks, least=False, holds=True, ranks=ranks)
+        splits, whole = GENERATORS[choice.schedule].split_backward, drafted.cost
+        one = splits and waits_for_weights(sum(whole.stage_bytes), sum(whole.weight_bytes))
+        waits: Waits = "one" if one else "all"
+        peak = _at_peak(kept, choice.schedule, peaks, waits=waits, holds=True, ranks=ranks)
         expected = [num_bytes + moving for num_bytes, _ in self.needs(peak, fitting)]
-        splits = GENERATORS[choice.schedule].split_backward
         if not splits and min(expected) > _FAR_TOO_LARGE * self.limit:
             raise TooLargeError(min(expected) / _FAR_TOO_LARGE, self.limit, EXPECTED)
         seems_to_fit = min(expected) <= self.limit
