@@ -21,6 +21,7 @@ from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError
 from vp_train.planning import no_choice
 from vp_train.planning import search as search_module
+from vp_train.planning import shared as shared_module
 from vp_train.planning import short as short_module
 from vp_train.planning.choice import Choice, Kept, Space
 from vp_train.planning.cluster import with_margin
@@ -209,6 +210,7 @@ def enter(monkeypatch):
 
         monkeypatch.setattr(search_module, "Scales", scales)
         monkeypatch.setattr(search_module, "short_step", world.short_step)
+        monkeypatch.setattr(shared_module, "short_step", world.short_step)
         monkeypatch.setattr(search_module, "neighbours", world.neighbours)
         monkeypatch.setattr(search_module, "report_of", world.report_of)
         monkeypatch.setattr(search_module, "most_host_bytes", world.host_bytes)
@@ -1415,6 +1417,31 @@ def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count,
     assert seconds == (25.0 if count == 12 else 25.0 + 88 * max(1.25, busiest))
 
 
+def test_what_is_known_exactly_is_not_scaled_as_bounds_are(enter, monkeypatch):
+    """A step is as long with offloading, which fits where the same one without does not."""
+    choices = [choice_of(0), choice_of(0, offload=1.0)]
+    world = World([Facts(1.0, 2.0, short_bytes={"adamw": 2.0 * GIB}), Facts(1.0, 2.0)], choices)
+    enter(world)
+    monkeypatch.setattr(world, "with_optimizers", lambda optimizers: world, raising=False)
+    world.limit, world.host_limit = GIB, float("inf")
+    space = Space(tuple(choices), Counter(), (ADAMW,))
+    for shared in (None, shared_module.Shared(world)):
+        found = search_module.simulated(CONFIG, space, 10**6, below=3.0, shared=shared)
+        assert [number_of(world, one) for one in found.estimated] == [1]
+
+
+def test_what_cannot_be_fast_enough_is_not_simulated_and_takes_no_more_than_the_effort(enter):
+    for effort, drafts in ((10**6, 300), (6_000, range(70, 100))):
+        facts = [Facts(1.0 + number / 1000, 6.0, drafted=5.0) for number in range(300)]
+        world = World(facts)
+        enter(world)
+        space = Space(tuple(world.choices), Counter(), (ADAMW,))
+        search_module.simulated(CONFIG, space, effort, below=3.0)
+        assert world.asked("short") == []
+        asked = len(world.asked("draft"))
+        assert asked == drafts if effort == 10**6 else asked in drafts
+
+
 def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans_none(
     enter, monkeypatch
 ):
@@ -1448,9 +1475,9 @@ def test_where_a_time_is_known_only_what_may_be_faster_is_simulated_and_once(ent
     world = World(facts, [*map(choice_of, range(3)), choice_of(0, offload=1.0)])
     enter(world)
     world.with_optimizers = lambda optimizers: world
-    space, known = Space(tuple(world.choices), Counter(), (ADAMW,)), search_module.Known(world)
+    space, shared = Space(tuple(world.choices), Counter(), (ADAMW,)), shared_module.Shared(world)
     for _ in range(2):
-        found = search_module.simulated(CONFIG, space, 10**6, below=3.0, known=known)
+        found = search_module.simulated(CONFIG, space, 10**6, below=3.0, shared=shared)
         assert [number_of(world, one) for one in found.estimated] == [1]
         assert world.asked("short") == [0, 1]
     search_module.simulated(CONFIG, space, 10**6, below=1.0)
@@ -1468,7 +1495,7 @@ def test_where_a_time_is_known_a_few_of_what_seems_not_to_fit_are_tried_last(ent
 
 def test_what_is_looked_for_by_default():
     assert Limits() == Limits(top=5, margin=0.05, effort=10_000_000)
-    assert search_module.limit_of(CONFIG, 0.25) == 0.75 * GIB
+    assert search_module.limit_of(CONFIG.cluster, 0.25) == 0.75 * GIB
 
 
 def test_why_nothing_is_kept_names_the_degrees_or_what_rules_out_most():

@@ -42,7 +42,7 @@ from vp_train.planning.choice import (
     space_of,
     without_vocabulary_of,
 )
-from vp_train.planning.cluster import with_margin
+from vp_train.planning.cluster import limit_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import (
     SAME,
@@ -59,6 +59,7 @@ from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.report import report_of
+from vp_train.planning.shared import Shared
 from vp_train.planning.short import draft_nodes, effort_of, placed_by_short, plan_nodes, short_step
 from vp_train.planning.weigh import (
     LEANEST,
@@ -72,7 +73,6 @@ from vp_train.planning.weigh import (
     check_hosts,
 )
 
-_GIB = 2**30
 _WEIGH_NODES = 4  # nodes that can be placed while a choice is weighed
 # Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
 _FIRST_DRAFTS = 32
@@ -160,38 +160,6 @@ class _Queue:
         return {number for _, number in self.by_bound}.union(self.doubtful, self.passed_over)
 
 
-@dataclass(slots=True)
-class Known:
-    """What several searches for one configuration share, so that nothing is computed twice.
-
-    steps: the short steps of choices, with the seconds of their passes and the nodes placed.
-    passes: the seconds of the passes of choices without offloading, which delays none of them.
-    """
-
-    scales: Scales
-    steps: dict[Choice, tuple[StepPlan, float, int]] = field(default_factory=dict)
-    passes: dict[Choice, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Known:
-        return cls(Scales(config, limit_of(config, 0.0)))
-
-    def short_step(self, candidate: Candidate) -> tuple[StepPlan, float, int]:
-        """Return what `short_step` does for a candidate."""
-        key = replace(candidate.choice, optimizer=None)
-        if key not in self.steps:
-            self.steps[key] = short_step(candidate.draft, candidate.choice.schedule)
-            self.passes.setdefault(replace(key, offload=0.0), self.steps[key][1])
-        return self.steps[key]
-
-    def least(self, candidate: Candidate) -> float:
-        """Return the least seconds of a step, if the same one without offloading is known."""
-        key = replace(candidate.choice, optimizer=None, offload=0.0)
-        if not candidate.choice.offload or key not in self.passes:
-            return candidate.seconds
-        return candidate.seconds - candidate.passes + self.passes[key]
-
-
 class _Search:
     """One search: what is left to look at, what was found, and the effort that was spent."""
 
@@ -204,19 +172,19 @@ class _Search:
         space: Space,
         *,
         below: float = math.inf,
-        known: Known | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        self._shared = known
+        self._shared = shared
         self._below = below  # the seconds that a choice must be faster than to be looked for
-        self._of_kinds = True  # whether the best with and without vocabulary parallelism are
+        self._plans = True  # and looks for the best with and without vocabulary parallelism
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
-        limit = limit_of(config, limits.margin)
+        limit = limit_of(config.cluster, limits.margin)
         self._scales = (
             Scales(config, limit, space.optimizers, limits.margin)
-            if known is None
-            else known.scales.with_optimizers(space.optimizers)
+            if shared is None
+            else shared.scales.with_optimizers(space.optimizers)
         )
         self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
         self._num_layers = config.model.num_layers
@@ -229,6 +197,7 @@ class _Search:
         self._choices = list(space.choices)
         self._numbers = {choice: number for number, choice in enumerate(self._choices)}
         self._bounds: dict[int, float] = {}
+        self._exact: set[int] = set()  # those whose bound is what they take
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
         self._done: set[int] = set()
@@ -241,12 +210,12 @@ class _Search:
         self._looked_around: set[Choice] = set()
         self._planned: dict[Choice, Found] = {}
         # The different estimates, and at what numbers of choices they were told apart.
-        self._known_rows: tuple[list[Estimate], set[Choice]] = [], set()
-        self._known_at: tuple[int, ...] = ()
+        self._rows: tuple[list[Estimate], set[Choice]] = [], set()
+        self._rows_at: tuple[int, ...] = ()
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
-        self._of_kinds = plans
+        self._plans = plans
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
         self._enough = part * self._limits.effort
         self._weigh()
@@ -279,7 +248,7 @@ class _Search:
         num_open = len(self._unweighed) + sum(self._key(number) < last for number in left)
         num_open += sum(
             not estimate.is_planned and estimate.counted * (1 - _SLACK) < last
-            for estimate in self._known()
+            for estimate in self._as_planned()
             if estimate.candidate.choice not in spare
         )
         refused = sorted(self._refused, key=lambda refusal: refusal.bound)
@@ -352,10 +321,10 @@ class _Search:
 
     def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
         """Return the fastest with or without vocabulary parallelism, as planned if it was."""
-        found = (e for e in self._known() if e.splits_vocabulary is splits_vocabulary)
+        found = (e for e in self._as_planned() if e.splits_vocabulary is splits_vocabulary)
         return min(found, key=lambda estimate: estimate.known_key, default=None)
 
-    def _known(self) -> Iterator[Estimate]:
+    def _as_planned(self) -> Iterator[Estimate]:
         """Yield all estimates, as planned where they were."""
         for estimate in self._estimates:
             planned = self._planned.get(estimate.candidate.choice)
@@ -367,16 +336,16 @@ class _Search:
         An estimate is also left out where that of a plan makes it spare.
         """
         now = (*self._seen, len(self._refused))
-        if now == self._known_at:
-            return self._known_rows
+        if now == self._rows_at:
+            return self._rows
         plans, kept, spare = self._held(), list[Estimate](), set[Choice]()
-        for one in sorted(self._known(), key=order_of):
+        for one in sorted(self._as_planned(), key=order_of):
             if any(other.makes_spare(one) for other in (*kept, *plans)):
                 spare.add(one.candidate.choice)
                 continue
             spare.update(other.candidate.choice for other in kept if one.makes_spare(other))
             kept = [other for other in kept if not one.makes_spare(other)] + [one]
-        self._known_at, self._known_rows = now, (kept, spare)
+        self._rows_at, self._rows = now, (kept, spare)
         return kept, spare
 
     def _held(self) -> list[Estimate]:
@@ -390,7 +359,7 @@ class _Search:
 
     def _without_offloading(self) -> Estimate | None:
         """Return the fastest that offloads no activations, as planned if it was."""
-        found = (e for e in self._known() if not e.candidate.choice.offload)
+        found = (e for e in self._as_planned() if not e.candidate.choice.offload)
         return min(found, key=lambda estimate: estimate.known_key, default=None)
 
     def _leaner(self, best: Found | None) -> Estimate | None:
@@ -398,7 +367,7 @@ class _Search:
         if best is None:
             return None
         seconds, memory = best.report.step_seconds, memory_of(best)
-        near = (e for e in self._known() if e.seconds <= (1 + _ABOUT_AS_FAST) * seconds)
+        near = (e for e in self._as_planned() if e.seconds <= (1 + _ABOUT_AS_FAST) * seconds)
         found = min(near, key=lambda estimate: estimate.memory, default=None)
         if found is None or found.memory > (1 - _MUCH_LEANER) * memory:
             return None
@@ -432,11 +401,11 @@ class _Search:
         return replace(refusal, choice=choice, needs=needs, reason=str(error))
 
     def _goes_on(self) -> bool:
-        """Return whether to estimate another choice: the first one always."""
-        if self._num_estimated == self._num_before:
-            return True
+        """Return whether to estimate another choice: the first one always, if no time is known."""
         enough = self._enough
         if not self._knows_time:
+            if self._num_estimated == self._num_before:
+                return True
             enough = max(self._limits.effort, self._enough)
         return self._spent < enough and self._in_time()
 
@@ -493,8 +462,10 @@ class _Search:
                     item = self._items[number] = self._scales.draft(choice)
                     self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
-                    if self._shared is not None:
-                        self._bounds[number] = self._shared.least(item)
+                    least = None if self._shared is None else self._shared.least(item)
+                    if least is not None:
+                        self._bounds[number] = least
+                        self._exact.add(number)
                     if self._knows_time:
                         heapq.heappush(queue.by_bound, (self._key(number), number))
                         queue.drafted.append(number)
@@ -600,7 +571,7 @@ class _Search:
     def _firsts(self) -> list[Choice]:
         """Return the fastest of each kind of `_look_around`."""
         found: dict[tuple[bool, bool], Estimate] = {}
-        for estimate in sorted(self._known(), key=lambda estimate: estimate.known_key):
+        for estimate in sorted(self._as_planned(), key=lambda estimate: estimate.known_key):
             choice = estimate.candidate.choice
             found.setdefault((choice.splits_vocabulary, choice.offload > 0), estimate)
         return [estimate.candidate.choice for estimate in found.values()]
@@ -642,10 +613,12 @@ class _Search:
         Of the latter hardly any fits, so where a time is known by short steps only a few are tried.
         """
         numbers = queue.doubtful
-        if not self._of_kinds and self._knows_time:
+        if not self._plans and self._knows_time:
             items = {number: self._items[number] for number in sorted(numbers, key=self._key)}
             numbers = [number for number, item in items.items() if item and item.seems_to_fit]
-            numbers += [number for number in items if number not in numbers][:_TRIES_OF_DOUBTFUL]
+            others = [number for number in items if number not in numbers]
+            numbers += others[:_TRIES_OF_DOUBTFUL]
+            queue.passed_over += others[_TRIES_OF_DOUBTFUL:]
         for place, number in enumerate(numbers):
             queue.put(number, self._key(number), float(place))
         queue.doubtful, queue.looks_at_all = [], True
@@ -653,7 +626,8 @@ class _Search:
     def _key(self, number: int) -> float:
         """Return about the least seconds of a choice: its bound and what others are above it."""
         choice = self._choices[number]
-        return counted(choice, self._bounds[number]) * self._factors.get(_alike(choice), 1.0)
+        factor = 1.0 if number in self._exact else self._factors.get(_alike(choice), 1.0)
+        return counted(choice, self._bounds[number]) * factor
 
     def _seconds_of(self, estimate: Estimate) -> float:
         """Return the seconds with which an estimate is compared, as planned if it was."""
@@ -672,8 +646,10 @@ class _Search:
                 for number in queue.drafted
                 if number not in seen and not self._is_doubtful(self._items[number], queue)
             ]
-            if waiting:
-                return min(waiting)[1]
+            last, first_of = self._to_beat(top)
+            key, number = min(waiting, default=(math.inf, 0))
+            if key < max(last, *first_of.values()):
+                return number
         return self._lowest(queue, top)
 
     def _is_doubtful(self, item: Candidate | None, queue: _Queue) -> bool:
@@ -706,7 +682,7 @@ class _Search:
         """Return the seconds of the last of the `top`, and of the first of each kind."""
         shown = sorted(one.counted for one in self._distinct()[0])
         last = min(shown[top - 1] if len(shown) >= top else math.inf, self._below)
-        if not self._of_kinds:
+        if not self._plans:
             return last, {True: last, False: last}
         first_of = {
             splits: min(
@@ -890,11 +866,6 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, choice.num_microbatches
 
 
-def limit_of(config: RunConfig, margin: float) -> float:
-    """Return the bytes that a rank may need where the part `margin` of them stays free."""
-    return with_margin(config.cluster, margin).memory_gib * _GIB
-
-
 def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
     """Return the fastest ways to run `config` without vocabulary parallelism on the same degrees.
 
@@ -917,16 +888,16 @@ def simulated(
     firsts: Sequence[Choice] = (),
     *,
     below: float = math.inf,
-    known: Known | None = None,
+    shared: Shared | None = None,
 ) -> Result:
     """Return the fastest of `space` by short steps of `effort` passes, without a margin.
 
     `firsts` are estimated before others, and in any case.  What cannot take fewer than `below`
-    seconds is not looked at, and what is `known` of this configuration is not computed again.
+    seconds is not looked at, and no step that is `shared` is simulated again.
     """
     limits = Limits(top=1, margin=0.0, effort=effort)
     search = _Search(
-        config, limits, lambda: True, lambda words: None, space, below=below, known=known
+        config, limits, lambda: True, lambda words: None, space, below=below, shared=shared
     )
     return search.run(firsts, plans=False)
 
@@ -934,7 +905,7 @@ def simulated(
 def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:
     """Return a choice whose state and leanest activations fit, None if there is none."""
     space = space_of(config, kept)
-    scales = Scales(config, limit_of(config, margin), space.optimizers, margin)
+    scales = Scales(config, limit_of(config.cluster, margin), space.optimizers, margin)
     leanest = kept.values.get("parallel.recompute", "full")
     for choice in space.choices:
         if choice.recompute != leanest or choice.recompute_where_needed:
