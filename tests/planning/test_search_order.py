@@ -1417,6 +1417,33 @@ def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count,
     assert seconds == (25.0 if count == 12 else 25.0 + 88 * max(1.25, busiest))
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_third_short_step_counts_where_ranks_wait(monkeypatch, waits):
+    """Its microbatches and those of the second tell what one more takes."""
+    draft = SimpleNamespace(problem=problem_of(Layout("v", 2, 2), 200, split=True), cost="cost")
+    asked = []
+
+    def shortened(name, problem, cost, counts, efforts):
+        asked.extend(zip(counts, efforts, strict=True))
+        times = {8: 10.0, 24: 26.0, 56: 90.0}
+        return Shortened(tuple(counts), tuple(times[one] for one in counts), waits, 1)
+
+    timeline = SimpleNamespace(makespan=0.0)
+    monkeypatch.setattr(short_module, "shortened", shortened)
+    monkeypatch.setattr(short_module, "place_transfers", lambda schedule, few, cost: schedule)
+    monkeypatch.setattr(short_module, "simulate_order", lambda schedule, few, cost: timeline)
+    monkeypatch.setattr(short_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
+    monkeypatch.setattr(short_module, "busiest_seconds", lambda problem, cost: 0.0)
+    step, seconds, placed = short_module.short_step(draft, "v_min")
+    assert [count for count, _ in asked] == ([8, 24, 56] if waits else [8, 24])
+    assert step.schedule == asked[-1][0]
+    assert seconds == (90.0 + 144 * 2.0 if waits else 26.0 + 176 * 1.0)
+    assert placed == sum(
+        short_module.placed_by(replace(draft.problem, num_microbatches=count), effort)
+        for count, effort in asked
+    )
+
+
 def test_what_is_known_exactly_is_not_scaled_as_bounds_are(enter, monkeypatch):
     """A step is as long with offloading, which fits where the same one without does not."""
     choices = [choice_of(0), choice_of(0, offload=1.0)]

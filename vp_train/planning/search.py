@@ -321,8 +321,7 @@ class _Search:
 
     def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
         """Return the fastest with or without vocabulary parallelism, as planned if it was."""
-        found = (e for e in self._as_planned() if e.splits_vocabulary is splits_vocabulary)
-        return min(found, key=lambda estimate: estimate.known_key, default=None)
+        return _fastest(e for e in self._as_planned() if e.splits_vocabulary is splits_vocabulary)
 
     def _as_planned(self) -> Iterator[Estimate]:
         """Yield all estimates, as planned where they were."""
@@ -359,8 +358,7 @@ class _Search:
 
     def _without_offloading(self) -> Estimate | None:
         """Return the fastest that offloads no activations, as planned if it was."""
-        found = (e for e in self._as_planned() if not e.candidate.choice.offload)
-        return min(found, key=lambda estimate: estimate.known_key, default=None)
+        return _fastest(e for e in self._as_planned() if not e.candidate.choice.offload)
 
     def _leaner(self, best: Found | None) -> Estimate | None:
         """Return what needs least memory of what is about as fast as the best, if much less."""
@@ -858,6 +856,10 @@ class _Search:
         shown = "none fits yet" if best is None else f"the best takes about {duration(best)}"
         planned = f", {len(self._planned)} planned" if self._planned else ""
         return f"{self._num_estimated:,} simulated{planned}; {shown}"
+
+
+def _fastest(found: Iterable[Estimate]) -> Estimate | None:
+    return min(found, key=lambda estimate: estimate.known_key, default=None)
 
 
 def _alike(choice: Choice) -> tuple[object, ...]:
