@@ -455,7 +455,7 @@ def test_what_is_alike_is_expected_to_exceed_its_bounds_by_nearly_the_least_fact
     assert [plan.report.step_seconds for plan in found.best] == [0.5, 1.0, 1.6, 3.0]
     factors = (0.97 * 1.5, 1.0, 1.0)
     assert [searching._key(number) for number in (4, 5, 6)] == [9.0 * one for one in factors]
-    of_short = [estimate.seconds for estimate in searching._estimates]
+    of_short = [estimate.seconds for estimate in searching._book.estimates]
     assert sorted(of_short) == [1.0, 1.0, 1.5, 3.0], "passes take at least their bound"
 
 
@@ -621,7 +621,7 @@ def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_th
     searching = _Search(
         CONFIG, Limits(1, 0.0, 4_000), lambda: True, len, Space((), Counter(), (ADAMW,))
     )
-    searching._estimates.append(searching._estimate_of(world.draft(choices[0])))
+    searching._book.add(searching._estimate_of(world.draft(choices[0])))
     searching._num_estimated = 0
     world.log.clear()
     for number in range(2, 42):
