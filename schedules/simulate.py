@@ -233,5 +233,5 @@ def peak_in_flight(order: Iterable[Pass], problem: Problem) -> int:
 
     A pair is in flight from its F to the end of its last backward pass.
     """
-    last = problem.stage_kinds[-1]
+    last = problem.stage_kinds[-1]  # as in `in_flight_change`, in less time
     return int(peak((item.kind is Kind.F) - (item.kind is last) for item in order))

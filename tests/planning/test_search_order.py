@@ -21,6 +21,7 @@ from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError
 from vp_train.planning import no_choice
 from vp_train.planning import search as search_module
+from vp_train.planning import shared as shared_module
 from vp_train.planning import short as short_module
 from vp_train.planning.choice import Choice, Kept, Space
 from vp_train.planning.cluster import with_margin
@@ -209,6 +210,7 @@ def enter(monkeypatch):
 
         monkeypatch.setattr(search_module, "Scales", scales)
         monkeypatch.setattr(search_module, "short_step", world.short_step)
+        monkeypatch.setattr(shared_module, "short_step", world.short_step)
         monkeypatch.setattr(search_module, "neighbours", world.neighbours)
         monkeypatch.setattr(search_module, "report_of", world.report_of)
         monkeypatch.setattr(search_module, "most_host_bytes", world.host_bytes)
@@ -453,7 +455,7 @@ def test_what_is_alike_is_expected_to_exceed_its_bounds_by_nearly_the_least_fact
     assert [plan.report.step_seconds for plan in found.best] == [0.5, 1.0, 1.6, 3.0]
     factors = (0.97 * 1.5, 1.0, 1.0)
     assert [searching._key(number) for number in (4, 5, 6)] == [9.0 * one for one in factors]
-    of_short = [estimate.seconds for estimate in searching._estimates]
+    of_short = [estimate.seconds for estimate in searching._book.estimates]
     assert sorted(of_short) == [1.0, 1.0, 1.5, 3.0], "passes take at least their bound"
 
 
@@ -619,7 +621,7 @@ def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_th
     searching = _Search(
         CONFIG, Limits(1, 0.0, 4_000), lambda: True, len, Space((), Counter(), (ADAMW,))
     )
-    searching._estimates.append(searching._estimate_of(world.draft(choices[0])))
+    searching._book.add(searching._estimate_of(world.draft(choices[0])))
     searching._num_estimated = 0
     world.log.clear()
     for number in range(2, 42):
@@ -1415,6 +1417,58 @@ def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count,
     assert seconds == (25.0 if count == 12 else 25.0 + 88 * max(1.25, busiest))
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_third_short_step_counts_where_ranks_wait(monkeypatch, waits):
+    """Its microbatches and those of the second tell what one more takes."""
+    draft = SimpleNamespace(problem=problem_of(Layout("v", 2, 2), 200, split=True), cost="cost")
+    asked = []
+
+    def shortened(name, problem, cost, counts, efforts):
+        asked.extend(zip(counts, efforts, strict=True))
+        times = {8: 10.0, 24: 26.0, 56: 90.0}
+        return Shortened(tuple(counts), tuple(times[one] for one in counts), waits, 1)
+
+    timeline = SimpleNamespace(makespan=0.0)
+    monkeypatch.setattr(short_module, "shortened", shortened)
+    monkeypatch.setattr(short_module, "place_transfers", lambda schedule, few, cost: schedule)
+    monkeypatch.setattr(short_module, "simulate_order", lambda schedule, few, cost: timeline)
+    monkeypatch.setattr(short_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
+    monkeypatch.setattr(short_module, "busiest_seconds", lambda problem, cost: 0.0)
+    step, seconds, placed = short_module.short_step(draft, "v_min")
+    assert [count for count, _ in asked] == ([8, 24, 56] if waits else [8, 24])
+    assert step.schedule == asked[-1][0]
+    assert seconds == (90.0 + 144 * 2.0 if waits else 26.0 + 176 * 1.0)
+    assert placed == sum(
+        short_module.placed_by(replace(draft.problem, num_microbatches=count), effort)
+        for count, effort in asked
+    )
+
+
+def test_what_is_known_exactly_is_not_scaled_as_bounds_are(enter, monkeypatch):
+    """A step is as long with offloading, which fits where the same one without does not."""
+    choices = [choice_of(0), choice_of(0, offload=1.0)]
+    world = World([Facts(1.0, 2.0, short_bytes={"adamw": 2.0 * GIB}), Facts(1.0, 2.0)], choices)
+    enter(world)
+    monkeypatch.setattr(world, "with_optimizers", lambda optimizers: world, raising=False)
+    world.limit, world.host_limit = GIB, float("inf")
+    space = Space(tuple(choices), Counter(), (ADAMW,))
+    for shared in (None, shared_module.Shared(world)):
+        found = search_module.simulated(CONFIG, space, 10**6, below=3.0, shared=shared)
+        assert [number_of(world, one) for one in found.estimated] == [1]
+
+
+def test_what_cannot_be_fast_enough_is_not_simulated_and_takes_no_more_than_the_effort(enter):
+    for effort, drafts in ((10**6, 300), (6_000, range(70, 100))):
+        facts = [Facts(1.0 + number / 1000, 6.0, drafted=5.0) for number in range(300)]
+        world = World(facts)
+        enter(world)
+        space = Space(tuple(world.choices), Counter(), (ADAMW,))
+        search_module.simulated(CONFIG, space, effort, below=3.0)
+        assert world.asked("short") == []
+        asked = len(world.asked("draft"))
+        assert asked == drafts if effort == 10**6 else asked in drafts
+
+
 def test_a_search_without_vocabulary_parallelism_simulates_short_steps_and_plans_none(
     enter, monkeypatch
 ):
@@ -1448,9 +1502,9 @@ def test_where_a_time_is_known_only_what_may_be_faster_is_simulated_and_once(ent
     world = World(facts, [*map(choice_of, range(3)), choice_of(0, offload=1.0)])
     enter(world)
     world.with_optimizers = lambda optimizers: world
-    space, known = Space(tuple(world.choices), Counter(), (ADAMW,)), search_module.Known(world)
+    space, shared = Space(tuple(world.choices), Counter(), (ADAMW,)), shared_module.Shared(world)
     for _ in range(2):
-        found = search_module.simulated(CONFIG, space, 10**6, below=3.0, known=known)
+        found = search_module.simulated(CONFIG, space, 10**6, below=3.0, shared=shared)
         assert [number_of(world, one) for one in found.estimated] == [1]
         assert world.asked("short") == [0, 1]
     search_module.simulated(CONFIG, space, 10**6, below=1.0)
@@ -1468,7 +1522,7 @@ def test_where_a_time_is_known_a_few_of_what_seems_not_to_fit_are_tried_last(ent
 
 def test_what_is_looked_for_by_default():
     assert Limits() == Limits(top=5, margin=0.05, effort=10_000_000)
-    assert search_module.limit_of(CONFIG, 0.25) == 0.75 * GIB
+    assert search_module.limit_of(CONFIG.cluster, 0.25) == 0.75 * GIB
 
 
 def test_why_nothing_is_kept_names_the_degrees_or_what_rules_out_most():

@@ -183,6 +183,18 @@ def test_every_base_order_is_checked_once_in_a_small_step_and_a_wrong_one_is_nam
         scales.check([choice_of(2, schedule="gpipe")])
 
 
+@pytest.mark.parametrize(("schedule", "seems"), [("1f1b", [1, 0, 0]), ("v_half", [1, 1, 0])])
+def test_a_split_backward_may_need_a_tenth_less_than_its_base_order(schedule, seems):
+    config = load_config([*WORDS, "model.seq_length=8192", "cost.host_bytes_per_second=1e9"])
+    settings = {"vocab": "none", "recompute": "none", "offload": 1.0}
+    choice = choice_of(4, schedule=schedule, **settings)
+    only = (config.optim,)
+    needs = Scales(config, math.inf, only).weigh(choice).needs
+    limits = [needs / above for above in (0.99, 1.09, 1.11)]
+    found = [Scales(config, limit, only).weigh(choice).seems_to_fit for limit in limits]
+    assert found == list(map(bool, seems))
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
 def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forward_runs(
@@ -429,6 +441,9 @@ def test_about_how_many_bytes_a_step_needs_counts_a_held_shard_on_the_worst_rank
         whole = drafted.with_named(name)
         most = max(rank_memory(whole, config.optim, rank).total for rank in range(8))
         assert max(without) <= found <= most
+        holding = weigh._at_peak(drafted, name, peaks_of(name, drafted.problem), holds=True)
+        needs = rank_memory(holding, config.optim, 7).total
+        assert without[7] <= needs < without[7] + step.cost.shard_bytes[7]
 
 
 def test_an_error_for_memory_says_what_is_needed_where_and_how_much_that_is_too_much():

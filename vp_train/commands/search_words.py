@@ -12,7 +12,7 @@ from schedules.render import duration
 from vp_train.commands.plan_words import compared_words, fsdp_words, has_fsdp, rendered
 from vp_train.config import RunConfig
 from vp_train.planning.choice import TOO_LONG, Choice
-from vp_train.planning.cluster import with_margin
+from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
 from vp_train.planning.found import (
     MARGIN_OF_OFFLOADING,
@@ -26,7 +26,7 @@ from vp_train.planning.found import (
 )
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.report import PlanReport
-from vp_train.planning.search import fits_on, limit_of
+from vp_train.planning.search import fits_on
 from vp_train.planning.slow_link import SlowLink, link_of
 from vp_train.units import compared, large_bytes, plural
 
@@ -252,7 +252,7 @@ def _slow_link_lines(
     first, now = result.best[0], link_of(config)
     if not first.choice.offload:
         return []
-    limit, link = limit_of(config, limits.margin), SlowLink(config, first.choice)
+    limit, link = limit_of(config.cluster, limits.margin), SlowLink(config, first.choice)
     least = link.least(limit)
     slowest = f"down to about {least / 1e9:.2g} of the {now / 1e9:.3g} GB/s per GPU"
     if least == now:

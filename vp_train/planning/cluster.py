@@ -180,6 +180,11 @@ def with_margin(cluster: ClusterConfig, margin: float = MARGIN) -> ClusterConfig
     )
 
 
+def limit_of(cluster: ClusterConfig, margin: float = 0.0) -> float:
+    """Return the bytes that a rank may need where the part `margin` of them stays free."""
+    return with_margin(cluster, margin).memory_gib * 2**30
+
+
 def host_bytes_per_second(cluster: ClusterConfig) -> float:
     """Return the bandwidth between a GPU and its host while all GPUs of the node transfer."""
     own, of_node = cluster.host_bytes_per_second, cluster.host_node_bytes_per_second

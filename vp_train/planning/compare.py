@@ -16,33 +16,37 @@ from vp_train.planning.choice import (
     Choice,
     Kept,
     Space,
+    as_typed,
     choice_of,
     neighbours,
     offloading,
     optimizers_of,
     space_of,
 )
-from vp_train.planning.cluster import with_margin
+from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import PlanReport, brief_report
-from vp_train.planning.search import Known, simulated
+from vp_train.planning.search import simulated
+from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
+from vp_train.planning.weigh import Scales
 from vp_train.units import AS_FAST, compared
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
 # of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.
 _EFFORT, _LEAST_STEPS = 60_000, 60
 _SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, in about a second
-_TELLING = 1 << 12  # of one that tells by how much a longer one changes
+_TELLING = 1 << 12  # of a step that is planned to tell what another contention does to a longer one
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
-_MANY = 1_000  # choices with two other settings; of more only those beside the best with one
+# Choices with two other settings; of more only those beside the best with one, if there is a best.
+_MANY = 1_000
 _LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
 
 
-Round = tuple[Sequence[Choice], tuple[OptimConfig, ...] | None]  # choices and their optimizers
+_Look = tuple[Sequence[Choice], tuple[OptimConfig, ...] | None]  # choices and their optimizers
 
 
 def rivals_of(
@@ -275,14 +279,15 @@ def helps_of(
     effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
-    found, known = list[Help](), Known.of(config)
-    known.passes[replace(now, offload=0.0)] = report.passes
+    found, shared = list[Help](), Shared(Scales(config, limit_of(config.cluster)))
+    if as_typed(config) == now:  # else its layers or rows are others
+        shared.passes[replace(now, offload=0.0)] = report.passes
     before = report.step_seconds if report.fits else math.inf
 
-    def look(rounds: Sequence[Round]) -> Estimate | None:
+    def look(rounds: Sequence[_Look]) -> Estimate | None:
         """Return the fastest, which is added to `found` if its plan gains enough."""
         nonlocal before
-        best = _fastest(config, rounds, effort, (1 - _LEAST_GAIN) * before, known)
+        best = _fastest(config, rounds, effort, (1 - _LEAST_GAIN) * before, shared)
         planned = None
         if best is not None and best.seconds < before:
             planned = _planned(config, best)
@@ -313,7 +318,7 @@ def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
 
 
 def _fastest(
-    config: RunConfig, rounds: Sequence[Round], effort: int, below: float, known: Known
+    config: RunConfig, rounds: Sequence[_Look], effort: int, below: float, shared: Shared
 ) -> Estimate | None:
     """Return the fastest of choices with their optimizers (None: all) that fits.
 
@@ -322,8 +327,8 @@ def _fastest(
     best: Estimate | None = None
     for choices, optimizers in rounds:
         space = Space(tuple(choices), Counter(), optimizers)
-        least = below * (1 + MARGIN_OF_OFFLOADING)
-        found = simulated(config, space, effort, below=least, known=known).estimated
+        least = below * (1 + MARGIN_OF_OFFLOADING)  # so that what offloads is not left out
+        found = simulated(config, space, effort, below=least, shared=shared).estimated
         best = min(found if best is None else [best, *found], key=lambda one: one.key, default=None)
         below = below if best is None else min(below, best.counted)
     return best

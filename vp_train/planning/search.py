@@ -24,11 +24,12 @@ import heapq
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from schedules.render import duration
 from vp_train.config import ConfigError, OptimConfig, RunConfig
+from vp_train.planning.book import Book
 from vp_train.planning.choice import (
     ALL,
     TOO_LONG,
@@ -42,37 +43,31 @@ from vp_train.planning.choice import (
     space_of,
     without_vocabulary_of,
 )
-from vp_train.planning.cluster import with_margin
+from vp_train.planning.cluster import limit_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import (
-    SAME,
     Estimate,
     Found,
     Limits,
-    Refusal,
     Result,
     counted,
-    memory_of,
-    order_of,
 )
 from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.report import report_of
+from vp_train.planning.shared import Shared
 from vp_train.planning.short import draft_nodes, effort_of, placed_by_short, plan_nodes, short_step
 from vp_train.planning.weigh import (
-    LEANEST,
     SIMULATED,
     Candidate,
     HostMemoryError,
-    SameChoiceError,
     Scales,
     TooLargeError,
     Weight,
     check_hosts,
 )
 
-_GIB = 2**30
 _WEIGH_NODES = 4  # nodes that can be placed while a choice is weighed
 # Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
 _FIRST_DRAFTS = 32
@@ -88,9 +83,6 @@ _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL = 20, 3
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
-# Parts of the best plan: a step that takes so much longer is about as fast, and memory that is so
-# much less is worth a line.
-_ABOUT_AS_FAST, _MUCH_LEANER = 0.01, 0.1
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
@@ -160,38 +152,6 @@ class _Queue:
         return {number for _, number in self.by_bound}.union(self.doubtful, self.passed_over)
 
 
-@dataclass(slots=True)
-class Known:
-    """What several searches for one configuration share, so that nothing is computed twice.
-
-    steps: the short steps of choices, with the seconds of their passes and the nodes placed.
-    passes: the seconds of the passes of choices without offloading, which delays none of them.
-    """
-
-    scales: Scales
-    steps: dict[Choice, tuple[StepPlan, float, int]] = field(default_factory=dict)
-    passes: dict[Choice, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Known:
-        return cls(Scales(config, limit_of(config, 0.0)))
-
-    def short_step(self, candidate: Candidate) -> tuple[StepPlan, float, int]:
-        """Return what `short_step` does for a candidate."""
-        key = replace(candidate.choice, optimizer=None)
-        if key not in self.steps:
-            self.steps[key] = short_step(candidate.draft, candidate.choice.schedule)
-            self.passes.setdefault(replace(key, offload=0.0), self.steps[key][1])
-        return self.steps[key]
-
-    def least(self, candidate: Candidate) -> float:
-        """Return the least seconds of a step, if the same one without offloading is known."""
-        key = replace(candidate.choice, optimizer=None, offload=0.0)
-        if not candidate.choice.offload or key not in self.passes:
-            return candidate.seconds
-        return candidate.seconds - candidate.passes + self.passes[key]
-
-
 class _Search:
     """One search: what is left to look at, what was found, and the effort that was spent."""
 
@@ -204,21 +164,21 @@ class _Search:
         space: Space,
         *,
         below: float = math.inf,
-        known: Known | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        self._shared = known
+        self._shared = shared
         self._below = below  # the seconds that a choice must be faster than to be looked for
-        self._of_kinds = True  # whether the best with and without vocabulary parallelism are
+        self._plans = True  # and looks for the best with and without vocabulary parallelism
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
-        limit = limit_of(config, limits.margin)
+        limit = limit_of(config.cluster, limits.margin)
         self._scales = (
             Scales(config, limit, space.optimizers, limits.margin)
-            if known is None
-            else known.scales.with_optimizers(space.optimizers)
+            if shared is None
+            else shared.scales.with_optimizers(space.optimizers)
         )
-        self._spent = self._num_estimated = self._num_drafted = self._num_same = 0
+        self._spent = self._num_estimated = self._num_drafted = 0
         self._num_layers = config.model.num_layers
         self._num_before = 0  # estimates of what was typed and does not fit
         self._enough = 0.0  # effort for estimates once something fits
@@ -229,24 +189,19 @@ class _Search:
         self._choices = list(space.choices)
         self._numbers = {choice: number for number, choice in enumerate(self._choices)}
         self._bounds: dict[int, float] = {}
+        self._exact: set[int] = set()  # those whose bound is what they take
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
         self._done: set[int] = set()
-        self._excluded = Counter(space.excluded)
-        self._refused: list[Refusal] = []
-        self._estimates: list[Estimate] = []
+        self._book = Book(Counter(space.excluded))
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
         self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
-        self._planned: dict[Choice, Found] = {}
-        # The different estimates, and at what numbers of choices they were told apart.
-        self._known_rows: tuple[list[Estimate], set[Choice]] = [], set()
-        self._known_at: tuple[int, ...] = ()
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
-        self._of_kinds = plans
+        self._plans = plans
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
         self._enough = part * self._limits.effort
         self._weigh()
@@ -268,34 +223,36 @@ class _Search:
                 self._plan()
             if not plans or self._seen == before or not self._goes_on():
                 break
-        rows, spare = self._distinct()
+        rows, spare = self._book.distinct()
         first = next((estimate for estimate in rows if estimate.is_planned), None)
         top = rows[: self._limits.top]
         if first is not None and first not in top:  # one plan is made and shown in any case
             top[-1] = first
-        best = tuple(self._planned[e.candidate.choice] for e in top if e.is_planned)
+        best = tuple(self._book.planned[e.candidate.choice] for e in top if e.is_planned)
         last = top[-1].counted if len(top) == self._limits.top else float("inf")
         left = self._queue.numbers - self._done
         num_open = len(self._unweighed) + sum(self._key(number) < last for number in left)
         num_open += sum(
             not estimate.is_planned and estimate.counted * (1 - _SLACK) < last
-            for estimate in self._known()
+            for estimate in self._book.as_planned()
             if estimate.candidate.choice not in spare
         )
-        refused = sorted(self._refused, key=lambda refusal: refusal.bound)
+        refused = sorted(self._book.refused, key=lambda refusal: refusal.bound)
         return Result(
             best=best,
-            with_vocabulary=self._first(splits_vocabulary=True),
-            without_vocabulary=self._first(splits_vocabulary=False),
-            without_offloading=self._without_offloading(),
-            leaner=self._leaner(best[0] if best else None),
+            with_vocabulary=self._book.first(splits_vocabulary=True),
+            without_vocabulary=self._book.first(splits_vocabulary=False),
+            without_offloading=self._book.without_offloading(),
+            leaner=self._book.leaner(best[0] if best else None),
             estimated=tuple(estimate for estimate in top if not estimate.is_planned),
-            leanest=self._closest(),
+            leanest=self._book.closest(self._scales),
             refused=tuple(refused[:_KEPT_REFUSALS]),
-            excluded=+self._excluded,  # without those that ruled out nothing
-            num_choices=len(self._choices) + sum(self._space.excluded.values()) - self._num_same,
+            excluded=+self._book.excluded,  # without those that ruled out nothing
+            num_choices=len(self._choices)
+            + sum(self._space.excluded.values())
+            - self._book.num_same,
             num_estimated=self._num_estimated,
-            num_planned=len(self._planned),
+            num_planned=len(self._book.planned),
             num_open=num_open,
             num_unseen=Counter(
                 self._choices[number].splits_vocabulary for number in (*left, *self._unweighed)
@@ -307,7 +264,7 @@ class _Search:
     @property
     def _seen(self) -> tuple[int, int, int]:
         """What grows, or shrinks where a plan does not fit, while the search finds something."""
-        return self._num_estimated, len(self._estimates), len(self._planned)
+        return self._num_estimated, len(self._book.estimates), len(self._book.planned)
 
     @property
     def _ended(self) -> str:
@@ -327,7 +284,7 @@ class _Search:
             try:
                 weight = self._scales.weigh(self._choices[number])
             except ConfigError as error:
-                self._refuse(self._choices[number], error, 0.0)
+                self._book.refuse(self._choices[number], error, 0.0)
             else:
                 self._put(self._queue, number, weight)
             self._spent += _WEIGH_NODES
@@ -339,111 +296,19 @@ class _Search:
             self._pressed.append(self._choices[number])
         queue.put(number, weight.seconds, weight.needs)
 
-    def _refuse(self, choice: Choice, error: ConfigError, bound: float) -> None:
-        if isinstance(error, SameChoiceError):
-            self._num_same += 1
-            return
-        constraint, needs = str(error), None
-        if isinstance(error, TooLargeError):
-            constraint, needs = error.constraint, error.needs
-        host_needs = error.needs if isinstance(error, HostMemoryError) else None
-        self._excluded[constraint] += 1
-        self._refused.append(Refusal(choice, str(error), bound, needs, host_needs))
-
-    def _first(self, *, splits_vocabulary: bool) -> Estimate | None:
-        """Return the fastest with or without vocabulary parallelism, as planned if it was."""
-        found = (e for e in self._known() if e.splits_vocabulary is splits_vocabulary)
-        return min(found, key=lambda estimate: estimate.known_key, default=None)
-
-    def _known(self) -> Iterator[Estimate]:
-        """Yield all estimates, as planned where they were."""
-        for estimate in self._estimates:
-            planned = self._planned.get(estimate.candidate.choice)
-            yield estimate if planned is None else estimate.as_planned(planned)
-
-    def _distinct(self) -> tuple[list[Estimate], set[Choice]]:
-        """Return the different ones, as planned where they were, sorted, and the other choices.
-
-        An estimate is also left out where that of a plan makes it spare.
-        """
-        now = (*self._seen, len(self._refused))
-        if now == self._known_at:
-            return self._known_rows
-        plans, kept, spare = self._held(), list[Estimate](), set[Choice]()
-        for one in sorted(self._known(), key=order_of):
-            if any(other.makes_spare(one) for other in (*kept, *plans)):
-                spare.add(one.candidate.choice)
-                continue
-            spare.update(other.candidate.choice for other in kept if one.makes_spare(other))
-            kept = [other for other in kept if not one.makes_spare(other)] + [one]
-        self._known_at, self._known_rows = now, (kept, spare)
-        return kept, spare
-
-    def _held(self) -> list[Estimate]:
-        """Return the estimates whose plans take no longer than they said."""
-        return [
-            one
-            for one in self._estimates
-            if (planned := self._planned.get(one.candidate.choice)) is not None
-            and planned.report.step_seconds <= one.seconds * (1 + SAME)
-        ]
-
-    def _without_offloading(self) -> Estimate | None:
-        """Return the fastest that offloads no activations, as planned if it was."""
-        found = (e for e in self._known() if not e.candidate.choice.offload)
-        return min(found, key=lambda estimate: estimate.known_key, default=None)
-
-    def _leaner(self, best: Found | None) -> Estimate | None:
-        """Return what needs least memory of what is about as fast as the best, if much less."""
-        if best is None:
-            return None
-        seconds, memory = best.report.step_seconds, memory_of(best)
-        near = (e for e in self._known() if e.seconds <= (1 + _ABOUT_AS_FAST) * seconds)
-        found = min(near, key=lambda estimate: estimate.memory, default=None)
-        if found is None or found.memory > (1 - _MUCH_LEANER) * memory:
-            return None
-        return found
-
-    def _closest(self) -> Refusal | None:
-        """Return the refusal for memory that needs least, each by state and leanest activations."""
-        on_hosts = [refusal for refusal in self._refused if refusal.host_needs is not None]
-        if on_hosts:
-            least = min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
-            if least.choice.offload:
-                return least
-            optim = self._scales.leanest_optimizer(least.choice)  # it is the one on hosts
-            return replace(least, choice=replace(least.choice, optimizer=optim))
-        first = None
-        for refusal in sorted(
-            (refusal for refusal in self._refused if refusal.needs is not None),
-            key=lambda refusal: refusal.needs or 0.0,
-        ):
-            if first is not None and (refusal.needs or 0.0) >= first[0]:
-                break
-            needs = max(refusal.needs or 0.0, self._scales.leanest(refusal.choice))
-            if first is None or needs < first[0]:
-                first = needs, refusal
-        if first is None:
-            return None
-        needs, refusal = first
-        error = TooLargeError(needs, self._scales.limit, LEANEST)
-        optim = refusal.choice.optimizer or self._scales.leanest_optimizer(refusal.choice)
-        choice = replace(refusal.choice, optimizer=optim)
-        return replace(refusal, choice=choice, needs=needs, reason=str(error))
-
     def _goes_on(self) -> bool:
-        """Return whether to estimate another choice: the first one always."""
-        if self._num_estimated == self._num_before:
-            return True
+        """Return whether to estimate another choice: the first one always, if no time is known."""
         enough = self._enough
         if not self._knows_time:
+            if self._num_estimated == self._num_before:
+                return True
             enough = max(self._limits.effort, self._enough)
         return self._spent < enough and self._in_time()
 
     @property
     def _knows_time(self) -> bool:
         """Whether a time is known which others have to beat."""
-        return bool(self._estimates) or self._below < math.inf
+        return bool(self._book.estimates) or self._below < math.inf
 
     def _estimate_typed(self) -> None:
         """Estimate the run as it was typed if it seems to fit, so that no result is slower."""
@@ -462,10 +327,10 @@ class _Search:
             if not is_sure and self._is_doubtful(item, self._queue):
                 return
             self._done.add(number)
-            self._estimates.append(self._estimate_of(item))
+            self._book.add(self._estimate_of(item))
         except ConfigError as error:
             self._done.add(number)
-            self._refuse(self._choices[number], error, self._bounds[number])
+            self._book.refuse(self._choices[number], error, self._bounds[number])
             self._num_before = self._num_estimated  # the leanest is estimated in any case
 
     def _estimate(self, queue: _Queue, top: int) -> None:
@@ -493,8 +358,10 @@ class _Search:
                     item = self._items[number] = self._scales.draft(choice)
                     self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
-                    if self._shared is not None:
-                        self._bounds[number] = self._shared.least(item)
+                    least = None if self._shared is None else self._shared.least(item)
+                    if least is not None:
+                        self._bounds[number] = least
+                        self._exact.add(number)
                     if self._knows_time:
                         heapq.heappush(queue.by_bound, (self._key(number), number))
                         queue.drafted.append(number)
@@ -505,10 +372,10 @@ class _Search:
                     queue.doubtful.append(number)
                     continue
                 self._done.add(number)
-                self._estimates.append(self._estimate_of(item))
+                self._book.add(self._estimate_of(item))
             except ConfigError as error:
                 self._done.add(number)
-                self._refuse(choice, error, self._bounds[number])
+                self._book.refuse(choice, error, self._bounds[number])
             self._progress(self._words())
 
     def _estimate_other_kind(self) -> None:
@@ -516,7 +383,7 @@ class _Search:
 
         A few that seem to fit are tried, the lowest bounds first, whatever effort is left.
         """
-        kinds = {estimate.splits_vocabulary for estimate in self._estimates}
+        kinds = {estimate.splits_vocabulary for estimate in self._book.estimates}
         if len(kinds) != 1 or not self._in_time():
             return
         left = sorted({(self._key(number), number) for _, number in self._queue.by_bound})
@@ -531,12 +398,12 @@ class _Search:
             try:
                 item = self._items[number] or self._scales.draft(choice)
                 if item.seems_to_fit:
-                    self._estimates.append(self._estimate_of(item))
+                    self._book.add(self._estimate_of(item))
                     self._done.add(number)
                     return
             except ConfigError as error:
                 self._done.add(number)
-                self._refuse(choice, error, self._bounds[number])
+                self._book.refuse(choice, error, self._bounds[number])
 
     def _offload_instead(self) -> None:
         """Estimate offloaded activations where device memory alone may rule out faster choices.
@@ -600,7 +467,7 @@ class _Search:
     def _firsts(self) -> list[Choice]:
         """Return the fastest of each kind of `_look_around`."""
         found: dict[tuple[bool, bool], Estimate] = {}
-        for estimate in sorted(self._known(), key=lambda estimate: estimate.known_key):
+        for estimate in sorted(self._book.as_planned(), key=lambda estimate: estimate.known_key):
             choice = estimate.candidate.choice
             found.setdefault((choice.splits_vocabulary, choice.offload > 0), estimate)
         return [estimate.candidate.choice for estimate in found.values()]
@@ -618,10 +485,12 @@ class _Search:
         They take the place of what was refused for memory, seems not to fit or fits with an
         optimizer in host memory only, and of the best of each kind, where it recomputes.
         """
-        best = [first for kind in (True, False) if (first := self._first(splits_vocabulary=kind))]
+        best = [
+            first for kind in (True, False) if (first := self._book.first(splits_vocabulary=kind))
+        ]
         binding = [e.candidate.choice for e in best if e.choice.recompute != "none"]
-        binding += [e.candidate.choice for e in self._estimates if e.optim.offload]
-        binding += [refusal.choice for refusal in self._refused if refusal.needs is not None]
+        binding += [e.candidate.choice for e in self._book.estimates if e.optim.offload]
+        binding += [refusal.choice for refusal in self._book.refused if refusal.needs is not None]
         binding += self._pressed
         binding += [
             choice
@@ -642,10 +511,12 @@ class _Search:
         Of the latter hardly any fits, so where a time is known by short steps only a few are tried.
         """
         numbers = queue.doubtful
-        if not self._of_kinds and self._knows_time:
+        if not self._plans and self._knows_time:
             items = {number: self._items[number] for number in sorted(numbers, key=self._key)}
             numbers = [number for number, item in items.items() if item and item.seems_to_fit]
-            numbers += [number for number in items if number not in numbers][:_TRIES_OF_DOUBTFUL]
+            others = [number for number in items if number not in numbers]
+            numbers += others[:_TRIES_OF_DOUBTFUL]
+            queue.passed_over += others[_TRIES_OF_DOUBTFUL:]
         for place, number in enumerate(numbers):
             queue.put(number, self._key(number), float(place))
         queue.doubtful, queue.looks_at_all = [], True
@@ -653,12 +524,8 @@ class _Search:
     def _key(self, number: int) -> float:
         """Return about the least seconds of a choice: its bound and what others are above it."""
         choice = self._choices[number]
-        return counted(choice, self._bounds[number]) * self._factors.get(_alike(choice), 1.0)
-
-    def _seconds_of(self, estimate: Estimate) -> float:
-        """Return the seconds with which an estimate is compared, as planned if it was."""
-        planned = self._planned.get(estimate.candidate.choice)
-        return estimate.counted if planned is None else planned.counted
+        factor = 1.0 if number in self._exact else self._factors.get(_alike(choice), 1.0)
+        return counted(choice, self._bounds[number]) * factor
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
@@ -672,8 +539,10 @@ class _Search:
                 for number in queue.drafted
                 if number not in seen and not self._is_doubtful(self._items[number], queue)
             ]
-            if waiting:
-                return min(waiting)[1]
+            last, first_of = self._to_beat(top)
+            key, number = min(waiting, default=(math.inf, 0))
+            if key < max(last, *first_of.values()):
+                return number
         return self._lowest(queue, top)
 
     def _is_doubtful(self, item: Candidate | None, queue: _Queue) -> bool:
@@ -704,13 +573,13 @@ class _Search:
 
     def _to_beat(self, top: int) -> tuple[float, dict[bool, float]]:
         """Return the seconds of the last of the `top`, and of the first of each kind."""
-        shown = sorted(one.counted for one in self._distinct()[0])
+        shown = sorted(one.counted for one in self._book.distinct()[0])
         last = min(shown[top - 1] if len(shown) >= top else math.inf, self._below)
-        if not self._of_kinds:
+        if not self._plans:
             return last, {True: last, False: last}
         first_of = {
             splits: min(
-                (self._seconds_of(e) for e in self._estimates if e.splits_vocabulary is splits),
+                (e.counted for e in self._book.as_planned() if e.splits_vocabulary is splits),
                 default=float("inf"),
             )
             for splits in (True, False)
@@ -775,7 +644,7 @@ class _Search:
         if "vocab.balance" in self._space.kept.values:
             return
         promising: list[tuple[float, int, Candidate]] = []
-        for place, estimate in enumerate(self._estimates):
+        for place, estimate in enumerate(self._book.estimates):
             choice = estimate.candidate.choice
             if not choice.splits_vocabulary or choice in self._balanced or not self._in_time():
                 continue
@@ -788,7 +657,10 @@ class _Search:
             saved = estimate.candidate.passes - item.passes
             if saved > _LEAST_BALANCED * estimate.candidate.passes:
                 promising.append((counted(choice, estimate.seconds - saved), place, item))
-        estimates, enough = list(self._estimates), self._spent + _FOR_BALANCE * self._limits.effort
+        estimates, enough = (
+            list(self._book.estimates),
+            self._spent + _FOR_BALANCE * self._limits.effort,
+        )
         for seconds, place, item in sorted(promising, key=lambda found: found[:2]):
             last, first_of = self._to_beat(self._limits.top)
             if seconds >= max(last, first_of[True]) or self._spent >= enough or not self._in_time():
@@ -800,7 +672,7 @@ class _Search:
             estimate = estimates[place]
             self._balanced.add(found.candidate.choice)
             if found.seconds < (1 - _LEAST_BALANCED) * estimate.seconds:
-                self._replace(estimate, replace(found, unbalanced=estimate))
+                self._book.replace(estimate, replace(found, unbalanced=estimate))
             self._progress(self._words())
 
     def _plan(self) -> None:
@@ -809,7 +681,7 @@ class _Search:
         After that a few are planned which should be faster than the first plan, so that this is no
         slower than what was not planned.  Of what is alike only one is planned.
         """
-        queue = sorted(self._estimates, key=lambda estimate: estimate.key)
+        queue = sorted(self._book.estimates, key=lambda estimate: estimate.key)
         firsts = [
             next((e for e in queue if e.splits_vocabulary is splits), None)
             for splits in (True, False)
@@ -817,21 +689,21 @@ class _Search:
         ahead = sorted((e for e in firsts if e is not None), key=lambda estimate: estimate.key)
         beyond = 0
         for estimate in [*ahead, *(e for e in queue if e not in ahead)]:
-            times = [one.counted for one in self._distinct()[0] if one.is_planned]
+            times = [one.counted for one in self._book.distinct()[0] if one.is_planned]
             enough = len(times) >= self._limits.top and estimate not in ahead
             if enough and estimate.counted * (1 - _SLACK) >= times[self._limits.top - 1]:
                 continue  # estimates are sorted by three digits, so others may be faster
-            if estimate.candidate.choice in self._planned:
+            if estimate.candidate.choice in self._book.planned:
                 continue
-            if any(other.makes_spare(estimate) for other in self._held()):
+            if any(other.makes_spare(estimate) for other in self._book.held()):
                 continue
             cost = plan_nodes(estimate.candidate)
-            if self._planned and self._spent + cost > self._limits.effort:
+            if self._book.planned and self._spent + cost > self._limits.effort:
                 self._spent = self._limits.effort
                 if estimate.counted >= times[0] or beyond == _MOST_BEYOND:
                     continue
                 beyond += 1
-            if self._planned and not self._in_time():
+            if self._book.planned and not self._in_time():
                 return
             self._progress(f"{self._words()}; planning a step whole")
             self._plan_one(estimate)
@@ -855,11 +727,11 @@ class _Search:
                 except ConfigError as error:
                     refusal = refusal or error
             if found:
-                self._planned[choice] = min(found, key=lambda one: one.report.step_seconds)
+                self._book.plan(choice, min(found, key=lambda one: one.report.step_seconds))
                 return
         assert refusal is not None, "nothing was found"
-        self._refuse(choice, refusal, estimate.seconds)
-        self._replace(estimate, estimate.unbalanced)
+        self._book.refuse(choice, refusal, estimate.seconds)
+        self._book.replace(estimate, estimate.unbalanced)
         if estimate.unbalanced is not None:
             self._plan_one(estimate.unbalanced)
 
@@ -872,15 +744,10 @@ class _Search:
             raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
         return Found(replace(choice, optimizer=optim), report)
 
-    def _replace(self, estimate: Estimate, other: Estimate | None) -> None:
-        """Put `other` in the place of an estimate; None: drop the estimate."""
-        place = next(n for n, one in enumerate(self._estimates) if one is estimate)
-        self._estimates[place : place + 1] = [] if other is None else [other]
-
     def _words(self) -> str:
-        best = min((e.seconds for e in self._estimates), default=None)
+        best = min((e.seconds for e in self._book.estimates), default=None)
         shown = "none fits yet" if best is None else f"the best takes about {duration(best)}"
-        planned = f", {len(self._planned)} planned" if self._planned else ""
+        planned = f", {len(self._book.planned)} planned" if self._book.planned else ""
         return f"{self._num_estimated:,} simulated{planned}; {shown}"
 
 
@@ -888,11 +755,6 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     """Return what choices have in common which exceed their bounds by similar factors."""
     degrees = choice.degrees
     return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, choice.num_microbatches
-
-
-def limit_of(config: RunConfig, margin: float) -> float:
-    """Return the bytes that a rank may need where the part `margin` of them stays free."""
-    return with_margin(config.cluster, margin).memory_gib * _GIB
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
@@ -917,16 +779,16 @@ def simulated(
     firsts: Sequence[Choice] = (),
     *,
     below: float = math.inf,
-    known: Known | None = None,
+    shared: Shared | None = None,
 ) -> Result:
     """Return the fastest of `space` by short steps of `effort` passes, without a margin.
 
     `firsts` are estimated before others, and in any case.  What cannot take fewer than `below`
-    seconds is not looked at, and what is `known` of this configuration is not computed again.
+    seconds is not looked at, and no step that is `shared` is simulated again.
     """
     limits = Limits(top=1, margin=0.0, effort=effort)
     search = _Search(
-        config, limits, lambda: True, lambda words: None, space, below=below, known=known
+        config, limits, lambda: True, lambda words: None, space, below=below, shared=shared
     )
     return search.run(firsts, plans=False)
 
@@ -934,7 +796,7 @@ def simulated(
 def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:
     """Return a choice whose state and leanest activations fit, None if there is none."""
     space = space_of(config, kept)
-    scales = Scales(config, limit_of(config, margin), space.optimizers, margin)
+    scales = Scales(config, limit_of(config.cluster, margin), space.optimizers, margin)
     leanest = kept.values.get("parallel.recompute", "full")
     for choice in space.choices:
         if choice.recompute != leanest or choice.recompute_where_needed:

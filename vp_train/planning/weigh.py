@@ -49,7 +49,9 @@ _MOST_RANKS = 16  # of which the memory is looked at one by one
 # follow sooner): an optimizer may still fit with so many times the limit, and what would need so
 # many times is refused without a simulation.
 _ABOUT, _FAR_TOO_LARGE = 1.05, 2
-_SOONER = 1.1  # times the limit that the base order may need where W may follow sooner
+# Times the limit that the base order may need where W may follow sooner: such a choice is drafted,
+# and simulated after what seems to fit.
+_SOONER = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +270,8 @@ class Candidate:
 
     `passes` are the seconds of its passes at least, `seconds` those of the whole step.
     `optimizers` are those with which it may fit into memory.  `seems_to_fit` says whether it does
-    with what the base order keeps, which is more than the least, and `is_pressed` whether only with
-    an optimizer in host memory.
+    with what the base order keeps, which is more than the least, and `is_pressed` whether only an
+    optimizer in host memory is likely to fit.
     """
 
     choice: Choice
@@ -576,11 +578,11 @@ class Scales:
             (first, last),
         )
         found: dict[Choice, Sequence[OptimConfig]] = {}
-        kinds = some.where_needed(0, self.limit)
+        kinds = some.where_needed(first, self.limit)
         if len(set(kinds)) > 1:
             found[replace(everywhere, recompute_per_stage=kinds)] = optimizers
         if last.offload and choice.recompute in kinds:
-            kinds = some.where_needed(1, self.limit)
+            kinds = some.where_needed(last, self.limit)
             if len(set(kinds)) > 1:
                 found.setdefault(replace(everywhere, recompute_per_stage=kinds), (last,))
         if not found:
@@ -624,7 +626,10 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class _SomeRecompute:
-    """Recomputation in the same number of stages on every rank: in those that save most.
+    """Finds the stages that recompute if as few do as memory needs.
+
+    On every rank those come first that save most.  Steps in which as many stages of every rank
+    recompute are made for that, and shared by the ranks.
 
     step: one in which no stage recomputes, as in `minimum_step`, and which holds a shard.
     saving: a draft in which all do.
@@ -659,11 +664,9 @@ class _SomeRecompute:
         step = _at_peak(without, schedule, peaks, holds=True)
         return cls(step, saving, optimizers, tuple(orders))
 
-    def where_needed(self, which: int, limit: float) -> tuple[str, ...]:
-        """Return what every stage recomputes if as few as needed do.
-
-        `which` of the optimizers is used, and `limit` is in bytes.
-        """
+    def where_needed(self, optim: OptimConfig, limit: float) -> tuple[str, ...]:
+        """Return what every stage recomputes if ranks may need `limit` bytes with `optim`."""
+        which = self.optimizers.index(optim)
         kinds, count = list(self.step.recompute), 0  # at first as many as on the rank before
         for rank, order in enumerate(self.orders):
             while count > 0 and self._needs(rank, count - 1)[which] <= limit:

@@ -1,0 +1,156 @@
+"""The book of a search: what it estimated, planned and refused, and what stands out of that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from vp_train.config import ConfigError
+from vp_train.planning.choice import Choice
+from vp_train.planning.found import SAME, Estimate, Found, Refusal, memory_of, order_of
+from vp_train.planning.weigh import (
+    LEANEST,
+    HostMemoryError,
+    SameChoiceError,
+    Scales,
+    TooLargeError,
+)
+
+# Parts of the best plan: a step that takes so much longer is about as fast, and memory that is so
+# much less is worth a line.
+_ABOUT_AS_FAST, _MUCH_LEANER = 0.01, 0.1
+
+
+@dataclass(slots=True)
+class Book:
+    """What was found so far.
+
+    excluded: how many choices each constraint rules out.
+    num_same: how many choices are another one, too.
+    """
+
+    excluded: Counter[str]
+    num_same: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+    estimates: list[Estimate] = field(default_factory=list)
+    planned: dict[Choice, Found] = field(default_factory=dict)
+    # What follows from these, until something is added: estimates as planned, and `distinct`.
+    _as_planned: list[Estimate] | None = None
+    _distinct: tuple[list[Estimate], set[Choice]] | None = None
+
+    def _forget(self) -> None:
+        self._as_planned = self._distinct = None
+
+    def add(self, estimate: Estimate) -> None:
+        self._forget()
+        self.estimates.append(estimate)
+
+    def replace(self, estimate: Estimate, other: Estimate | None) -> None:
+        """Put `other` in the place of an estimate; None: drop the estimate."""
+        self._forget()
+        place = next(n for n, one in enumerate(self.estimates) if one is estimate)
+        self.estimates[place : place + 1] = [] if other is None else [other]
+
+    def plan(self, choice: Choice, found: Found) -> None:
+        """Add the plan of the whole step of an estimate."""
+        self._forget()
+        self.planned[choice] = found
+
+    def refuse(self, choice: Choice, error: ConfigError, bound: float) -> None:
+        """Add a choice that cannot be, whose step would take at least `bound` seconds."""
+        if isinstance(error, SameChoiceError):
+            self.num_same += 1
+            return
+        constraint, needs = str(error), None
+        if isinstance(error, TooLargeError):
+            constraint, needs = error.constraint, error.needs
+        host_needs = error.needs if isinstance(error, HostMemoryError) else None
+        self.excluded[constraint] += 1
+        self.refused.append(Refusal(choice, str(error), bound, needs, host_needs))
+
+    def first(self, *, splits_vocabulary: bool) -> Estimate | None:
+        """Return the fastest with or without vocabulary parallelism, as planned if it was."""
+        return _fastest(e for e in self.as_planned() if e.splits_vocabulary is splits_vocabulary)
+
+    def as_planned(self) -> list[Estimate]:
+        """Return all estimates, as planned where they were."""
+        if self._as_planned is None:
+            plans = [self.planned.get(one.candidate.choice) for one in self.estimates]
+            self._as_planned = [
+                estimate if plan is None else estimate.as_planned(plan)
+                for estimate, plan in zip(self.estimates, plans, strict=True)
+            ]
+        return self._as_planned
+
+    def distinct(self) -> tuple[list[Estimate], set[Choice]]:
+        """Return the different ones, as planned where they were, sorted, and the other choices.
+
+        An estimate is also left out where that of a plan makes it spare.
+        """
+        if self._distinct is not None:
+            return self._distinct
+        plans, kept, spare = self.held(), list[Estimate](), set[Choice]()
+        for one in sorted(self.as_planned(), key=order_of):
+            if any(other.makes_spare(one) for other in (*kept, *plans)):
+                spare.add(one.candidate.choice)
+                continue
+            spare.update(other.candidate.choice for other in kept if one.makes_spare(other))
+            kept = [other for other in kept if not one.makes_spare(other)] + [one]
+        self._distinct = kept, spare
+        return kept, spare
+
+    def held(self) -> list[Estimate]:
+        """Return the estimates whose plans take no longer than they said."""
+        return [
+            one
+            for one in self.estimates
+            if (planned := self.planned.get(one.candidate.choice)) is not None
+            and planned.report.step_seconds <= one.seconds * (1 + SAME)
+        ]
+
+    def without_offloading(self) -> Estimate | None:
+        """Return the fastest that offloads no activations, as planned if it was."""
+        return _fastest(e for e in self.as_planned() if not e.candidate.choice.offload)
+
+    def leaner(self, best: Found | None) -> Estimate | None:
+        """Return what needs least memory of what is about as fast as the best, if much less."""
+        if best is None:
+            return None
+        seconds, memory = best.report.step_seconds, memory_of(best)
+        near = (e for e in self.as_planned() if e.seconds <= (1 + _ABOUT_AS_FAST) * seconds)
+        found = min(near, key=lambda estimate: estimate.memory, default=None)
+        if found is None or found.memory > (1 - _MUCH_LEANER) * memory:
+            return None
+        return found
+
+    def closest(self, scales: Scales) -> Refusal | None:
+        """Return the refusal for memory that needs least, each by state and leanest activations."""
+        on_hosts = [refusal for refusal in self.refused if refusal.host_needs is not None]
+        if on_hosts:
+            least = min(on_hosts, key=lambda refusal: refusal.host_needs or 0.0)
+            if least.choice.offload:
+                return least
+            optim = scales.leanest_optimizer(least.choice)  # it is the one on hosts
+            return replace(least, choice=replace(least.choice, optimizer=optim))
+        first = None
+        for refusal in sorted(
+            (refusal for refusal in self.refused if refusal.needs is not None),
+            key=lambda refusal: refusal.needs or 0.0,
+        ):
+            if first is not None and (refusal.needs or 0.0) >= first[0]:
+                break
+            needs = max(refusal.needs or 0.0, scales.leanest(refusal.choice))
+            if first is None or needs < first[0]:
+                first = needs, refusal
+        if first is None:
+            return None
+        needs, refusal = first
+        error = TooLargeError(needs, scales.limit, LEANEST)
+        optim = refusal.choice.optimizer or scales.leanest_optimizer(refusal.choice)
+        choice = replace(refusal.choice, optimizer=optim)
+        return replace(refusal, choice=choice, needs=needs, reason=str(error))
+
+
+def _fastest(found: Iterable[Estimate]) -> Estimate | None:
+    return min(found, key=lambda estimate: estimate.known_key, default=None)
