@@ -1,7 +1,7 @@
 """Time `vp-plan --search` for models of 8B to 405B on 8 to 8,192 GPUs, and show what it finds.
 
     python benchmarks/search_scale.py [--models llama3_8b llama3_70b llama3_405b]
-        [--gpus 8 64 512 8192] [--effort 10000] [--seconds 60] [--json FILE]
+        [--gpus 8 64 512 8192] [--effort THOUSANDS] [--seconds 60] [--json FILE]
 
 Nodes have eight H100.  A step has 512 sequences of 8,192 tokens for 8B, 1,024 for 70B, 2,048 for
 405B.  `cpu` are the seconds of one core, which do not count what else the machine does.  Rows of a
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(SEQUENCES))
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 64, 512, 8192])
-    parser.add_argument("--effort", type=int, default=10000)
+    parser.add_argument("--effort", type=int, default=Limits().effort // 1000)
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

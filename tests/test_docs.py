@@ -322,7 +322,7 @@ def test_the_search_that_is_shown_has_the_figures_of_its_plans():
     cost = on_cluster(Workload.of(planned, degrees), planned.cluster, planned.cost)
     draft = draft_step(replace(planned, cost=cost), num_gpus)
     step, passes, _ = short_step(draft, planned.schedule.name)
-    scales = Scales(planned, limit_of(planned, 0.05), None)
+    scales = Scales(planned, limit_of(planned.cluster, 0.05), None)
     assert passes + scales.after(step, planned.optim) == pytest.approx(seconds, rel=0.01)
     assert scales.needs(step, [planned.optim])[0][0] / 2**30 == pytest.approx(gib, rel=0.1)
     flops = draft.work.step_flops * degrees.dp / seconds / num_gpus

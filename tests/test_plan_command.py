@@ -14,7 +14,7 @@ import pytest
 
 from schedules.render import duration
 from vp_train.commands.plan import main
-from vp_train.commands.plan_words import text_of
+from vp_train.commands.plan_words import plan_lines, text_of
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.found import Limits
@@ -96,6 +96,13 @@ def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
         assert overrides in map(str.strip, others), "it can be copied without the colon"
         assert all(len(line) <= 120 for line in (first, *others) if overrides not in line)
         assert " ".join((first + "".join(others)).split()).count("word") == 80
+    first, *others = text_of([f"helps     {overrides}: {words}"]).splitlines()
+    assert first == f"helps     {overrides}"
+    assert all(re.match(" {10}word ", line) for line in others)
+    listed = f"kept: {overrides.replace(' ', ', ')}"
+    broken = text_of([listed]).splitlines()
+    assert max(map(len, broken)) <= 120, "what has commas is not to be copied"
+    assert " ".join(map(str.strip, broken)) == listed
     kept = [row, "─" * 130, f"{'x' * 119} y", "", "first: " + 20 * "x"]
     assert text_of(kept[:2] + kept[3:]).splitlines() == kept[:2] + kept[3:]
     assert text_of(kept[2:3]).splitlines() == ["x" * 119, "    y"]
@@ -141,6 +148,20 @@ def test_uneven_layers_are_answered_with_uneven_rows(vp_plan):
     assert f"\nadvice    {make_report(load_config(uneven)).advice}\n" in out
     assert "vocab.balance=true would take " in out
     assert "advice" not in vp_plan(*uneven, "vocab.balance=true")[1]
+
+
+def test_a_vocabulary_that_is_too_small_to_split_is_named_where_it_is_split():
+    words = "advice    vocab.algorithm=none: a vocabulary of {} is too small to split over {} ranks"
+    for pp, tp, size, is_said in (
+        (4, 1, 3, True),
+        (4, 1, 4, False),
+        (2, 2, 3, True),
+        (1, 2, 1, False),
+    ):
+        typed = [f"parallel.pp={pp}", f"parallel.tp={tp}", f"model.vocab_size={size}"]
+        config = load_config([*NANO, *typed])
+        assert (words.format(size, pp * tp) in plan_lines(config, make_report(config))) is is_said
+        assert is_said is (pp > 1 and size < pp * tp)
 
 
 def test_json_has_every_rank(vp_plan, tmp_path):
@@ -271,11 +292,16 @@ def test_rows_are_in_the_order_of_their_times_also_where_an_estimate_is_the_fast
     moves = replace(candidate, choice=replace(candidate.choice, offload=1.0))
     for seconds, is_said in ((0.998, True), (0.994, False), (1.002, False)):
         seconds *= result.best[0].report.step_seconds
-        other = replace(result.estimated[1], candidate=moves, seconds=seconds)
+        other = replace(result.estimated[1], candidate=moves, seconds=seconds, host=50 * 2.0**30)
+        assert not any(found.report.host.total for found in result.best)
         lines = search_lines(config, limits, replace(result, estimated=(other,)))
         words = "the order counts steps with offloaded activations as 0.5% longer, since"
         assert any(line.startswith(words) for line in lines) is is_said
-        assert any("100%" in line for line in lines)
+        (row,) = (line for line in lines if "offload 100%" in line and "~" in line)
+        assert row.endswith("~51,200 *"), "an estimate depends on hosts, too"
+        assert any(line.startswith("* depends on links to hosts") for line in lines)
+        need = "host RAM is not checked: the first needs none, others up to 50.00 GiB per node;"
+        assert any(line.startswith(need) for line in lines)
 
 
 @pytest.mark.parametrize(

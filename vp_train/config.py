@@ -1159,6 +1159,12 @@ class ClusterConfig:
         """The GPUs of all nodes."""
         return self.num_nodes * self.gpus_per_node
 
+    @property
+    def host_limit(self) -> float:
+        """The bytes that the ranks of a node may keep in its memory, infinity if not known."""
+        known = self.host_memory_gib
+        return math.inf if known is None else known * 2**30
+
 
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
 PERMISSIONS = ("batch", "sequence", "loss")

@@ -36,9 +36,14 @@ def large_bytes(count: float) -> str:
     return f"{count / 2**30:,.0f} GiB" if count >= 100 * 2**30 else human_bytes(count)
 
 
+def is_as_fast(seconds: float, than: float) -> bool:
+    """Return whether seconds differ from others by less than what `compared` prints."""
+    return abs(seconds / than - 1) < 0.0005
+
+
 def compared(seconds: float, than: float) -> str:
     """Return how much slower or faster `seconds` are than others: `1.5% slower`, or `as fast`."""
-    change = seconds / than - 1
-    if abs(change) < 0.0005:
+    if is_as_fast(seconds, than):
         return AS_FAST
+    change = seconds / than - 1
     return f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"

@@ -140,6 +140,10 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
     again = make_report(load_config([*GPT, *larger.overrides.split()]))
     assert again.num_tokens == 2 * report.num_tokens
     assert again.num_tokens / again.step_seconds > 1.01 * report.num_tokens / report.step_seconds
+    for part, fits in ((0.97, False), (0.94, True)):
+        gib = larger.memory / part / 2**30
+        small = replace(config, cluster=replace(config.cluster, memory_gib=gib))
+        assert larger_batch_of(small, report) == (larger if fits else None), "it leaves the margin"
     solved = replace(config, schedule=replace(config.schedule, name="auto"))
     assert helps_of(solved, report) == []
     assert larger_batch_of(solved, report) is None

@@ -50,6 +50,7 @@ from vp_train.units import plural
 
 _MOST_TOKENS = 10**9
 _MARGIN = round(100 * MARGIN)  # percent
+_EFFORT = Limits().effort // 1000  # thousand passes
 _DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
 _EXAMPLES = """\
   vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
@@ -74,7 +75,7 @@ def main() -> None:
             "PERCENT",
             f"with --search: part of the memory of GPUs and hosts that stays free ({_MARGIN})",
         ),
-        "--effort": ("N", "with --search: thousand passes that may be placed (10000)"),
+        "--effort": ("N", f"with --search: thousand passes that may be placed ({_EFFORT})"),
         "--seconds": (
             "N",
             "with --search: limit of its CPU time; one simulation may still end after it (180)",
@@ -121,7 +122,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     limits = Limits(
         top=whole_number(options, "--top", 5),
         margin=whole_number(options, "--margin", _MARGIN, least=0, most=90) / 100,
-        effort=1000 * whole_number(options, "--effort", 10000),
+        effort=1000 * whole_number(options, "--effort", _EFFORT),
     )
     seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)

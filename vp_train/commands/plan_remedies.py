@@ -11,7 +11,6 @@ from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.planning.choice import changes_of
 from vp_train.planning.compare import proposing
 from vp_train.planning.degrees import split_ranks
-from vp_train.planning.memory import host_optimizer_bytes, nodes_of
 from vp_train.planning.placement import offloaded_layers, split_layers
 from vp_train.planning.report import PlanReport, brief_report
 from vp_train.planning.weigh import about_bytes
@@ -35,11 +34,10 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     tried: list[RunConfig] = []
     if replicas > 1:
         tried.append(replace(config, optim=replace(config.optim, name="zero1")))
-    on_hosts = report.host.activations + _optimizer_bytes(report)
-    has_hosts = config.run.device == "cuda" and on_hosts <= report.host_limit
-    if has_hosts and not config.optim.offload:
-        optim = replace(config.optim, name="zero1", offload=True)
-        tried.append(replace(config, optim=optim))
+    on_hosts = replace(config.optim, name="zero1", offload=True)
+    needs_of_host = report.host_with(on_hosts).total
+    if config.run.device == "cuda" and needs_of_host <= config.cluster.host_limit:
+        tried.append(replace(config, optim=on_hosts))
     tried += _recomputing(config)
     if config.micro_batch_size > 1:
         count = config.num_microbatches * config.micro_batch_size
@@ -48,14 +46,17 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
         tried.append(replace(config, vocab=replace(config.vocab, algorithm="one_barrier")))
     found = []
     for changed in tried:
+        if changed == config:
+            continue
         try:
             saved = before - needs(changed)
         except ConfigError:
             continue
         if saved > 0.01 * before:
             words = f"{changes_of(config, changed)}: about {human_bytes(saved)} less"
-            is_moved = changed.optim.offload and not config.optim.offload
-            found.append((saved, words + host_words(on_hosts) * is_moved))
+            if changed.optim != config.optim and changed.optim.offload:
+                words += host_words(needs_of_host)
+            found.append((saved, words))
     saved, words = _saved_by_offloading(config, report)
     if saved > 0.01 * before:
         found.append((saved, words))
@@ -72,22 +73,11 @@ def _proposing(config: RunConfig, report: PlanReport) -> tuple[RunConfig, PlanRe
 
 
 def _recomputing(config: RunConfig) -> list[RunConfig]:
-    """Return `config` with each recomputation of all stages that it does not have."""
-    found = [
+    """Return `config` with each recomputation of all stages."""
+    return [
         replace(config, parallel=replace(config.parallel, recompute=kind, recompute_per_stage=None))
         for kind in RECOMPUTE[1:]
     ]
-    return [changed for changed in found if changed != config]
-
-
-def _optimizer_bytes(report: PlanReport) -> float:
-    """Return the bytes of a node's host memory that the optimizer needs there."""
-    dp, pp, tp = report.degrees.dp, report.degrees.pp, report.degrees.tp
-    of_rank = [
-        host_optimizer_bytes(report.work, rank.memory.parameters) / dp for rank in report.ranks
-    ]
-    nodes = nodes_of(report.degrees, report.cluster.gpus_per_node)
-    return max(sum(of_rank[rank // tp % pp] for rank in ranks) for ranks in nodes)
 
 
 def host_words(num_bytes: float) -> str:
@@ -129,7 +119,11 @@ def host_remedies(
         if then.host_excess > 0:
             words += _NOT_ALONE
         if then.excess > 0:
-            words += f"; but then a GPU {then.memory_words} that a proposal may use"
+            words += (
+                f"; but then a GPU needs {human_bytes(then.ranks[then.worst].memory.total)}, "
+                f"{human_bytes(then.excess)} more than the {config.cluster.memory_gib:.4g} GiB "
+                "that a proposal may use"
+            )
         found.append((then.excess > 0, -saved, words))
     return [*(words for *_, words in sorted(found)), _more_gpus_words(config, report.degrees.dp)]
 
@@ -147,7 +141,8 @@ def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunCon
     fewer = replace(parallel, offload_activations=part)
     changes[f"parallel.offload_activations={part:g}"] = replace(config, parallel=fewer)
     for again in _recomputing(config):
-        changes[changes_of(config, again)] = again
+        if again != config:
+            changes[changes_of(config, again)] = again
     if schedule.name == "interleaved":
         line = replace(config, schedule=replace(schedule, name="1f1b", num_chunks=None))
         changes[changes_of(config, line)] = line

@@ -31,9 +31,9 @@ _LARGE_GAP = 0.1  # above the lower bound
 _WIDTH = 120  # columns of lines
 _LABEL = 10  # columns of a label in front of the lines of a plan
 _INDENT = 4  # columns in front of what continues another line
-# Rows of tables, and what joins overrides that are to be copied.
+# Rows of tables, and overrides that are to be copied: no commas are between them.
 _ROW = re.compile(r"─|\S {2,}\S.* {2,}\S.* {2,}\S")
-_OVERRIDES = re.compile(r"(?<!\S)[a-z][\w.]*=\S+(?: [a-z][\w.]*=\S+)+")
+_OVERRIDES = re.compile(r"(?<!\S)[a-z][\w.]*=\S*[^\s,](?: [a-z][\w.]*=\S*[^\s,])+(?!\S)")
 
 
 def has_fsdp(config: RunConfig) -> bool:
@@ -85,7 +85,8 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
             "other schedules, or vp-plan --search"
         )
     num_shards = report.degrees.pp * report.degrees.tp
-    if report.vocab != "none" and config.model.vocab_size < num_shards:
+    splits = report.vocab != "none" and report.degrees.pp > 1
+    if splits and config.model.vocab_size < num_shards:
         lines.append(
             f"advice    vocab.algorithm=none: a vocabulary of {config.model.vocab_size} is too "
             f"small to split over {num_shards} ranks"
@@ -117,19 +118,20 @@ def _broken(line: str) -> list[str]:
     if len(line) <= _WIDTH or _ROW.search(line):
         return [line]
     has_label = line[_LABEL - 2 : _LABEL].isspace() and not line[_LABEL].isspace()
-    joined = _OVERRIDES.sub(lambda found: found[0].replace(" ", "\0"), line)
+    start = _LABEL if has_label else 0
     parts = textwrap.wrap(
-        joined,
-        _WIDTH,
-        subsequent_indent=" " * (_LABEL if has_label else _INDENT),
+        _OVERRIDES.sub(lambda found: found[0].replace(" ", "\0"), line[start:]),
+        _WIDTH - start,
+        subsequent_indent="" if has_label else " " * _INDENT,
         break_long_words=False,
         break_on_hyphens=False,
     )
     # Overrides that have a line for themselves can be copied as a whole.
-    return [
+    parts = [
         (part.rstrip(":") if " " not in part.strip() and "\0" in part else part).replace("\0", " ")
         for part in parts
     ]
+    return [(" " * start if n else line[:start]) + part for n, part in enumerate(parts)]
 
 
 def without_of(config: RunConfig, report: PlanReport) -> Result | None:

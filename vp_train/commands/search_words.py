@@ -47,7 +47,7 @@ def search_lines(
         first, rows = result.best[0], _rows(result)
         lines += [*_table_lines(config, result, rows), "", *_override_lines(config, first, rows)]
         lines += [f"binds: {first.report.binds}"]
-        lines += _host_memory_lines(result.best, limits)
+        lines += _host_memory_lines(first, rows, limits)
         lines += _slow_link_lines(config, limits, result, rows)
         lines += _vocabulary_lines(config, result, rows)
         lines += _other_lines(config, result, rows)
@@ -84,6 +84,11 @@ class _Row:
         found = self.found
         return found.seconds if isinstance(found, Estimate) else found.report.step_seconds
 
+    @property
+    def host(self) -> float:
+        """The bytes of a node's host memory."""
+        return self.found.host if isinstance(self.found, Estimate) else self.found.report.host.total
+
     def words(self, first: PlanReport, unit: float) -> dict[str, str]:
         """Return what the row says of time and memory, by column; `first` is the first plan."""
         found = self.found
@@ -102,12 +107,12 @@ class _Row:
 def _rows(result: Result) -> list[_Row]:
     """Return the rows of the table.  Plans of about the same time stand by their memory.
 
-    Where the first plan offloads activations, the best that does not is among them.
+    Where all of them offload activations, the best that does not is added.
     """
     rows = [*map(_Row, result.best), *map(_Row, result.estimated)]
     other = result.without_offloading
-    if other is not None and result.best[0].choice.offload:
-        rows += [_Row(other)] * all(row.choice.offload for row in rows)
+    if other is not None and all(row.choice.offload for row in rows):
+        rows.append(_Row(other))
     return sorted(rows, key=lambda row: rounded(row.found.counted))
 
 
@@ -216,10 +221,10 @@ def _other_words(config: RunConfig, first: Found, other: Estimate, rows: Sequenc
     return f"{words}: {other.choice.overrides(config) if row is None else f'row {row}'}"
 
 
-def _host_memory_lines(best: Sequence[Found], limits: Limits) -> list[str]:
-    """Return a line with the host memory of plans, and what it was checked with."""
-    first, most = best[0].report.host.total, max(found.report.host.total for found in best)
-    known = best[0].report.cluster.host_memory_gib
+def _host_memory_lines(found: Found, rows: Sequence[_Row], limits: Limits) -> list[str]:
+    """Return a line with the host memory of `found` and other rows, and how it was checked."""
+    first, most = found.report.host.total, max(row.host for row in rows)
+    known = found.report.cluster.host_memory_gib
     if not most:
         return []
     need = f"the first needs {large_bytes(first)} per node" if first else "the first needs none"
@@ -228,10 +233,10 @@ def _host_memory_lines(best: Sequence[Found], limits: Limits) -> list[str]:
     if known is None:
         line = f"host RAM is not checked: {need}; set cluster.host_memory_gib to what there is"
     else:
-        rest = with_margin(best[0].report.cluster, limits.margin).host_memory_gib
+        rest = with_margin(found.report.cluster, limits.margin).host_memory_gib
         left = f"{rest:,.6g} of the " if limits.margin else ""
         line = f"host RAM: {need}; a plan may use {left}{known:,.6g} GiB of cluster.host_memory_gib"
-    if any(found.report.host.activations for found in best):
+    if any(row.choice.offload for row in rows):
         line += "; no training on GPUs has offloaded activations yet"
     return [line]
 
@@ -301,7 +306,7 @@ def _table_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> lis
     }
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     heads = [head for head in (*chosen[0], *_report_words(first, unit)) if head not in common]
-    uses_hosts = any(found.report.host.total for found in result.best)
+    uses_hosts = any(row.host for row in rows)
     if not uses_hosts:
         heads.remove(_HOST_MEMORY)
     table.add_column("", justify="right")

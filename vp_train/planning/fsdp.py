@@ -37,7 +37,7 @@ from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.workload import Workload
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES, rounded_up
-from vp_train.units import AS_FAST, compared, plural
+from vp_train.units import compared, is_as_fast, plural
 from vp_train.vocab.chunks import CHUNKS
 
 _GIB = 2**30
@@ -232,10 +232,11 @@ class Rivals:
             return f"would not fit{where}: at least {size} GiB, more than {limit}{ends}"
         verdict, how = "fit", ""
         if seconds is not None:
-            verdict = "win" if found.seconds < seconds else "lose"
-            how = f", {compared(found.seconds, seconds)}"
-            verdict, than = ("tie", "as") if how == f", {AS_FAST}" else (verdict, "than")
-            how += f" {than} {'the first plan' if self.is_searched else plan}"
+            verdict, than = "win" if found.seconds < seconds else "lose", "than"
+            if is_as_fast(found.seconds, seconds):
+                verdict, than = "tie", "as"
+            how = f", {compared(found.seconds, seconds)} {than} "
+            how += "the first plan" if self.is_searched else plan
         return (
             f"would {verdict}: {duration(found.seconds)} at best{how}{where} "
             f"(dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch "
@@ -302,9 +303,8 @@ def _leanest(
     (`moves`).  None if host memory cannot keep the optimizer.  `cost` is that on the cluster.
     """
     memory, num_layers = _Memory.of(work, optim, recompute), work.model.num_layers
-    known = cluster.host_memory_gib
-    of_rank = math.inf if known is None else known * _GIB / cluster.gpus_per_node
-    limit, room = cluster.memory_gib * _GIB, of_rank - memory.host_optimizer
+    limit = cluster.memory_gib * _GIB
+    room = cluster.host_limit / cluster.gpus_per_node - memory.host_optimizer
     if room < 0:
         return None
     room = room if moves else 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -191,10 +191,12 @@ class HostUsage:
 def host_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> HostUsage:
     """Return what one tensor-parallel rank of pipeline rank `rank` keeps in host memory at most."""
     activations = step.timeline.host_bytes(rank, HOST_BLOCK_BYTES)
-    work, state = step.work, 0.0
-    if optim.offload:
-        state = host_optimizer_bytes(work, rank_parameters(step, rank)) / work.degrees.dp
-    return HostUsage(activations, state)
+    return HostUsage(activations, host_state(step.work, optim, rank_parameters(step, rank)))
+
+
+def host_state(work: Workload, optim: OptimConfig, parameters: int) -> float:
+    """Return the bytes in host memory of the optimizer of a rank with so many parameters."""
+    return host_optimizer_bytes(work, parameters) / work.degrees.dp if optim.offload else 0.0
 
 
 def host_optimizer_bytes(work: Workload, parameters: int) -> int:
@@ -204,8 +206,14 @@ def host_optimizer_bytes(work: Workload, parameters: int) -> int:
 
 def most_host_bytes(step: StepPlan, optim: OptimConfig, ranks_per_node: int) -> HostUsage:
     """Return what the ranks of a node keep in its memory, on the node where that is most."""
-    nodes = nodes_of(step.degrees, ranks_per_node)
-    return max(_of_nodes(step, optim, nodes), key=lambda found: found.total)
+    of_rank = [host_bytes(step, optim, rank) for rank in range(step.num_ranks)]
+    return fullest_node(of_rank, step.degrees, ranks_per_node)
+
+
+def fullest_node(of_rank: Sequence[HostUsage], degrees: Degrees, ranks_per_node: int) -> HostUsage:
+    """Return `most_host_bytes` from what one rank of every pipeline rank keeps there."""
+    nodes = nodes_of(degrees, ranks_per_node)
+    return max((_of_node(of_rank, degrees, node) for node in nodes), key=lambda one: one.total)
 
 
 def nodes_of(degrees: Degrees, ranks_per_node: int) -> list[range]:
@@ -215,18 +223,16 @@ def nodes_of(degrees: Degrees, ranks_per_node: int) -> list[range]:
     return [ranks[first : first + ranks_per_node] for first in ranks[::ranks_per_node]]
 
 
-def _of_nodes(step: StepPlan, optim: OptimConfig, nodes: Sequence[range]) -> Iterator[HostUsage]:
-    """Yield what the ranks of each node, ranks of the run, keep in its memory."""
-    tp, pp = step.degrees.tp, step.degrees.pp
-    of_rank = [host_bytes(step, optim, rank) for rank in range(pp)]
-    for ranks in nodes:
-        found = [of_rank[rank // tp % pp] for rank in ranks]
-        yield HostUsage(sum(one.activations for one in found), sum(one.optimizer for one in found))
+def _of_node(of_rank: Sequence[HostUsage], degrees: Degrees, ranks: range) -> HostUsage:
+    """Return what `ranks` of the run, those of a node, keep in its memory."""
+    found = [of_rank[rank // degrees.tp % degrees.pp] for rank in ranks]
+    return HostUsage(sum(one.activations for one in found), sum(one.optimizer for one in found))
 
 
 def check_host(step: StepPlan, optim: OptimConfig, ranks: range, num_bytes: int) -> None:
     """Raise ConfigError if `ranks`, those of a node, keep more than `num_bytes` in its memory."""
-    (found,) = _of_nodes(step, optim, [ranks])
+    of_rank = [host_bytes(step, optim, rank) for rank in range(step.num_ranks)]
+    found = _of_node(of_rank, step.degrees, ranks)
     if found.total > num_bytes:
         raise ConfigError(found.excess_words(num_bytes))
 

@@ -5,7 +5,6 @@ Pure: nothing starts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -34,7 +33,9 @@ from vp_train.planning.memory import (
     HostUsage,
     RankMemory,
     StateBytes,
-    most_host_bytes,
+    fullest_node,
+    host_bytes,
+    host_state,
     rank_memory,
 )
 from vp_train.planning.overlap import Exchange, exchange
@@ -53,7 +54,7 @@ class RankReport:
 
     Its tensor-parallel ranks and its copies in other replicas do the same.  Times are seconds of a
     step, all microbatches together.  `layers` includes `tensor`, the collectives over the
-    tensor-parallel ranks.  `vocabulary` is S, T, E and G.
+    tensor-parallel ranks.  `vocabulary` is S, T, E and G.  `host` is in host memory at most.
     """
 
     num_layers: int
@@ -62,6 +63,7 @@ class RankReport:
     layers: float
     tensor: float
     vocabulary: float
+    host: HostUsage = field(default_factory=HostUsage)
 
     @property
     def busy(self) -> float:
@@ -136,12 +138,6 @@ class PlanReport:
         return self.cluster.memory_gib * _GIB
 
     @property
-    def host_limit(self) -> float:
-        """The bytes that the ranks of a node may keep in its memory, infinity if not known."""
-        known = self.cluster.host_memory_gib
-        return math.inf if known is None else known * _GIB
-
-    @property
     def worst(self) -> int:
         """The rank that needs most memory."""
         return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].memory.total)
@@ -157,8 +153,8 @@ class PlanReport:
 
     @property
     def host_excess(self) -> float:
-        """The bytes above the host memory of a node, if that is known; at most 0 if it fits."""
-        return 0.0 if math.isinf(self.host_limit) else self.host.total - self.host_limit
+        """The bytes above the host memory of a node; at most 0 if it fits, or is not known."""
+        return self.host.total - self.cluster.host_limit
 
     @property
     def fits(self) -> bool:
@@ -230,9 +226,7 @@ class PlanReport:
         if self.excess > 0:
             return f"memory: {self.memory_words}"
         if self.host_excess > 0:
-            assert self.cluster.host_memory_gib is not None
-            words = self.host.excess_words(self.cluster.host_memory_gib * _GIB)
-            return f"host memory: {words}"
+            return f"host memory: {self.host.excess_words(self.cluster.host_limit)}"
         mean = sum(other.busy for other in self.ranks) / len(self.ranks)
         after = ("tensor-parallel sums", "gradient sum", "waiting", "optimizer")
         rest = max(rank.busy - mean, *(parts[name] for name in after))
@@ -276,6 +270,14 @@ class PlanReport:
             f"needs {human_bytes(memory.total)} on rank {self.worst}, "
             f"{human_bytes(abs(self.excess))} {how} than {cap:g} GiB"
         )
+
+    def host_with(self, optim: OptimConfig) -> HostUsage:
+        """Return what `host` would be with another optimizer."""
+        of_rank = [
+            replace(rank.host, optimizer=host_state(self.work, optim, rank.memory.parameters))
+            for rank in self.ranks
+        ]
+        return fullest_node(of_rank, self.degrees, self.cluster.gpus_per_node)
 
     def _advice(self, part: str) -> str:
         links = links_of(self.cluster, self.degrees)
@@ -394,7 +396,7 @@ def report_of(
     work, timeline = step.work, step.timeline
     cost = on_cluster(work, cluster, CostConfig()) if cost is None else cost
     memories = [rank_memory(step, optim, rank, state) for rank in range(step.num_ranks)]
-    ranks = tuple(_rank_report(step, cost, rank, memory) for rank, memory in enumerate(memories))
+    ranks = tuple(_rank_report(step, cost, optim, *of_rank) for of_rank in enumerate(memories))
     bound = step_bound(step.problem, step.cost, step.caps)
     updates = [optimizer_seconds(step.degrees, cluster, optim, held) for held in memories]
     parameters = [memory.parameters for memory in memories]
@@ -415,7 +417,7 @@ def report_of(
         bound_reason=bound.reason,
         exchange=exchanged,
         offloading=_offloading_of(step, optim, state, memories),
-        host=most_host_bytes(step, optim, cluster.gpus_per_node),
+        host=fullest_node([one.host for one in ranks], step.degrees, cluster.gpus_per_node),
         layer_seconds=layer_pass_seconds(work, replace(cost, layer_launch_seconds=0.0), "none"),
         layer_launch_seconds=issue_seconds(work, cost),
     )
@@ -448,7 +450,9 @@ def _offloading_of(
     )
 
 
-def _rank_report(step: StepPlan, cost: CostConfig, rank: int, memory: RankMemory) -> RankReport:
+def _rank_report(
+    step: StepPlan, cost: CostConfig, optim: OptimConfig, rank: int, memory: RankMemory
+) -> RankReport:
     work, spans, split = step.work, step.timeline.compute[rank], step.problem.split_backward
     vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
     exposed = {
@@ -464,6 +468,7 @@ def _rank_report(step: StepPlan, cost: CostConfig, rank: int, memory: RankMemory
         layers=step.timeline.busy(rank) - vocabulary,
         tensor=sums * work.num_microbatches,
         vocabulary=vocabulary,
+        host=host_bytes(step, optim, rank),
     )
 
 

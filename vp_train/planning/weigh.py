@@ -6,7 +6,6 @@ costs of all passes and takes milliseconds.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -318,8 +317,7 @@ class Scales:
         margin: float = 0.0,
     ) -> None:
         self.limit = limit
-        known = with_margin(config.cluster, margin).host_memory_gib
-        self.host_limit = math.inf if known is None else known * 2**30
+        self.host_limit = with_margin(config.cluster, margin).host_limit
         self._only = optimizers
         self._config = config
         self._optimizers: dict[int, list[OptimConfig]] = {}
