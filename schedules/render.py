@@ -316,11 +316,11 @@ def facts(timeline: Timeline) -> str:
 
 def duration(seconds: float) -> str:
     """Return `seconds` as text with a unit: 0.0123 becomes `12.3 ms`."""
-    if seconds >= 1:
+    if seconds >= 0.9995:  # else rounding would make it 1e+03 of the smaller unit
         return f"{seconds:.2f} s"
-    return (
-        f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 or seconds == 0 else f"{seconds * 1e6:.3g} µs"
-    )
+    if seconds >= 0.9995e-3 or seconds == 0:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e6:.3g} µs"
 
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:

@@ -208,6 +208,15 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
         ]
 
 
+def test_one_rank_offloads_with_a_stage_for_every_layer_too():
+    """In one stage activations live too short for both ways of the link."""
+    one = Choice(Degrees(4, 1, 2), 1, 4, "1f1b", "none", "none")
+    split = replace(one, schedule="interleaved", num_chunks=8, offload=1.0)
+    assert offloading(one, 8) == [replace(one, offload=0.5), replace(one, offload=1.0), split]
+    assert split.layout.num_stages == 8
+    assert offloading(one, 1) == [replace(one, offload=1.0)]
+
+
 def test_chunks_are_tried_where_stages_shrink_and_where_all_are_alike():
     for pp, layers, head in itertools.product((2, 3, 4, 7), (8, 30, 64, 126), (None, 0.4, 1.3)):
         counts = range(2, most_chunks(pp, layers) + 1)

@@ -14,7 +14,7 @@ from schedules.excerpt import Excerpt
 from schedules.generators import generate
 from schedules.ir import Pass
 from schedules.offload import place_transfers
-from schedules.render import _Frame, chrome_trace, svg, text_grid
+from schedules.render import _Frame, chrome_trace, duration, svg, text_grid
 from schedules.simulate import simulate
 from schedules.timeline import Span, Timeline
 from tests.schedules.cases import cost, problem
@@ -420,3 +420,8 @@ def test_pictures_look_as_they_looked(make, expected, tmp_path):
     (tmp_path / "picture.svg").write_text(drawn[0])
     found = [hashlib.sha256(text.encode()).hexdigest()[:6] for text in drawn]
     assert " ".join(found) == expected, f"look at {tmp_path}/picture.svg"
+
+
+def test_no_duration_is_rounded_to_a_thousand_of_its_unit():
+    shown = {0.0: "0 ms", 0.9996: "1.00 s", 0.9994: "999 ms", 0.9996e-3: "1 ms", 12e-6: "12 µs"}
+    assert {seconds: duration(seconds) for seconds in shown} == shown

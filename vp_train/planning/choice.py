@@ -432,21 +432,24 @@ def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
 def offloading(choice: Choice, num_layers: int) -> list[Choice]:
     """Return the choices that offload activations and recompute at most as much as `choice`.
 
-    A stage of one layer offloads all or nothing.
+    A stage of one layer offloads all or nothing.  One rank gives every layer a stage of its own,
+    too: in one stage activations live too short for both ways of the link.
     """
-    strongest = RECOMPUTE.index(choice.recompute)
-    parts = OFFLOADED if choice.layout.num_stages < num_layers else OFFLOADED[-1:]
+    strongest, bases = RECOMPUTE.index(choice.recompute), [choice]
+    if choice.degrees.pp == 1 and num_layers > 1:
+        bases.append(replace(choice, schedule="interleaved", num_chunks=num_layers))
     return [
         replace(
-            choice,
+            base,
             recompute=recompute,
             recompute_where_needed=False,
             recompute_per_stage=None,
             offload=part,
             optimizer=None,
         )
+        for base in bases
         for recompute in RECOMPUTE[: strongest + 1]
-        for part in parts
+        for part in (OFFLOADED if base.layout.num_stages < num_layers else OFFLOADED[-1:])
     ]
 
 
