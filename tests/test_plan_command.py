@@ -376,14 +376,16 @@ def test_a_search_balances_rows_beside_uneven_layers_unless_that_is_typed(vp_pla
 
 
 def test_search_where_nothing_fits(vp_plan):
-    code, out, _ = vp_plan("--search", *NANO, "cluster.memory_gib=0.001")
+    code, out, _ = vp_plan("--search", *NANO, "cluster.memory_gib=0.002")
     assert code == EXIT_CONFIG
     assert "NOTHING FITS.  Closest:\n    parallel.dp=" in out
-    assert "more than the 0.00095 GiB that a plan may use" in out, "5 % stay free"
+    assert "more than the 0.0019 GiB that a plan may use" in out, "5 % stay free"
     assert "ruled out most: memory, for weights, gradients and optimizer state alone: " in out
     helps = [line for line in out.splitlines() if line.startswith("would help")]
-    assert "cluster.num_nodes=" in helps[-1], "nothing that the search has refused is advised"
+    assert "cluster.num_nodes=4" in helps[-1], "nothing that the search has refused is advised"
     assert "torchrun" not in out
+    nodes = helps[-1].split()[2].rstrip(",")
+    assert "NOTHING" not in vp_plan("--search", *NANO, "cluster.memory_gib=0.002", nodes)[1]
 
 
 def test_where_only_what_is_kept_does_not_fit_the_search_says_so(vp_plan):

@@ -1301,12 +1301,13 @@ def test_a_choice_that_fits_is_one_whose_stages_all_recompute_most(enter, monkey
     ]
     world = World([Facts(1.0, 1.0) for _ in choices], choices)
     world.facts[choices[2]].fails["weigh"] = ConfigError("no")
+    world.facts[choices[3]].fails["draft"] = ConfigError("needs more than it weighs")
     made = enter(world)
     space = Space(tuple(choices), Counter(), (ZERO1,))
     monkeypatch.setattr(search_module, "space_of", lambda config, kept: space)
-    assert fits_on(CONFIG, 0.5) == choices[3]
+    assert fits_on(CONFIG, 0.5) == choices[4]
     assert made == [(0.5 * GIB, (ZERO1,))]
-    assert world.asked("weigh") == [2, 3]
+    assert (world.asked("weigh"), world.asked("draft")) == ([2, 3, 4], [3, 4])
     assert fits_on(CONFIG, 0.5, Kept({"parallel.recompute": "selective"})) == choices[1]
     for facts in world.facts.values():
         facts.fails["weigh"] = ConfigError("no")

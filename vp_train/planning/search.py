@@ -79,7 +79,7 @@ _SLACK = 0.01
 # this part of the one that was seen.
 _ALIKE = 0.97
 _KEPT_REFUSALS = 100
-_TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL = 20, 3
+_TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
@@ -794,16 +794,27 @@ def simulated(
 
 
 def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None:
-    """Return a choice whose state and leanest activations fit, None if there is none."""
+    """Return a choice whose draft fits with the leanest activations, None if none is found.
+
+    Those that weigh least are drafted, for what a weight says may be too little.
+    """
     space = space_of(config, kept)
-    scales = Scales(config, limit_of(config.cluster, margin), space.optimizers, margin)
+    limit = limit_of(config.cluster, margin)
+    scales = Scales(config, limit, space.optimizers, margin)
     leanest = kept.values.get("parallel.recompute", "full")
-    for choice in space.choices:
+    found = list[tuple[float, int, Choice]]()
+    for number, choice in enumerate(space.choices):
         if choice.recompute != leanest or choice.recompute_where_needed:
             continue
         try:
             weight = scales.weigh(choice)
         except ConfigError:
             continue
-        return replace(choice, optimizer=weight.optimizer)
+        found.append((weight.needs, number, replace(choice, optimizer=weight.optimizer)))
+    for _, _, choice in heapq.nsmallest(_TRIES_TO_FIT, found):
+        try:
+            scales.draft(replace(choice, optimizer=None))
+        except ConfigError:
+            continue
+        return choice
     return None
