@@ -209,7 +209,7 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
 
 
 def test_one_rank_offloads_with_a_stage_for_every_layer_too():
-    """In one stage activations live too short for both ways of the link."""
+    """Stages of one layer keep activations long enough for both ways of the link."""
     one = Choice(Degrees(4, 1, 2), 1, 4, "1f1b", "none", "none")
     split = replace(one, schedule="interleaved", num_chunks=8, offload=1.0)
     assert offloading(one, 8) == [replace(one, offload=0.5), replace(one, offload=1.0), split]

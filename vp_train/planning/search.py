@@ -45,13 +45,7 @@ from vp_train.planning.choice import (
 )
 from vp_train.planning.cluster import limit_of
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.found import (
-    Estimate,
-    Found,
-    Limits,
-    Result,
-    counted,
-)
+from vp_train.planning.found import Estimate, Found, Limits, Result, counted
 from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.plan import StepPlan
@@ -657,10 +651,8 @@ class _Search:
             saved = estimate.candidate.passes - item.passes
             if saved > _LEAST_BALANCED * estimate.candidate.passes:
                 promising.append((counted(choice, estimate.seconds - saved), place, item))
-        estimates, enough = (
-            list(self._book.estimates),
-            self._spent + _FOR_BALANCE * self._limits.effort,
-        )
+        estimates = list(self._book.estimates)
+        enough = self._spent + _FOR_BALANCE * self._limits.effort
         for seconds, place, item in sorted(promising, key=lambda found: found[:2]):
             last, first_of = self._to_beat(self._limits.top)
             if seconds >= max(last, first_of[True]) or self._spent >= enough or not self._in_time():
@@ -799,8 +791,7 @@ def fits_on(config: RunConfig, margin: float, kept: Kept = ALL) -> Choice | None
     Those that weigh least are drafted, for what a weight says may be too little.
     """
     space = space_of(config, kept)
-    limit = limit_of(config.cluster, margin)
-    scales = Scales(config, limit, space.optimizers, margin)
+    scales = Scales(config, limit_of(config.cluster, margin), space.optimizers, margin)
     leanest = kept.values.get("parallel.recompute", "full")
     found = list[tuple[float, int, Choice]]()
     for number, choice in enumerate(space.choices):
