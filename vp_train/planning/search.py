@@ -51,7 +51,7 @@ from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.report import report_of
 from vp_train.planning.shared import Shared
-from vp_train.planning.short import draft_nodes, effort_of, placed_by_short, plan_nodes, short_step
+from vp_train.planning.short import draft_nodes, effort_of, placed_by_short, plan_nodes
 from vp_train.planning.weigh import (
     SIMULATED,
     Candidate,
@@ -160,18 +160,16 @@ class _Search:
         below: float = math.inf,
         shared: Shared | None = None,
     ) -> None:
-        self._shared = shared
         self._below = below  # the seconds that a choice must be faster than to be looked for
         self._plans = True  # and looks for the best with and without vocabulary parallelism
         self._cluster, self._limits, self._space = config.cluster, limits, space
         self._typed = as_typed(config)
         self._in_time, self._progress = in_time, progress
-        limit = limit_of(config.cluster, limits.margin)
-        self._scales = (
-            Scales(config, limit, space.optimizers, limits.margin)
-            if shared is None
-            else shared.scales.with_optimizers(space.optimizers)
-        )
+        if shared is None:
+            limit = limit_of(config.cluster, limits.margin)
+            shared = Shared(Scales(config, limit, margin=limits.margin), keeps_steps=False)
+        self._shared = shared
+        self._scales = shared.scales.with_optimizers(space.optimizers)
         self._spent = self._num_estimated = self._num_drafted = 0
         self._num_layers = config.model.num_layers
         self._num_before = 0  # estimates of what was typed and does not fit
@@ -352,7 +350,7 @@ class _Search:
                     item = self._items[number] = self._scales.draft(choice)
                     self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
-                    least = None if self._shared is None else self._shared.least(item)
+                    least = self._shared.least(item)
                     if least is not None:
                         self._bounds[number] = least
                         self._exact.add(number)
@@ -594,11 +592,7 @@ class _Search:
         Raises TooLargeError if none does, and HostMemoryError if only the hosts lack memory.
         """
         self._num_estimated += 1
-        step, passes, placed = (
-            short_step(candidate.draft, candidate.choice.schedule)
-            if self._shared is None
-            else self._shared.short_step(candidate)
-        )
+        step, passes, placed = self._shared.short_step(candidate)
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
         alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
