@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-AS_FAST = "as fast"
-
 
 def plural(count: int, name: str) -> str:
     """Return `name` as it stands behind a count: 1 -> rank, 2 -> ranks, 0 -> microbatches."""
@@ -44,6 +42,6 @@ def is_as_fast(seconds: float, than: float) -> bool:
 def compared(seconds: float, than: float) -> str:
     """Return how much slower or faster `seconds` are than others: `1.5% slower`, or `as fast`."""
     if is_as_fast(seconds, than):
-        return AS_FAST
+        return "as fast"
     change = seconds / than - 1
     return f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"

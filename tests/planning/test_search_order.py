@@ -202,14 +202,19 @@ def enter(monkeypatch):
     def entered(world):
         made = []
 
-        def scales(config, limit, optimizers, margin):
-            made.append((limit, optimizers))
+        def scales(config, limit, optimizers=None, margin=0.0):
+            if optimizers is not None:
+                made.append((limit, optimizers))
             known = with_margin(config.cluster, margin).host_memory_gib
             world.limit, world.host_limit = limit, float("inf") if known is None else known * GIB
             return world
 
+        def with_optimizers(optimizers):
+            made.append((world.limit, optimizers))
+            return world
+
+        world.with_optimizers = with_optimizers
         monkeypatch.setattr(search_module, "Scales", scales)
-        monkeypatch.setattr(search_module, "short_step", world.short_step)
         monkeypatch.setattr(shared_module, "short_step", world.short_step)
         monkeypatch.setattr(search_module, "neighbours", world.neighbours)
         monkeypatch.setattr(search_module, "report_of", world.report_of)
@@ -1034,15 +1039,16 @@ def run_offloading(world, num_base, *, top=1, effort=10**9, config=GPU, kept=Non
 
 
 def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter):
+    """Offloading delays nothing, so what takes long without it is not simulated again."""
     large = {"adamw": GIB + 1.0}
-    base = [(0, "selective", Facts(10.0, 10.0)), (1, "none", Facts(1.0, 1.0, short_bytes=large))]
+    base = [(0, "selective", Facts(10.0, 10.0)), (1, "none", Facts(1.0, 9.5, short_bytes=large))]
     others = {
         (0, "none", 0.5): Facts(1.0, 6.0, drafted=5.0),
-        (0, "none", 1.0): Facts(2.0, 1.0, least=GIB + 1.0),
-        (0, "selective", 0.5): Facts(3.0, 1.0, drafted=10.0),
-        (0, "selective", 1.0): Facts(10.0, 1.0),
+        (0, "none", 1.0): Facts(2.0, 6.0, least=GIB + 1.0),
+        (0, "selective", 0.5): Facts(3.0, 10.0, drafted=10.0),
+        (0, "selective", 1.0): Facts(10.0, 10.0),
         (1, "none", 0.5): Facts(4.0, 9.5, least=float(GIB)),
-        (1, "none", 1.0): Facts(0.5, 1.0, short_bytes={"adamw": GIB + 5.0}),
+        (1, "none", 1.0): Facts(0.5, 9.5, short_bytes={"adamw": GIB + 5.0}),
     }
     world = offloading_world(base, others)
     enter(world)
@@ -1051,8 +1057,7 @@ def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter)
     assert sorted(world.asked("weigh")) == list(range(8))
     rest = [event for event in world.log[begin:] if event[0] != "weigh"]
     assert rest == [
-        *(("draft", 7), ("short", 7), ("draft", 2), ("draft", 4), ("draft", 6)),
-        *(("short", 6), ("short", 2), ("plan", 2)),
+        *(("draft", 2), ("draft", 4), ("draft", 7), ("short", 2), ("plan", 2)),
     ]
     assert numbers(world, found.best) == [2]
     assert number_of(world, found.with_vocabulary) == 2
@@ -1060,7 +1065,7 @@ def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter)
     assert found.num_choices == 2 + 4
     assert found.num_open == 0
     refused = {world.choices.index(one.choice): (one.bound, one.needs) for one in found.refused}
-    assert refused == {1: (1.0, GIB + 1.0), 7: (0.5, GIB + 5.0)}
+    assert refused == {1: (1.0, GIB + 1.0)}
 
 
 @pytest.mark.parametrize("stage", ["weigh", "short", "doubtful"])
@@ -1159,7 +1164,7 @@ def test_all_that_memory_refused_is_tried_with_offloading(enter):
         assert found.num_choices == len(base) + 1
 
 
-@pytest.mark.parametrize("effort", [10**6, 8_000, 5_000, 3_000])
+@pytest.mark.parametrize("effort", [10**6, 5_000, 3_000])
 def test_offloading_takes_a_fifth_of_the_effort_or_what_is_left_for_estimates(
     enter, effort, monkeypatch
 ):
@@ -1169,10 +1174,7 @@ def test_offloading_takes_a_fifth_of_the_effort_or_what_is_left_for_estimates(
     base = [(0, "full", Facts(10.0, 10.0, whole=10))]
     base += [(n, "none", Facts(1.0, 1.0, fails={"weigh": large})) for n in range(1, 8)]
     keys = [(n, "none", part) for n in range(8) for part in (0.5, 1.0)]
-    others = {
-        key: Facts(7.0 + index / 1000, 8.0 - index / 100, whole=10)
-        for index, key in enumerate(keys)
-    }
+    others = {key: Facts(7.0 + key[0] / 100, 8.0 - key[0] / 100, whole=10) for key in keys}
     others |= {(0, k, part): Facts(99.0, 9.0) for k in ("selective", "full") for part in (0.5, 1.0)}
     world = offloading_world(base, others)
     enter(world)
@@ -1186,8 +1188,8 @@ def test_offloading_takes_a_fifth_of_the_effort_or_what_is_left_for_estimates(
     tried = {number for number in world.asked("short") if number >= 8}
     enough = max(0.5 * effort, begins + 0.2 * effort)
     assert events[-2][0] < enough
-    assert spent >= enough or len(tried) == len(keys)
-    assert (len(tried) == len(keys)) == (effort > 8_000)
+    assert spent >= enough or len(tried) == 8, "the other part takes as long"
+    assert (len(tried) == 8) == (effort > 5_000)
 
 
 @pytest.mark.parametrize(("short", "is_planned"), [(9.9, True), (10.05, True), (10.2, False)])
@@ -1268,21 +1270,22 @@ def test_balanced_rows_take_a_tenth_of_the_effort(enter):
 
 
 def test_offloading_ends_with_the_time(enter):
+    large = TooLargeError(2.0 * GIB, GIB, LEANEST)
     base = [(0, "full", Facts(10.0, 10.0))]
-    kinds = ("none", "selective", "full")
-    others = {
-        (0, kind, part): Facts(7.0 + i / 100, 8.0 - i / 10)
-        for i, (kind, part) in enumerate((k, p) for k in kinds for p in (0.5, 1.0))
-    }
+    base += [(n, "full", Facts(1.0, 1.0, fails={"weigh": large})) for n in (1, 2)]
+    others = {(n, "full", part): Facts(10.0, 10.0) for n in range(3) for part in (0.5, 1.0)}
+    for index, (n, kind) in enumerate((n, k) for n in range(3) for k in ("none", "selective")):
+        facts = Facts(7.0 + index / 100, 8.0 - index / 100)
+        others |= {(n, kind, part): facts for part in (0.5, 1.0)}
     counts = []
     for left in range(30):
         world = offloading_world(base, others)
         enter(world)
         clock = iter([True] * left + [False] * 99)
-        found = run_offloading(world, 1, in_time=clock.__next__)
+        found = run_offloading(world, 3, in_time=clock.__next__)
         assert len(found.best) == 1
-        short = [number for number in world.asked("short") if number >= 1]
-        planned = [number for number in world.asked("plan") if number >= 1]
+        short = [number for number in world.asked("short") if number >= 3]
+        planned = [number for number in world.asked("plan") if number >= 3]
         counts.append((len(short), len(planned)))
     assert counts == sorted(counts)
     assert [count for count, _ in counts].count(6) > 1
@@ -1445,12 +1448,11 @@ def test_a_third_short_step_counts_where_ranks_wait(monkeypatch, waits):
     )
 
 
-def test_what_is_known_exactly_is_not_scaled_as_bounds_are(enter, monkeypatch):
+def test_what_is_known_exactly_is_not_scaled_as_bounds_are(enter):
     """A step is as long with offloading, which fits where the same one without does not."""
     choices = [choice_of(0), choice_of(0, offload=1.0)]
     world = World([Facts(1.0, 2.0, short_bytes={"adamw": 2.0 * GIB}), Facts(1.0, 2.0)], choices)
     enter(world)
-    monkeypatch.setattr(world, "with_optimizers", lambda optimizers: world, raising=False)
     world.limit, world.host_limit = GIB, float("inf")
     space = Space(tuple(choices), Counter(), (ADAMW,))
     for shared in (None, shared_module.Shared(world)):
@@ -1502,7 +1504,6 @@ def test_where_a_time_is_known_only_what_may_be_faster_is_simulated_and_once(ent
     facts = [Facts(1.0, 2.5), Facts(2.0, 2.2), Facts(3.5, 3.6), Facts(1.0, 1.2)]
     world = World(facts, [*map(choice_of, range(3)), choice_of(0, offload=1.0)])
     enter(world)
-    world.with_optimizers = lambda optimizers: world
     space, shared = Space(tuple(world.choices), Counter(), (ADAMW,)), shared_module.Shared(world)
     for _ in range(2):
         found = search_module.simulated(CONFIG, space, 10**6, below=3.0, shared=shared)

@@ -33,7 +33,7 @@ from vp_train.planning.search import simulated
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
 from vp_train.planning.weigh import Scales
-from vp_train.units import AS_FAST, compared
+from vp_train.units import compared, is_as_fast
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
 # of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.
@@ -207,14 +207,12 @@ def _turn(first: Way, other: Way, now: float, part: float) -> str:
     ):
         return ""
     ours, theirs = first.at(part), other.at(part)
-    if ours is None or theirs is None or wins(ours, theirs) == won:
+    if ours is None or theirs is None or wins(ours, theirs) == won or is_as_fast(ours, theirs):
         return ""
     (fast, winner), (slow, loser) = sorted(((ours, first.words), (theirs, other.words)))
-    how = compared(fast, slow)
-    if how == AS_FAST:
-        return ""
     return (
-        f"with {part:g} {winner} is {how} than {loser} ({duration(fast)} against {duration(slow)})"
+        f"with {part:g} {winner} is {compared(fast, slow)} than {loser} "
+        f"({duration(fast)} against {duration(slow)})"
     )
 
 
