@@ -22,18 +22,16 @@ from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import gradient_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state, state_of
+from vp_train.planning.peaks import Peak, at_peak, minimum_step, peaks_of
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.short import short_step
 from vp_train.planning.weigh import (
     LEANEST,
     STATE,
-    Peak,
     SameChoiceError,
     Scales,
     TooLargeError,
-    minimum_step,
-    peaks_of,
 )
 from vp_train.settings import load_config
 
@@ -441,7 +439,7 @@ def test_about_how_many_bytes_a_step_needs_counts_a_held_shard_on_the_worst_rank
         whole = drafted.with_named(name)
         most = max(rank_memory(whole, config.optim, rank).total for rank in range(8))
         assert max(without) <= found <= most
-        holding = weigh._at_peak(drafted, name, peaks_of(name, drafted.problem), holds=True)
+        holding = at_peak(drafted, name, peaks_of(name, drafted.problem), holds=True)
         needs = rank_memory(holding, config.optim, 7).total
         assert without[7] <= needs < without[7] + step.cost.shard_bytes[7]
 

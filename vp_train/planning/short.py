@@ -10,8 +10,9 @@ from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.simulate import simulate_order
 from vp_train.planning.choice import Choice
+from vp_train.planning.peaks import unsimulated
 from vp_train.planning.plan import Draft, StepPlan, busiest_seconds
-from vp_train.planning.weigh import Candidate, unsimulated
+from vp_train.planning.weigh import Candidate
 
 # Nodes that the generator of a short step may place in search of a better order, and how often
 # about it places each of them until nothing helps.

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
 
 from schedules.bound import step_bound
-from schedules.cost import CostModel
 from schedules.generators import GENERATORS
 from schedules.generators.weave import waits_for_weights
-from schedules.ir import Kind, Pass, Schedule
+from schedules.ir import Kind
 from schedules.layout import Layout
 from schedules.problem import Problem
-from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, searched_algorithms
 from vp_train.config import ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.model import shape
@@ -36,13 +33,19 @@ from vp_train.planning.memory import (
     total_bytes,
 )
 from vp_train.planning.overlap import exchange
+from vp_train.planning.peaks import (
+    Peak,
+    Waits,
+    at_peak,
+    enough_microbatches,
+    peaks_of,
+)
 from vp_train.planning.placement import balance, offloaded_layers, redistribute, split_vocabulary
 from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
 from vp_train.planning.report import optimizer_seconds
+from vp_train.planning.some_recompute import SomeRecompute
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
-
-Waits = Literal["none", "one", "all"]
 
 _MOST_RANKS = 16  # of which the memory is looked at one by one
 # Where the backward is whole, the base order says well what a step needs (where it is split, W may
@@ -116,131 +119,6 @@ class SameChoiceError(ConfigError):
     """The error for a choice that another one is, too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The microbatches in flight on a rank when they are most, by chunk.
-
-    counts: from F to B or I, which is the least: W may follow I at once.
-    kept: from F to B or W in the base order, which is about what a whole step has.
-    backward: the stage whose backward comes next.
-    """
-
-    counts: tuple[int, ...]
-    kept: tuple[int, ...]
-    backward: int
-
-
-def peaks_of(name: str, problem: Problem, *, check: bool = True) -> tuple[Peak, ...]:
-    """Return the peak of every rank in the base order of the schedule `name`.
-
-    Adding the vocabulary passes keeps the order of the other passes, or with a split backward the
-    number of microbatches in flight.  It can only increase the peak.  Raises ConfigError for a
-    wrong base order, unless `check` is false because it was checked for another step.
-    """
-    layout = problem.layout
-    count = _enough(name, problem.num_microbatches, layout)
-    problem = replace(problem, num_microbatches=count)
-    base = named_base_order(name, problem) if check else GENERATORS[name].base_order(problem)
-    return tuple(
-        Peak(
-            _most(order, layout.stages_of(rank), problem.backward)[0],
-            *_most(order, layout.stages_of(rank), problem.stage_kinds[-1]),
-        )
-        for rank, order in enumerate(base)
-    )
-
-
-def _enough(name: str, num_microbatches: int, layout: Layout) -> int:
-    """Return with how many of the microbatches every rank has its peak: gpipe needs them all."""
-    return num_microbatches if name == "gpipe" else min(num_microbatches, 2 * layout.num_ranks + 4)
-
-
-def _most(
-    order: Iterable[Pass], stages: tuple[int, ...], last: Kind
-) -> tuple[tuple[int, ...], int]:
-    """Return the most microbatches between F and `last`, by chunk, and the stage of that `last`."""
-    chunk_of = {stage: chunk for chunk, stage in enumerate(stages)}
-    counts, highest, next_stage = [0] * len(stages), (0,) * len(stages), stages[0]
-    now = most = 0
-    is_new = False
-    for item in order:
-        if item.kind is Kind.F:
-            counts[chunk_of[item.stage]] += 1
-            now += 1
-            if now > most:
-                most, is_new = now, True
-        elif item.kind is last:
-            if is_new:
-                highest, next_stage, is_new = tuple(counts), item.stage, False
-            counts[chunk_of[item.stage]] -= 1
-            now -= 1
-    return highest, next_stage
-
-
-def minimum_step(schedule: str, draft: Draft) -> StepPlan:
-    """Return a step whose ranks do no more than reach their peak, for a lower bound on memory.
-
-    See `peaks_of`.
-    """
-    return _at_peak(draft, schedule, peaks_of(schedule, draft.problem))
-
-
-def _at_peak(
-    draft: Draft,
-    name: str,
-    peaks: Sequence[Peak],
-    *,
-    waits: Waits = "none",
-    holds: bool = False,
-    ranks: Iterable[int] | None = None,
-) -> StepPlan:
-    """Return a step that ends when ranks keep the most.
-
-    Where the backward is split, none, one or all of what is in flight may wait for its W.  With
-    `holds` ranks have S of a microbatch, too.  Its T comes before the backward if one rank has the
-    whole vocabulary, else it is left out, because the shard is held meanwhile.  Only `ranks` have
-    passes, None for all.
-    """
-    problem = draft.problem
-    shard = (Kind.S,) if problem.algorithm.sharded else (Kind.S, Kind.T)
-    holding = problem.shard_ranks(End.OUTPUT) if holds else ()
-    cost = draft.cost
-    orders: list[tuple[Pass, ...]] = [()] * len(peaks)
-    for rank in range(len(peaks)) if ranks is None else ranks:
-        peak = peaks[rank]
-        held = peak.kept if waits == "all" else peak.counts
-        order = [
-            Pass(stage, Kind.F, microbatch)
-            for stage, count in zip(problem.layout.stages_of(rank), held, strict=True)
-            for microbatch in range(count)
-        ]
-        order += [Pass(rank, kind, 0) for kind in shard if rank in holding]
-        if waits == "one":
-            order.append(Pass(peak.backward, Kind.I, 1))
-        orders[rank] = (*order, Pass(peak.backward, problem.backward, 0))
-    if problem.split_backward and waits != "one":
-        kept = cost.stage_bytes
-        if waits == "all":
-            kept = tuple(map(max, kept, cost.weight_bytes))
-        cost = replace(cost, stage_bytes=kept, weight_bytes=(0.0,) * problem.layout.num_stages)
-    return unsimulated(draft, Schedule(name, tuple(orders)), cost)
-
-
-def unsimulated(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
-    """Return a step that was not simulated: its timeline is empty."""
-    return StepPlan(
-        work=draft.work,
-        layers=draft.layers,
-        recompute=draft.recompute,
-        shards=draft.shards,
-        problem=draft.problem,
-        cost=cost,
-        schedule=schedule,
-        timeline=Timeline((), (), (), ()),
-        caps=(),
-    )
-
-
 def about_bytes(config: RunConfig) -> float:
     """Return about how many bytes the worst rank needs: those of `minimum_step` and a held shard.
 
@@ -260,7 +138,7 @@ def about_bytes(config: RunConfig) -> float:
         vocab=replace(config.vocab, algorithm=vocab),
     )
     found = draft_step(named, config.cluster.num_gpus)
-    minimum = _at_peak(found, name, peaks_of(name, found.problem), holds=True)
+    minimum = at_peak(found, name, peaks_of(name, found.problem), holds=True)
     return max(total_bytes(minimum, [config.optim], rank)[0] for rank in range(minimum.num_ranks))
 
 
@@ -483,7 +361,7 @@ class Scales:
         """Return the choice as `draft` does, with those of the optimizers that may fit."""
         drafted = self._draft(choice)
         peaks, ranks = self._peaks_of(choice, choice.layout), _looked_at(drafted)
-        minimum = _at_peak(drafted.without_offloaded(), choice.schedule, peaks, ranks=ranks)
+        minimum = at_peak(drafted.without_offloaded(), choice.schedule, peaks, ranks=ranks)
         needs = list(zip(optimizers, self.needs(minimum, optimizers), strict=True))
         fitting = tuple(optim for optim, (num_bytes, _) in needs if num_bytes <= self.limit)
         if not fitting:
@@ -496,7 +374,7 @@ class Scales:
         splits, whole = GENERATORS[choice.schedule].split_backward, drafted.cost
         one = splits and waits_for_weights(sum(whole.stage_bytes), sum(whole.weight_bytes))
         waits: Waits = "one" if one else "all"
-        peak = _at_peak(kept, choice.schedule, peaks, waits=waits, holds=True, ranks=ranks)
+        peak = at_peak(kept, choice.schedule, peaks, waits=waits, holds=True, ranks=ranks)
         expected = [num_bytes + moving for num_bytes, _ in self.needs(peak, fitting)]
         if not splits and min(expected) > _FAR_TOO_LARGE * self.limit:
             raise TooLargeError(min(expected) / _FAR_TOO_LARGE, self.limit, EXPECTED)
@@ -570,7 +448,7 @@ class Scales:
         everywhere = replace(choice, recompute_where_needed=False)
         # The first optimizer is the leanest of those on the GPU, the last one of all.
         first, last = optimizers[0], optimizers[-1]
-        some = _SomeRecompute.of(
+        some = SomeRecompute.of(
             choice.schedule,
             self._draft(replace(everywhere, recompute="none")),
             self._draft(everywhere),
@@ -590,7 +468,7 @@ class Scales:
         return found
 
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
-        count = _enough(choice.schedule, choice.num_microbatches, layout)
+        count = enough_microbatches(choice.schedule, choice.num_microbatches, layout)
         algorithm = VOCAB_ALGORITHMS[choice.vocab]
         key = (choice.schedule, layout, algorithm.extra_in_flight, count)
         if key not in self._peaks:
@@ -622,77 +500,6 @@ class Scales:
                 work, cluster, optim, parameters
             ) + optimizer_seconds(work.degrees, cluster, optim, held)
         return self._after[key]
-
-
-@dataclass(frozen=True, slots=True)
-class _SomeRecompute:
-    """Finds the stages that recompute if as few do as memory needs.
-
-    On every rank those come first that save most.  Steps in which as many stages of every rank
-    recompute are made for that, and shared by the ranks.
-
-    step: one in which no stage recomputes, as in `minimum_step`, and which holds a shard.
-    saving: a draft in which all do.
-    optimizers: those with which memory is looked at.
-    orders: the stages of each rank, that which saves most first.
-    steps, needs: what was computed, by the number of stages, and by the rank too.
-    """
-
-    step: StepPlan
-    saving: Draft
-    optimizers: Sequence[OptimConfig]
-    orders: tuple[list[int], ...]
-    steps: dict[int, StepPlan] = field(default_factory=dict)
-    needs: dict[tuple[int, int], list[float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        schedule: str,
-        without: Draft,
-        saving: Draft,
-        peaks: tuple[Peak, ...],
-        optimizers: Sequence[OptimConfig],
-    ) -> _SomeRecompute:
-        layout = without.problem.layout
-        kept, fewer = without.cost.stage_bytes, saving.cost.stage_bytes
-        orders = list[list[int]]()
-        for rank, peak in enumerate(peaks):
-            flying = dict(zip(layout.stages_of(rank), peak.counts, strict=True))
-            saved = {stage: flying[stage] * (kept[stage] - fewer[stage]) for stage in flying}
-            orders.append(sorted(saved, key=saved.__getitem__, reverse=True))
-        step = _at_peak(without, schedule, peaks, holds=True)
-        return cls(step, saving, optimizers, tuple(orders))
-
-    def where_needed(self, optim: OptimConfig, limit: float) -> tuple[str, ...]:
-        """Return what every stage recomputes if ranks may need `limit` bytes with `optim`."""
-        which = self.optimizers.index(optim)
-        kinds, count = list(self.step.recompute), 0  # at first as many as on the rank before
-        for rank, order in enumerate(self.orders):
-            while count > 0 and self._needs(rank, count - 1)[which] <= limit:
-                count -= 1
-            while count < len(order) and self._needs(rank, count)[which] > limit:
-                count += 1
-            for stage in order[:count]:
-                kinds[stage] = self.saving.recompute[stage]
-        return tuple(kinds)
-
-    def _needs(self, rank: int, count: int) -> list[float]:
-        """Return the bytes of a rank with each optimizer if so many of its stages recompute."""
-        if (rank, count) not in self.needs:
-            self.needs[rank, count] = total_bytes(self._step(count), self.optimizers, rank)
-        return self.needs[rank, count]
-
-    def _step(self, count: int) -> StepPlan:
-        """Return the step in which so many stages of every rank recompute."""
-        if count not in self.steps:
-            kinds, held = list(self.step.recompute), list(self.step.cost.stage_bytes)
-            for stage in (stage for order in self.orders for stage in order[:count]):
-                kinds[stage] = self.saving.recompute[stage]
-                held[stage] = self.saving.cost.stage_bytes[stage]
-            cost = replace(self.step.cost, stage_bytes=tuple(held))
-            self.steps[count] = replace(self.step, recompute=tuple(kinds), cost=cost)
-        return self.steps[count]
 
 
 @dataclass(frozen=True, slots=True)
