@@ -315,9 +315,9 @@ def facts(timeline: Timeline) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return `seconds` as text with a unit: 0.0123 becomes `12.3 ms`."""
+    """Return `seconds` as text with a unit: `12.3 ms` for 0.0123, `1,234.50 s` for 1234.5."""
     if seconds >= 0.9995:  # else rounding would make it 1e+03 of the smaller unit
-        return f"{seconds:.2f} s"
+        return f"{seconds:,.2f} s"
     if seconds >= 0.9995e-3 or seconds == 0:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds * 1e6:.3g} µs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -31,6 +32,11 @@ def vp_plan(run_here):
     return partial(run_here, main, "vp-plan")
 
 
+def unbroken(out):
+    """Return what was printed as one line, with single blanks."""
+    return " ".join(out.split())
+
+
 def overrides_behind(words, out):
     """Return the overrides behind words that begin a line: in it, or in the next one."""
     (found,) = re.findall(rf"^{words}\s+(.*)$", out, re.MULTILINE)
@@ -51,16 +57,19 @@ def test_as_in_the_readme_without_torch():
     lines = done.stdout.splitlines()
     assert lines.pop() == "False"
     assert len(lines) <= 28
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 100
     found = make_report(load_config(AS_TYPED))
     assert (
-        "8 GPUs on one node, 75 GiB and 312 TFLOP/s in bfloat16 each; in a run large products "
-        "reach 78% of it, attention 56%" in done.stdout
+        "8 GPUs on one node, 75 GiB, 312 TFLOP/s in bfloat16 each; large products reach 78%, "
+        "attention 56%" in done.stdout
     )
-    assert f"MFU {found.mfu:.1%}" in done.stdout
+    work = f"the model's work is {found.flops / 1e15:.3g} PFLOP in a step of 8 GPUs"
+    assert f"MFU {found.mfu:.1%}; {work}\n" in done.stdout
+    assert "exposed" not in done.stdout, "it is 0.1 %"
     binds = lines.index(f"binds     {found.binds}")
     assert lines[binds + 1].startswith("without   vocabulary parallelism, best found here: ")
-    helps = re.match(r"helps     (.+): (.+ s) \((.+)% faster\), ", lines[binds + 2])
+    (helps,) = (line for line in lines if line.startswith("helps"))
+    helps = re.match(r"helps     (.+): (.+ s) \((.+)% faster\), ", helps)
     again = make_report(load_config([*AS_TYPED, *helps[1].split()]))
     assert helps[2] == duration(again.step_seconds)
     assert helps[3] == f"{100 * (1 - again.step_seconds / found.step_seconds):.1f}"
@@ -94,25 +103,67 @@ def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
         assert first.startswith(f"{begin}word")
         assert {len(line) - len(line.lstrip()) for line in others} == {indent}
         assert overrides in map(str.strip, others), "it can be copied without the colon"
-        assert all(len(line) <= 120 for line in (first, *others) if overrides not in line)
+        assert all(len(line) <= 100 for line in (first, *others) if overrides not in line)
         assert " ".join((first + "".join(others)).split()).count("word") == 80
     first, *others = text_of([f"helps     {overrides}: {words}"]).splitlines()
     assert first == f"helps     {overrides}"
     assert all(re.match(" {10}word ", line) for line in others)
     listed = f"kept: {overrides.replace(' ', ', ')}"
     broken = text_of([listed]).splitlines()
-    assert max(map(len, broken)) <= 120, "what has commas is not to be copied"
+    assert max(map(len, broken)) <= 100, "what has commas is not to be copied"
     assert " ".join(map(str.strip, broken)) == listed
-    kept = [row, "─" * 130, f"{'x' * 119} y", "", "first: " + 20 * "x"]
+    kept = [row, "─" * 130, f"{'x' * 99} y", "", "first: " + 20 * "x"]
     assert text_of(kept[:2] + kept[3:]).splitlines() == kept[:2] + kept[3:]
-    assert text_of(kept[2:3]).splitlines() == ["x" * 119, "    y"]
+    assert text_of(kept[2:3]).splitlines() == ["x" * 99, "    y"]
+    for together in ("12.30 s", "~1,024 GiB", "dp=8 x pp=2 x tp=1"):
+        broken = text_of([f"{'x' * (96 - len(together))} {'word ' * 3}{together} word"])
+        assert together in broken.replace("x" * 20, "")
+        assert broken.count("\n") == 1
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """Return a function that makes stdout a terminal of so many columns."""
+
+    def of_width(columns):
+        monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
+        monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+
+    return of_width
+
+
+def test_text_is_as_wide_as_the_terminal(on_terminal):
+    """It has 100 columns where stdout is none, and where a terminal has no width."""
+    widths = []
+    for columns in (None, 80, 132, 10, 0):
+        if columns is not None:
+            on_terminal(columns)
+        widths.append(max(map(len, text_of(["word " * 60]).splitlines())))
+    assert widths == [99, 79, 129, 39, 99]
+
+
+def test_the_table_of_ranks_fits_on_a_terminal_with_all_its_bytes(on_terminal):
+    words = ["model=llama3_70b", "cluster=h100_80g_node", "cluster.num_nodes=8", "parallel.dp=1"]
+    config = load_config([*words, "parallel.tp=4", "num_microbatches=64"])
+    report = make_report(config)
+    for columns in (80, 100):
+        on_terminal(columns)
+        lines = plan_lines(config, report)
+        head = next(n for n, line in enumerate(lines) if line.startswith("rank "))
+        table = lines[head : lines.index("", head)]
+        assert max(map(len, table)) <= columns
+        assert len(table) == 1 + report.degrees.pp
+        for row, rank in zip(table[1:], report.ranks, strict=True):
+            total = f"{rank.memory.total / 2**30:,.2f}"
+            assert row.endswith(f" {duration(rank.busy)}")
+            assert row.removesuffix(duration(rank.busy)).split()[-1] == total
 
 
 def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
     file = tmp_path / "cost.yaml"
     file.write_text('layer_forward_seconds: 0.001\nmeasured_on: "a box, it\'s mine"\n')
     _, out, _ = vp_plan(*NANO, f"cost={file}")
-    assert "in float32 each, pass times as measured on a box, it's mine\n" in out
+    assert "in float32 each, pass times as measured on a box, it's mine " in unbroken(out)
     _, out, _ = vp_plan(*NANO)
     assert "in float32 each, 50% of it reached\n" in out
 
@@ -133,8 +184,8 @@ def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
 def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_path):
     words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "model.num_layers=8"]
     assumed = "; passes of FSDP at assumed rates, not as measured "
-    assert assumed in " ".join(vp_plan(*words, "cost=a100_4b")[1].split())
-    assert assumed not in " ".join(vp_plan(*words)[1].split())
+    assert assumed in unbroken(vp_plan(*words, "cost=a100_4b")[1])
+    assert assumed not in unbroken(vp_plan(*words)[1])
 
 
 def test_how_many_ranks_a_line_stands_for_is_said_where_it_is_more_than_one(vp_plan):
@@ -145,7 +196,7 @@ def test_how_many_ranks_a_line_stands_for_is_said_where_it_is_more_than_one(vp_p
 def test_uneven_layers_are_answered_with_uneven_rows(vp_plan):
     uneven = [*NANO, "parallel.pp=4", "parallel.layers_per_stage=[2,1,1,0]"]
     _, out, _ = vp_plan(*uneven)
-    assert f"\nadvice    {make_report(load_config(uneven)).advice}\n" in out
+    assert f" advice {make_report(load_config(uneven)).advice} " in unbroken(out)
     assert "vocab.balance=true would take " in out
     assert "advice" not in vp_plan(*uneven, "vocab.balance=true")[1]
 
@@ -244,7 +295,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert len(record["best"]) == 3
     steps = [plan["step_seconds"] for plan in record["best"]]
     assert steps == pytest.approx(sorted(steps), rel=1e-3)
-    assert "none of the others that were weighed seems faster" in out
+    assert "none of the others that were weighed seems faster" in unbroken(out)
     assert "does not split over parallel.tp=4" in out
     assert "ruled out most: " in out
     assert out.count("the best without vocabulary parallelism, on any split: ") == 1
@@ -252,12 +303,11 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert (record["choices"], record["ended"]) > (0, "")
     assert (record["margin"], record["fsdp"]) == (0.05, None)
     shown = out[out.index("in all rows: ") : out.index("the first:")].splitlines()
-    assert max(map(len, shown)) <= 110
+    assert max(map(len, shown)) <= 100
     plans = record["best"]
-    for name in ("dp", "pp", "tp"):
-        values = {plan[name] for plan in plans}
-        assert (f"{name} {plans[0][name]}; " in shown[0]) is (len(values) == 1)
-        assert (f" {name} " in shown[2]) is (len(values) > 1)
+    degrees = {f"dp={plan['dp']} x pp={plan['pp']} x tp={plan['tp']}" for plan in plans}
+    assert (f"in all rows: {degrees.pop()}; " in shown[0]) is (not degrees)
+    assert (" dp x pp x tp " in shown[2]) is (len(degrees) > 0)
     assert [row.split()[0] for row in shown[4:7]] == ["1", "2", "3"]
     first = overrides_behind("the first:", out)
     for place, plan in enumerate(plans[1:], 2):
@@ -426,7 +476,9 @@ def test_what_ended_a_search_stands_above_its_plans_and_what_was_not_searched_is
     assert code == EXIT_OK
     _, ended, *_ = out.split("\n\n")
     assert re.match(
-        r"OUT OF TIME with [\d,]+ choices left that might be faster(, and .*)?; raise", ended
+        r"OUT OF TIME with [\d,]+ choices left that might be faster(, and .*)?; raise --seconds "
+        r"to 2 \(now 1\)$",
+        unbroken(ended),
     )
     assert re.search(
         r"vocabulary parallelism, on any split: not searched to the end, [\d,]+ choices left", out
@@ -442,9 +494,11 @@ def test_the_clock_on_the_wall_does_not_end_a_search(vp_plan, monkeypatch):
     few = ("--keep", "schedule,parallel.recompute", "schedule=1f1b")
     code, out, err = vp_plan("--search", "--seconds", 30, *few, *NANO)
     assert code == EXIT_OK
-    assert "none of the others that were weighed seems faster" in out
+    assert "none of the others that were weighed seems faster" in unbroken(out)
     assert "OUT OF TIME" not in out
-    assert re.match(r"\d{3,} s: \d s of CPU, 0 of [\d,]+ choices weighed\n", err)
+    progress = r"\d{3,} s: \d s of CPU, [\d,]+ of ([\d,]+) choices weighed\n"
+    choices = re.match(progress, err)[1]
+    assert f"\n{choices} choices, " in out, "a search counts them as its result does"
 
 
 @pytest.mark.parametrize("words", [(), ("--search",)])

@@ -175,7 +175,7 @@ def test_a_model_may_be_chosen_after_all():
         (["--samples", "9"], "--samples belongs to --jitter or --straggler"),
         (["--jitter", "x"], "--jitter x is not a fraction in [0, 1]; for 10 % write --jitter 0.1"),
         (["--jitter", "10"], "--jitter 10 is not a fraction in [0, 1]; for 10 % write"),
-        (["--straggler", "-1"], "--straggler -1 is not a fraction in [0, 10]"),
+        (["--straggler", "-1"], "--straggler -1 is not a fraction in [0, 1]; for 10 % write"),
         (["--jitter", "0.1", "--samples", "0"], "--samples 0 is not a whole number in [1, 10,000]"),
         (["--frontier", "--jitter", "0.1"], "--frontier goes without --jitter; drop one of"),
         (["--jitter", "0.1", "--runtime", "cuda"], "--runtime goes without --jitter"),
@@ -325,7 +325,7 @@ def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monk
     """Hops both ways share one stream in a V, and each takes a quarter of a forward."""
     monkeypatch.setitem(RUNTIMES, "cuda", replace(RUNTIMES["cuda"], hops=Hops.PAIRED))
     costs = [*UNIT, "model.num_layers=8", "cost.hop_seconds=0.25"]
-    words = [*costs, "schedule=v_min", "vocab=two_barrier"]
+    words = [*costs, "schedule=v_min", "vocab.algorithm=two_barrier"]
     code, out, _ = vp_simulate("--runtime", "cuda", *words)
     assert code == 0
     found = re.findall(
@@ -419,7 +419,7 @@ def test_jitter_shows_how_the_steps_of_every_schedule_vary(vp_simulate, tmp_path
 
 
 def test_the_columns_of_a_searched_schedule_hold_what_is_found(vp_simulate):
-    code, out, _ = vp_simulate("--jitter", "0", *UNIT, "schedule=auto", "vocab=auto")
+    code, out, _ = vp_simulate("--jitter", "0", *UNIT, "schedule=auto", "vocab.algorithm=auto")
     assert code == 0
     assert "fastest on average" not in out, "one schedule is compared with none"
     head, row = (
@@ -440,7 +440,7 @@ def test_no_jitter_is_the_planned_step(vp_simulate):
 @pytest.mark.parametrize(
     ("words", "lines"),
     [
-        (["schedule=zb_h1", "vocab=one_barrier"], [["zb_h1", "one_barrier"]]),
+        (["schedule=zb_h1", "vocab.algorithm=one_barrier"], [["zb_h1", "one_barrier"]]),
         (["schedule.name=gpipe"], [["gpipe", "none"]]),
         (
             ["schedule=1f1b", "--vocab", "none,two_barrier"],
@@ -499,8 +499,8 @@ def test_a_frontier_is_that_of_the_algorithm_that_is_typed(vp_simulate, monkeypa
         "vp_train.commands.simulate.curves", lambda config, names, _: asked.append(names) or []
     )
     for word in ("vocab=two_barrier", "vocab.algorithm=none", "vocab=auto"):
-        vp_simulate("--frontier", "--compare", "1f1b", *UNIT, word)
-    vp_simulate("--frontier", "--compare", "1f1b", "--vocab", "naive", *UNIT, "vocab=none")
+        vp_simulate("--frontier", "--compare", "1f1b", *UNIT[1:], word)
+    vp_simulate("--frontier", "--compare", "1f1b", "--vocab", "naive", *UNIT)
     assert asked == [("two_barrier",), ("none",), searched_algorithms(), ("naive",)]
 
 
@@ -529,12 +529,10 @@ def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(
 
 
 def test_a_schedule_from_a_file_is_called_what_it_is(vp_simulate, tmp_path):
-    assert (
-        vp_simulate("--out", tmp_path / "first", *UNIT, "schedule=zb_h1", "vocab=two_barrier")[0]
-        == 0
-    )
+    unit = [*UNIT, "vocab.algorithm=two_barrier"]
+    assert vp_simulate("--out", tmp_path / "first", *unit, "schedule=zb_h1")[0] == 0
     file = f"schedule.file={tmp_path / 'first' / 'schedule.txt'}"
-    assert vp_simulate("--out", tmp_path / "second", *UNIT, file, "vocab=two_barrier")[0] == 0
+    assert vp_simulate("--out", tmp_path / "second", *unit, file)[0] == 0
     first, second = (
         json.loads((tmp_path / name / "table.json").read_text()) for name in ("first", "second")
     )

@@ -82,6 +82,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             raise ConfigError(f"{word!r} is not an override; write key=value without blanks")
         if "=" not in word and not word.startswith(("+", "~")):
             raise ConfigError(f"{word!r} is not an override; {_instead_of_word(word, before)}")
+    _refuse_two_choices(overrides)
     chosen = {word.partition("=")[0] for word in overrides}
     files = {word: settings for word in overrides if (settings := _of_file(word)) is not None}
     try:
@@ -108,6 +109,19 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             except ConfigError as error:
                 raise ConfigError(f"{given}: {error}") from None
         raise
+
+
+def _refuse_two_choices(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for two choices of a group, of which hydra takes the last without a word.
+
+    A setting may be given twice, and the last one counts: what a plan proposes is appended.
+    """
+    chosen: dict[str, str] = {}
+    for word in overrides:
+        group = word.partition("=")[0]
+        first = chosen.setdefault(group, word)
+        if group in sections() and first != word:
+            raise ConfigError(f"{first} and {word}: a group has one choice; drop one of the two")
 
 
 # Settings of `data` that do not count with a choice of data.name.
@@ -190,7 +204,11 @@ def close_names(word: str) -> list[str]:
         return same[:2]
     if last in _ELSEWHERE:
         return [_ELSEWHERE[last]]
-    return difflib.get_close_matches(word, names if "." in word else [*names, *sections()], n=2)
+    close = difflib.get_close_matches(word, names if "." in word else [*names, *sections()], n=2)
+    if close or "." in word:
+        return close
+    of_last = {name.rpartition(".")[2]: name for name in reversed(names)}
+    return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
 
 
 def _instead_of(word: str, known_options: Sequence[str]) -> str:
@@ -419,7 +437,7 @@ def _updated(overrides: Sequence[str]) -> Any:
         if group in groups:
             if choice not in groups[group]:
                 return None
-            chosen[group] = word  # the last one counts
+            chosen[group] = word
     try:
         composed = pickle.loads(_of_groups(tuple(sorted(chosen.values()))))
         for word in overrides:
@@ -1049,8 +1067,10 @@ def _bad_override(error: BaseException, overrides: Sequence[str]) -> str:
         meant = (_choice_of_group(word) for word in overrides if word.startswith(f"{key}="))
         close = [*filter(None, meant)][:1] or close_names(key)
         section = key.partition(".")[0]
-        where = f" {section} for those of {section}" if section in sections() else " for all keys"
-        hint = f"did you mean {' or '.join(close)}?" if close else f"see vp-train --help{where}"
+        where = f" {section} lists those of {section}"
+        if section not in sections():
+            where = f" lists all, and with a name those of {', '.join(sections())}"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"vp-train --help{where}"
         return f"{key} is not a setting; {hint}"
     word = first.removeprefix("Error merging override ")
     if (words := _wrong_type(word)) is not None:
@@ -1127,7 +1147,7 @@ def _fits(setting: object, kind: Any) -> bool:
 
 def _wrong_type(word: str) -> str | None:
     """Return which values the setting of an override takes; None if it is not a simple one."""
-    name, equals, _ = word.partition("=")
+    name, equals, value = word.partition("=")
     if not equals or name not in setting_names():
         return None
     if name == "batch_ramp":
@@ -1142,7 +1162,17 @@ def _wrong_type(word: str) -> str | None:
         return f"{word} is not {words}; see vp-train --help {name}"
     verb = "lie in" if setting.allowed.startswith(("[", "(")) else "be"
     subject = "each" if "list" in words else "it"
-    return f"{word} is not {words}; {subject} must {verb} {setting.allowed}"
+    return (
+        f"{word} is not {words}; {subject} must {verb} {setting.allowed}{_in_digits(name, value)}"
+    )
+
+
+def _in_digits(name: str, value: str) -> str:
+    """Return how to write a whole number that has an exponent or a point; empty for all else."""
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?(e\+?[0-9]{1,2})?", value, re.I):
+        return ""
+    number = float(value)
+    return f"; write {name}={number:.0f}" if number.is_integer() and number < 1e15 else ""
 
 
 def _kind_words(kind: Any) -> str | None:

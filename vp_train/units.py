@@ -21,12 +21,12 @@ def clock(seconds: float) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """Format a number of bytes with its unit: 1536 -> 1.5 KiB."""
+    """Format a number of bytes with its unit: 1536 -> 1.5 KiB, 2 ** 41 -> 2,048.00 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
-    return f"{count:.2f} GiB"
+    return f"{count:,.2f} GiB"
 
 
 def large_bytes(count: float) -> str:

@@ -94,7 +94,7 @@ def test_a_step_has_so_many_forward_passes_and_no_more():
         _check_size(2, (1 << 16) + 1, "a setting")
     assert str(raised.value) == (
         "a setting: 65,537 microbatches on 2 stages are more than 131,072 forward passes; lower "
-        "one of the two"
+        "a setting, or set a smaller parallel.pp or a larger parallel.dp"
     )
 
 

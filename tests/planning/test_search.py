@@ -466,7 +466,11 @@ def test_no_search_is_slower_than_what_was_typed():
     typed = make_report(replace(config_of(*words), optim=choice.optimizer))
     assert report.step_seconds <= typed.step_seconds
     assert as_typed(config_of(*words)) in space_of(config_of(*words)).choices
-    for other in ("schedule.file=orders.txt", "parallel.layers_per_stage=[1,1,1,1]", "vocab=auto"):
+    for other in (
+        "schedule.file=orders.txt",
+        "parallel.layers_per_stage=[1,1,1,1]",
+        "vocab.algorithm=auto",
+    ):
         assert as_typed(config_of(*words, other)) not in space_of(config_of(*words)).choices
 
 

@@ -46,7 +46,7 @@ Groups and their choices (each is a YAML file of configs/):
 Settings, with what this command line sets them to (`{command} --help model`: one group in full):
 {values}
 
-A list is written [1,2,3], nothing is null.  Examples:
+A list is written [1,2,3], nothing is null.  Of two values of a setting the last counts.  Examples:
 {examples}
 """
 

@@ -50,7 +50,8 @@ from vp_train.units import plural
 
 _MOST_TOKENS = 10**9
 _MARGIN = round(100 * MARGIN)  # percent
-_EFFORT = Limits().effort // 1000  # thousand passes
+_DEFAULT = Limits()
+_EFFORT = _DEFAULT.effort // 1000  # thousand passes
 _DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
 _EXAMPLES = """\
   vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
@@ -65,7 +66,7 @@ def main() -> None:
     collect_rarely()
     options = {
         "--search": ("", "rank every way to run the batch on the cluster, fastest first"),
-        "--top": ("K", "with --search: number of plans to show (5)"),
+        "--top": ("K", f"with --search: number of plans to show ({_DEFAULT.top})"),
         "--tokens": ("N", "with --search: tokens of a step, as 4e6, instead of num_microbatches"),
         "--keep": (
             "A,B,...",
@@ -78,7 +79,8 @@ def main() -> None:
         "--effort": ("N", f"with --search: thousand passes that may be placed ({_EFFORT})"),
         "--seconds": (
             "N",
-            "with --search: limit of its CPU time; one simulation may still end after it (180)",
+            "with --search: limit of its CPU time; one simulation may still end after it "
+            f"({_DEFAULT.seconds})",
         ),
         "--no-compare": ("", "show one plan alone: not what would help, nor other plans but FSDP"),
         "--json": ("FILE", "write the report there"),
@@ -120,11 +122,11 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         config = with_batch_of(config, tokens, math.prod(parts.values()))
     config = with_replicas(config)
     limits = Limits(
-        top=whole_number(options, "--top", 5),
+        top=whole_number(options, "--top", _DEFAULT.top),
         margin=whole_number(options, "--margin", _MARGIN, least=0, most=90) / 100,
         effort=1000 * whole_number(options, "--effort", _EFFORT),
+        seconds=whole_number(options, "--seconds", _DEFAULT.seconds),
     )
-    seconds = whole_number(options, "--seconds", 180)
     path = _json_file(options)
     if "--keep" in options or kept.values:
         words = kept.words or "nothing, because no setting is typed"
@@ -135,7 +137,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         print(text_of([f"searched although typed: {', '.join(searched)}{hint}"]), flush=True)
     is_default = not counts and tokens is None
     print(_batch_words(config, tokens, multiple, is_default=is_default), flush=True)
-    return show_search(config, limits, seconds, path, kept)
+    return show_search(config, limits, path, kept)
 
 
 def _batch_words(config: RunConfig, tokens: int | None, multiple: str, *, is_default: bool) -> str:
@@ -231,9 +233,7 @@ def _compared_record(
     }
 
 
-def show_search(
-    config: RunConfig, limits: Limits, seconds: float, path: Path | None, kept: Kept = ALL
-) -> int:
+def show_search(config: RunConfig, limits: Limits, path: Path | None, kept: Kept = ALL) -> int:
     """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError.
 
     Ctrl-C ends it with the best so far.  Returns the exit code.
@@ -244,7 +244,7 @@ def show_search(
     with Searching() as searching:
 
         def in_time() -> bool:
-            return time.process_time() - started < seconds and not searching.is_stopped
+            return time.process_time() - started < limits.seconds and not searching.is_stopped
 
         def show(words: str) -> None:
             searching.work_on(f"{time.process_time() - started:.0f} s of CPU, {words}")

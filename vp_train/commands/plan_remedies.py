@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product, takewhile
 
 from schedules.generators import GENERATORS
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.planning.choice import changes_of
+from vp_train.planning.cluster import limit_of
 from vp_train.planning.compare import proposing
-from vp_train.planning.degrees import split_ranks
+from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.placement import offloaded_layers, split_layers
 from vp_train.planning.report import PlanReport, brief_report
 from vp_train.planning.weigh import about_bytes
 from vp_train.units import human_bytes, large_bytes
 
 _NOT_ALONE = ", which is not enough alone"
+_MORE_GPUS = "more GPUs per replica"
+_FACTORS = (2, 4, 8, 16, 32, 64)  # by which a pipeline may become longer
 
 
 def remedies(config: RunConfig, report: PlanReport) -> list[str]:
@@ -63,7 +68,7 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     ordered = [
         words + _NOT_ALONE * (saved < report.excess) for saved, words in sorted(found, reverse=True)
     ]
-    return [*ordered, _more_gpus_words(config, replicas)]
+    return [*ordered, _more_gpus_words(config, report.degrees)]
 
 
 def _proposing(config: RunConfig, report: PlanReport) -> tuple[RunConfig, PlanReport]:
@@ -91,9 +96,40 @@ def _planned_bytes(config: RunConfig) -> float:
     return report.ranks[report.worst].memory.total
 
 
-def _more_gpus_words(config: RunConfig, replicas: int) -> str:
-    more = " or a smaller parallel.dp" if replicas > 1 else ""
-    return f"more GPUs per replica: cluster.num_nodes above {config.cluster.num_nodes}{more}"
+def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
+    """Return the shortest pipeline with which a GPU may have enough memory, and how to get it."""
+    limit, cluster = limit_of(config.cluster), config.cluster
+    for longer in _longer(config, degrees):
+        with suppress(ConfigError):
+            if about_bytes(longer) <= limit:
+                words = changes_of(config, longer)
+                if longer.cluster != cluster:
+                    words = f"cluster.num_nodes={longer.cluster.num_nodes} {words}"
+                return f"{_MORE_GPUS}: {words}: may fit"
+    fewer = " or a smaller parallel.dp" if degrees.dp > 1 else ""
+    return f"{_MORE_GPUS}: cluster.num_nodes above {cluster.num_nodes}{fewer}, with another split"
+
+
+def _longer(config: RunConfig, degrees: Degrees) -> Iterator[RunConfig]:
+    """Yield `config` with longer pipelines for the same batch, with fewer replicas or more nodes.
+
+    Each comes also with full recomputation, and without layers of its own for each stage.
+    """
+    pp, parallel = degrees.pp, replace(config.parallel, layers_per_stage=None)
+    even = replace(parallel, dp=degrees.dp, placement="balanced")
+    again = replace(even, recompute="full", recompute_per_stage=None)
+    factors = takewhile(lambda factor: factor * pp <= config.model.num_layers, _FACTORS)
+    for factor, kind in product(factors, (even, again)):
+        longer = replace(kind, pp=factor * pp)
+        if degrees.dp % factor == 0:
+            with suppress(ConfigError):  # a step has at most so many microbatches
+                yield replace(
+                    config,
+                    parallel=replace(longer, dp=degrees.dp // factor),
+                    num_microbatches=factor * config.num_microbatches,
+                )
+        more = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
+        yield replace(config, parallel=longer, cluster=more)
 
 
 def host_remedies(
@@ -125,7 +161,9 @@ def host_remedies(
                 "that a proposal may use"
             )
         found.append((then.excess > 0, -saved, words))
-    return [*(words for *_, words in sorted(found)), _more_gpus_words(config, report.degrees.dp)]
+    now, needed = config.cluster.num_nodes, report.host.total / config.cluster.host_limit
+    more = f"{_MORE_GPUS}: about cluster.num_nodes={math.ceil(now * needed)}, if dp stays"
+    return [*(words for *_, words in sorted(found)), more]
 
 
 def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunConfig]:

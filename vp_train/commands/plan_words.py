@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -19,6 +20,7 @@ from vp_train.planning.choice import Choice
 from vp_train.planning.compare import Help, contention_words, fsdp_way, pipeline_way
 from vp_train.planning.found import Estimate, Result
 from vp_train.planning.fsdp import Rivals
+from vp_train.planning.memory import RankMemory
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport
@@ -26,14 +28,23 @@ from vp_train.planning.search import without_vocabulary
 from vp_train.units import compared, human_bytes, plural
 
 _SHOWN_RANKS = 16
-_GIB = 2**30
+_LEFT_OUT = ("params", "layers", "V rows")  # of the ranks, if need be, where a terminal is narrow
+_GIB, _MIB = 2.0**30, 2.0**20
 _LARGE_GAP = 0.1  # above the lower bound
-_WIDTH = 120  # columns of lines
+_VISIBLE = 0.005  # part of a step that exposed communication takes where a line says so
+_WIDTH, _LEAST_WIDTH = 100, 40  # columns of lines without a terminal, and on any terminal
+# What follows a schedule or an algorithm, by parallel.placement.
+PLACED = {"even": "", "balanced": ", layers balanced", "redistribute": ", layers redistributed"}
+_WIDEST = 1000  # columns of a table
 _LABEL = 10  # columns of a label in front of the lines of a plan
 _INDENT = 4  # columns in front of what continues another line
 # Rows of tables, and overrides that are to be copied: no commas are between them.
 _ROW = re.compile(r"─|\S {2,}\S.* {2,}\S.* {2,}\S")
-_OVERRIDES = re.compile(r"(?<!\S)[a-z][\w.]*=\S*[^\s,](?: [a-z][\w.]*=\S*[^\s,])+(?!\S)")
+_OVERRIDES = r"(?<!\S)[a-z][\w.]*=\S*[^\s,](?: [a-z][\w.]*=\S*[^\s,])+(?!\S)"
+# What stays in one line: these, degrees, and a figure with its unit.
+_DEGREES = r"\b[dpt]p=\d+(?: x [dpt]p=\d+)+"
+_FIGURE = r"(?<![\w.=])~?[\d,.]+ (?:[KMG]iB|[mµ]?s|GB/s)\b"
+_TOGETHER = re.compile(f"{_OVERRIDES}|{_DEGREES}|{_FIGURE}")
 
 
 def has_fsdp(config: RunConfig) -> bool:
@@ -53,6 +64,9 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         if seconds >= 0.0005 * step
     )
     fits = report.excess <= 0
+    unit = _GIB if worst.total >= _GIB else _MIB
+    num_alike = report.degrees.dp * report.degrees.tp
+    alike = f"; every line stands for {num_alike} ranks" if num_alike > 1 else ""
     room = f"{human_bytes(abs(report.excess))} {'to spare' if fits else 'TOO MUCH'}"
     lines = [
         f"{report.schedule} with {report.vocab}, {report.degrees}, "
@@ -60,19 +74,21 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         model_words(config),
         cluster_words(config),
         "",
-        *_rank_table(report),
+        *_rank_table(report, unit),
         "",
-        f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:g} GiB "
-        f"on rank {report.worst}, {room}",
+        f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:,g} GiB "
+        f"on rank {report.worst}, {room}; sizes in {'GiB' if unit == _GIB else 'MiB'}{alike}",
         f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, "
-        f"MFU {report.mfu:.1%} of {_amount(report.flops)}FLOP",
+        f"MFU {report.mfu:.1%}; the model's work is {_amount(report.flops)}FLOP in a step of "
+        f"{_gpus_words(config)}",
         f"          rank {report.busiest}: {shares}",
-        f"schedule  mean bubble {report.bubble:.1%}, {report.gap:.1%} above the lower bound"
-        f"{in_its_memory_words(report.gap, report.gap_in_its_memory)}, {report.bound_reason}",
-        f"exposed   communication, {report.exposed_words}",
-        f"binds     {report.binds}",
+        f"schedule  bubble {report.bubble:.1%}, {report.gap:.1%} above the bound, "
+        f"{report.bound_reason}{in_its_memory_words(report.gap, report.gap_in_its_memory)}",
+        *_host_lines(report),
     ]
-    lines[-2:-2] = _host_lines(report)
+    if sum(report.exposed.values()) >= _VISIBLE * step:
+        lines.append(f"exposed   communication, {report.exposed_words}")
+    lines.append(f"binds     {report.binds}")
     if report.launch_words:
         lines.insert(-1, f"launch    {report.launch_words}")
     if rivals is not None and has_fsdp(config):
@@ -109,28 +125,36 @@ def remedy_lines(
 
 
 def text_of(lines: Iterable[str]) -> str:
-    """Return lines as text of at most 120 columns, which breaks no table and no overrides."""
-    return "\n".join(part for line in lines for part in _broken(line))
+    """Return lines as text of `text_width` columns, which breaks no table and no overrides."""
+    width = text_width()
+    return "\n".join(part for line in lines for part in _broken(line, width))
 
 
-def _broken(line: str) -> list[str]:
+def text_width() -> int:
+    """Return the columns of text: those of the terminal, 100 where stdout is none."""
+    try:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):  # stdout is no terminal, or no file
+        return _WIDTH
+    return max(columns, _LEAST_WIDTH) if columns else _WIDTH
+
+
+def _broken(line: str, width: int) -> list[str]:
     """Return a line in parts; further ones stand below what is behind its label, if it has one."""
-    if len(line) <= _WIDTH or _ROW.search(line):
+    if len(line) <= width or _ROW.search(line):
         return [line]
     has_label = line[_LABEL - 2 : _LABEL].isspace() and not line[_LABEL].isspace()
     start = _LABEL if has_label else 0
     parts = textwrap.wrap(
-        _OVERRIDES.sub(lambda found: found[0].replace(" ", "\0"), line[start:]),
-        _WIDTH - start,
+        _TOGETHER.sub(lambda found: found[0].replace(" ", "\0"), line[start:]),
+        width - start,
         subsequent_indent="" if has_label else " " * _INDENT,
         break_long_words=False,
         break_on_hyphens=False,
     )
     # Overrides that have a line for themselves can be copied as a whole.
-    parts = [
-        (part.rstrip(":") if " " not in part.strip() and "\0" in part else part).replace("\0", " ")
-        for part in parts
-    ]
+    parts = [part.replace("\0", " ") for part in parts]
+    parts = [part.rstrip(":") if re.fullmatch(rf" *{_OVERRIDES}", part) else part for part in parts]
     return [(" " * start if n else line[:start]) + part for n, part in enumerate(parts)]
 
 
@@ -184,8 +208,7 @@ def without_lines(report: PlanReport, result: Result | None) -> list[str]:
 def short_words(choice: Choice) -> str:
     """Return the schedule and the placement of a choice in words."""
     chunks = f" of {choice.num_chunks} chunks" if choice.num_chunks is not None else ""
-    placed = ", layers redistributed" if choice.placement == "redistribute" else ""
-    return f"{choice.schedule}{chunks}{placed}"
+    return f"{choice.schedule}{chunks}{PLACED[choice.placement]}"
 
 
 def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:
@@ -205,7 +228,7 @@ def _host_lines(report: PlanReport) -> list[str]:
     if not host.total:
         return lines
     known = report.cluster.host_memory_gib
-    limit = "" if known is None else f" of {known:g} GiB{' TOO MUCH' * (report.host_excess > 0)}"
+    limit = "" if known is None else f" of {known:,g} GiB{' TOO MUCH' * (report.host_excess > 0)}"
     optimizer = f", {human_bytes(host.optimizer)} for the optimizer" if host.optimizer else ""
     return [
         *lines,
@@ -239,10 +262,11 @@ def fsdp_words(config: RunConfig, report: PlanReport, rivals: Rivals) -> str:
 def model_words(config: RunConfig) -> str:
     """Return the model and the batch in words."""
     model = config.model
+    count = shape.num_parameters(model)
+    size = f"{count / 1e9:,.3g} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
     return (
-        f"{shape.num_parameters(model) / 1e6:,.1f} M parameters, "
-        f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
-        f"vocabulary {model.vocab_size:,}; {config.num_microbatches} "
+        f"{size} parameters, {model.num_layers} layers of width {model.hidden_size:,}, "
+        f"vocab {model.vocab_size:,}; {config.num_microbatches:,} "
         f"{plural(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
@@ -256,17 +280,22 @@ def _amount(count: float) -> str:
     return f"{count:,.0f} "
 
 
+def _gpus_words(config: RunConfig) -> str:
+    """Return the number of GPUs in words, or of the CPU ranks in their place."""
+    count, name = config.cluster.num_gpus, {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device]
+    return f"{count:,} {plural(count, name)}"
+
+
 def cluster_words(config: RunConfig) -> str:
     """Return the cluster and the assumed speed of passes in words."""
     cluster = config.cluster
-    name = plural(cluster.num_gpus, {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device])
     peak = getattr(cluster, f"{config.run.dtype}_flops_per_second") / 1e12
-    nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes:,} nodes"
     reached = f", {cluster.efficiency:.0%} of it reached"
     if cluster.multiprocessors:
         matrix, attention = cluster.efficiency, cluster.attention_efficiency
         reached = (
-            f"; in a run large products reach {matrix * cluster.sustained:.0%} of it, "
+            f"; large products reach {matrix * cluster.sustained:.0%}, "
             f"attention {attention * cluster.sustained:.0%}"
         )
     if (rate := config.cost.flops_per_second) is not None:
@@ -278,65 +307,68 @@ def cluster_words(config: RunConfig) -> str:
         reached = f", pass times as measured on {device}"
     float8 = "; linear layers in float8" if config.run.linear_dtype == "float8" else ""
     return (
-        f"{cluster.num_gpus} {name} on {nodes}, {cluster.memory_gib:g} GiB and "
+        f"{_gpus_words(config)} on {nodes}, {cluster.memory_gib:,g} GiB, "
         f"{peak:,.3g} TFLOP/s in {config.run.dtype} each{reached}{float8}"
     )
 
 
-def _rank_table(report: PlanReport) -> list[str]:
-    """Return a table of the ranks in lines: memory in GiB or MiB, and the time of computation."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
-    heads = (
-        "rank",
-        "layers",
-        "V rows",
-        "params",
-        "weights",
-        "grads",
-        "optim",
-        "activ",
-        "held S-T",
-        "working",
-        "total",
-        "busy",
-    )
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    unit, word = (
-        (_GIB, "GiB") if report.ranks[report.worst].memory.total >= _GIB else (2**20, "MiB")
-    )
-    for index, rank in enumerate(report.ranks[:_SHOWN_RANKS]):
-        memory = rank.memory
-        parts = (
-            memory.weights,
-            memory.gradients,
-            memory.optimizer,
-            memory.activations,
-            memory.vocabulary,
-            memory.working,
-        )
-        table.add_row(
-            str(index),
-            str(rank.num_layers),
-            f"{rank.num_rows:,}",
-            f"{memory.parameters / 1e6:,.{0 if memory.parameters >= 1e7 else 2}f}M",
-            *(f"{size / unit:.2f}" for size in (*parts, memory.total)),
-            duration(rank.busy),
-        )
-    left = len(report.ranks) - _SHOWN_RANKS
-    num_alike = report.degrees.dp * report.degrees.tp
+def _rank_table(report: PlanReport, unit: float) -> list[str]:
+    """Return a table of the ranks in lines: memory in `unit`, and the time of computation."""
+    shown = report.ranks[:_SHOWN_RANKS]
+    memories = [rank.memory for rank in shown]
+
+    def sizes(of_rank: Callable[[RankMemory], float]) -> list[str]:
+        return [f"{of_rank(memory) / unit:,.2f}" for memory in memories]
+
+    columns = {
+        "rank": [str(index) for index in range(len(shown))],
+        "layers": [str(rank.num_layers) for rank in shown],
+        "V rows": [f"{rank.num_rows:,}" for rank in shown],
+        "params": [_parameters_words(memory.parameters) for memory in memories],
+        "weights": sizes(lambda memory: memory.weights),
+        "grads": sizes(lambda memory: memory.gradients),
+        "optim": sizes(lambda memory: memory.optimizer),
+        "activ": sizes(lambda memory: memory.activations),
+        "S to T": sizes(lambda memory: memory.vocabulary),
+        "working": sizes(lambda memory: memory.working),
+        "total": sizes(lambda memory: memory.total),
+        "busy": [duration(rank.busy) for rank in shown],
+    }
+    lines = table_lines(columns)
+    for head in _LEFT_OUT:
+        if max(map(len, lines)) > text_width():
+            del columns[head]
+            lines = table_lines(columns)
+    left = len(report.ranks) - len(shown)
     more = [f"... and {left} more ranks; --json FILE has all"] if left > 0 else []
-    return [
-        *rendered(table),
-        *more,
-        f"sizes in {word}"
-        + (f"; every line stands for {num_alike} ranks" if num_alike > 1 else ""),
-    ]
+    return [lines[0], *lines[2:], *more]  # without its rule
 
 
-def rendered(table: Table) -> list[str]:
-    """Return a table in lines, without colours."""
-    console = Console(width=max(200, shutil.get_terminal_size().columns), color_system=None)
+def _parameters_words(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count >= 1e7 else 2}f}M"
+
+
+def table_lines(columns: Mapping[str, Sequence[str]], left: Container[str] = ()) -> list[str]:
+    """Return a table in lines: its heads, a rule and a line for every row.
+
+    columns: the cells by their heads, of which those in `left` are aligned on that side.  They
+        stand closer together where the table would be wider than `text_width`.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for head in columns:
+        table.add_column(head, justify="left" if head in left else "right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    lines = _rendered(table)
+    if max(map(len, lines)) > text_width():
+        table.padding = 0
+        lines = _rendered(table)
+    return lines
+
+
+def _rendered(table: Table) -> list[str]:
+    """Return a table in lines, without colours, however wide it is."""
+    console = Console(width=_WIDEST, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return [line.rstrip() for line in capture.get().rstrip().splitlines()]

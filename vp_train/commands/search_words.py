@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rich import box
-from rich.table import Table
-
 from schedules.render import duration
-from vp_train.commands.plan_words import compared_words, fsdp_words, has_fsdp, rendered
+from vp_train.commands.plan_words import (
+    PLACED,
+    compared_words,
+    fsdp_words,
+    has_fsdp,
+    table_lines,
+    text_width,
+)
 from vp_train.config import RunConfig
 from vp_train.planning.choice import TOO_LONG, Choice
 from vp_train.planning.cluster import limit_of, with_margin
@@ -34,7 +39,8 @@ _SHOWN_REFUSALS = 3
 _GIB, _MIB = 2.0**30, 2.0**20
 _MEMORY = {_GIB: "GiB", _MIB: "MiB"}
 # Of the table of a search: the columns with words, and that of the memory per node.
-_WORDS = ("schedule x chunks", "vocab, placement", "recompute", "optim")
+_DEGREES, _SCHEDULE = "dp x pp x tp", "schedule x chunks"
+_WORDS = (_SCHEDULE, "vocab", "recompute", "sp", "optim")
 _HOST_MEMORY = "host RAM"
 
 
@@ -42,7 +48,7 @@ def search_lines(
     config: RunConfig, limits: Limits, result: Result, *, is_stopped: bool = False
 ) -> list[str]:
     """Return the best plans in lines, and why others are not among them."""
-    lines = _unfinished_lines(result, is_stopped=is_stopped)
+    lines = _unfinished_lines(limits, result, is_stopped=is_stopped)
     if result.best:
         first, rows = result.best[0], _rows(result)
         lines += [*_table_lines(config, result, rows), "", *_override_lines(config, first, rows)]
@@ -57,8 +63,11 @@ def search_lines(
         lines += _contention_lines(config, limits, result, rivals)
         lines += [""]
     excluded = sum(result.excluded.values())
+    at_first = result.num_choices - result.num_added + result.num_same
+    added = f", {result.num_added:,} added on the way" * (result.num_added > 0)
+    same = f", {result.num_same:,} the same as others" * (result.num_same > 0)
     summary = (
-        f"{_choices(result.num_choices)}, {excluded:,} ruled out, "
+        f"{_choices(at_first)}{added}{same}, {excluded:,} ruled out, "
         f"{result.num_estimated:,} simulated, {result.num_planned} planned"
     )
     is_whole = result.best and not result.num_open
@@ -99,7 +108,8 @@ class _Row:
         return {
             "step": f"{about}{duration(found.seconds)}",
             "MFU": f"{about}{mfu:.1%}",
-            _MEMORY[unit]: f"{about}{found.memory / unit:.1f}",
+            "bubble": "-",  # no short step says it
+            _MEMORY[unit]: f"{about}{found.memory / unit:,.1f}",
             _HOST_MEMORY: _host_words(found.host, unit, about),
         }
 
@@ -131,16 +141,21 @@ def _override_lines(config: RunConfig, first: Found, rows: Sequence[_Row]) -> li
     ]
 
 
-def _unfinished_lines(result: Result, *, is_stopped: bool) -> list[str]:
+def _unfinished_lines(limits: Limits, result: Result, *, is_stopped: bool) -> list[str]:
     """Return what ended a search before all that might be faster was looked at, and a blank line.
 
     They come first, so that nobody takes a plan for the best there is, nor an estimate for a plan.
     """
     if not result.num_open:
         return []
+    effort = 2 * limits.effort // 1000  # thousand passes, as --effort takes them
+    more_time = f"--seconds to {2 * limits.seconds} (now {limits.seconds})"
     why, way_out = {
-        "effort": ("THE EFFORT IS SPENT", "; raise --effort, and --seconds"),
-        "time": ("OUT OF TIME", "; raise --seconds"),
+        "effort": (
+            "THE EFFORT IS SPENT",
+            f"; raise --effort to {effort} (now {effort // 2}), and {more_time}",
+        ),
+        "time": ("OUT OF TIME", f"; raise {more_time}"),
     }[result.ended]
     if is_stopped:
         why, way_out = "STOPPED", ""
@@ -200,6 +215,7 @@ def _contention_lines(
 def _other_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
     """Return lines with what is worth a look beside the first plan: leaner, and simpler to run."""
     first, others = result.best[0], dict[str, Estimate | None]()
+    others["with less margin in host memory than --margin"] = result.tight
     others["about as fast with less memory"] = result.leaner
     if first.choice.offload:
         others["the best found without offloaded activations"] = result.without_offloading
@@ -304,19 +320,15 @@ def _table_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> lis
         for head, word in chosen[0].items()
         if len(rows) > 1 and all(words[head] == word for words in chosen)
     }
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    heads = [head for head in (*chosen[0], *_report_words(first, unit)) if head not in common]
     uses_hosts = any(row.host for row in rows)
+    cells = [words | row.words(first, unit) for words, row in zip(chosen, rows, strict=True)]
+    heads = [head for head in cells[0] if head not in common]
     if not uses_hosts:
         heads.remove(_HOST_MEMORY)
-    table.add_column("", justify="right")
-    for head in heads:
-        table.add_column(head, justify="left" if head in _WORDS else "right", no_wrap=True)
-    for place, (row, words) in enumerate(zip(rows, chosen, strict=True), 1):
-        words |= row.words(first, unit)
-        table.add_row(str(place), *(words.get(head, "") for head in heads))
-    lines = [f"in all rows: {'; '.join(map(' '.join, common.items()))}", ""] if common else []
-    lines += rendered(table)
+    columns = {"": [str(place) for place in range(1, len(rows) + 1)]}
+    columns |= {head: [words[head] for words in cells] for head in heads}
+    lines = [f"in all rows: {_said(common)}", ""] if common else []
+    lines += _rows_in_lines(columns)
     if uses_hosts:
         lines += [
             f"* depends on links to hosts and on their memory, which presets assume: now "
@@ -333,16 +345,44 @@ def _table_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> lis
     return lines
 
 
+def _rows_in_lines(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the table in lines; where it is too wide, the words of a row stand below its figures.
+
+    columns: the cells by their heads.
+    """
+    lines, width = table_lines(columns, _WORDS), text_width()
+    if max(map(len, lines)) <= width:
+        return lines
+    head, rule, *rows = table_lines({n: cells for n, cells in columns.items() if n not in _WORDS})
+    indent, lines = " " * (len(columns[""][-1]) + 2), [head, rule]
+    for place, row in enumerate(rows):
+        words = _said({name: columns[name][place] for name in columns if name in _WORDS})
+        lines += [
+            row,
+            *textwrap.wrap(words, width, initial_indent=indent, subsequent_indent=indent),
+        ]
+    return lines
+
+
+def _said(words: Mapping[str, str]) -> str:
+    """Return cells by their heads in a line: `dp=2 x pp=8 x tp=1; interleaved x 5; vocab none`."""
+    said = {head: f"{head} {word}" for head, word in words.items()}
+    if _DEGREES in words:
+        names, degrees = _DEGREES.split(" x "), words[_DEGREES].split(" x ")
+        said[_DEGREES] = " x ".join(map("=".join, zip(names, degrees, strict=True)))
+    if _SCHEDULE in words:
+        said[_SCHEDULE] = words[_SCHEDULE]
+    return "; ".join(said.values())
+
+
 def _choice_words(choice: Choice) -> dict[str, str]:
     """Return what a row of the table says of a choice, by column."""
     degrees, chunks = choice.degrees, choice.num_chunks
     return {
-        "dp": str(degrees.dp),
-        "pp": str(degrees.pp),
-        "tp": str(degrees.tp),
-        "microbatches": f"{choice.num_microbatches} x {choice.micro_batch_size}",
-        "schedule x chunks": choice.schedule + ("" if chunks is None else f" x {chunks}"),
-        "vocab, placement": _vocab_words(choice),
+        _DEGREES: f"{degrees.dp} x {degrees.pp} x {degrees.tp}",
+        "microbatches": f"{choice.num_microbatches:,} x {choice.micro_batch_size}",
+        _SCHEDULE: choice.schedule + ("" if chunks is None else f" x {chunks}"),
+        "vocab": _vocab_words(choice),
         "recompute": _recompute_words(choice),
         "sp": "yes" if choice.sequence_parallel else "no",
         "optim": _optimizer_words(choice),
@@ -355,7 +395,7 @@ def _report_words(report: PlanReport, unit: float) -> dict[str, str]:
         "step": duration(report.step_seconds),
         "MFU": f"{report.mfu:.1%}",
         "bubble": f"{report.bubble:.1%}",
-        _MEMORY[unit]: f"{report.ranks[report.worst].memory.total / unit:.1f}",
+        _MEMORY[unit]: f"{report.ranks[report.worst].memory.total / unit:,.1f}",
         _HOST_MEMORY: _host_words(report.host.total, unit),
     }
 
@@ -368,7 +408,7 @@ def _host_words(num_bytes: float, unit: float, about: str = "") -> str:
 def _vocab_words(choice: Choice) -> str:
     """Return the algorithm, and how rows or layers are placed unless that is evenly."""
     rows = ", uneven rows" * (choice.balance and choice.splits_vocabulary)
-    return choice.vocab + rows + ", redistribute" * choice.redistributes
+    return choice.vocab + rows + PLACED[choice.placement]
 
 
 def _recompute_words(choice: Choice) -> str:

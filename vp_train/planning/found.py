@@ -28,12 +28,14 @@ class Limits:
 
     top: the number of plans to find.
     margin: the part of the memory of GPUs and of hosts that a plan must leave free.
-    effort: the passes and collectives that may be placed, see `Progress.spent`.
+    effort: the passes and collectives that may be placed.
+    seconds: the CPU time after which `in_time` of `search` is to end it.
     """
 
     top: int = 5
     margin: float = MARGIN
     effort: int = 10_000_000
+    seconds: int = 180
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,15 @@ class Result:
     leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
         it needs at least a tenth less.
     estimated: those that were not planned and belong among the best by their estimates.
+    tight: the fastest that is faster than the first of `best` and fits into the hosts, but leaves
+        less of their memory free than the margin.
     leanest: the choice that needs least memory of those that need too much.  Those that only lack
         host memory come first.
     refused: the refused choices with the lowest bounds.
     excluded: how many choices each constraint rules out.
     num_choices: all choices, those that are ruled out included.
+    num_added, num_same: how many of them were added during the search, and how many others were not
+        counted because they are the same as one that was.
     num_estimated, num_planned: the choices that a short step was simulated for, or the whole one.
     num_open: those that might be faster than the last of `best` but were not looked at.
     num_unseen: those with (True) and without vocabulary parallelism that were not simulated and
@@ -163,11 +169,14 @@ class Result:
     without_vocabulary: Estimate | None
     without_offloading: Estimate | None
     leaner: Estimate | None
+    tight: Estimate | None
     estimated: tuple[Estimate, ...]
     leanest: Refusal | None
     refused: tuple[Refusal, ...]
     excluded: Counter[str]
     num_choices: int
+    num_added: int
+    num_same: int
     num_estimated: int
     num_planned: int
     num_open: int

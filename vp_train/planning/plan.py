@@ -411,7 +411,8 @@ def _check_size(num_stages: int, num_microbatches: int, setting: str) -> None:
     if num_stages * num_microbatches > MOST_FORWARD_PASSES:
         raise ConfigError(
             f"{setting}: {num_microbatches:,} microbatches on {num_stages:,} stages are more than "
-            f"{MOST_FORWARD_PASSES:,} forward passes; lower one of the two"
+            f"{MOST_FORWARD_PASSES:,} forward passes; lower {setting}, or set a smaller "
+            "parallel.pp or a larger parallel.dp"
         )
 
 

@@ -236,13 +236,14 @@ class _Search:
             without_vocabulary=self._book.first(splits_vocabulary=False),
             without_offloading=self._book.without_offloading(),
             leaner=self._book.leaner(best[0] if best else None),
+            tight=self._book.tight_before(best[0] if best else None),
             estimated=tuple(estimate for estimate in top if not estimate.is_planned),
             leanest=self._book.closest(self._scales),
             refused=tuple(refused[:_KEPT_REFUSALS]),
             excluded=+self._book.excluded,  # without those that ruled out nothing
-            num_choices=len(self._choices)
-            + sum(self._space.excluded.values())
-            - self._book.num_same,
+            num_choices=len(self._choices) + self._num_excluded - self._book.num_same,
+            num_added=len(self._choices) - len(self._space.choices),
+            num_same=self._book.num_same,
             num_estimated=self._num_estimated,
             num_planned=len(self._book.planned),
             num_open=num_open,
@@ -252,6 +253,11 @@ class _Search:
             ended=self._ended if num_open else "",
             kept=self._space.kept,
         )
+
+    @property
+    def _num_excluded(self) -> int:
+        """The choices that are ruled out before any is weighed."""
+        return sum(self._space.excluded.values())
 
     @property
     def _seen(self) -> tuple[int, int, int]:
@@ -267,9 +273,11 @@ class _Search:
         self._scales.check(self._choices)
         numbers = list(range(len(self._choices)))
         random.Random(1).shuffle(numbers)
+        ruled_out = self._num_excluded
         for place, number in enumerate(numbers):
             if place % 128 == 0:
-                self._progress(f"{place:,} of {len(numbers):,} choices weighed")
+                all_of_them = f"{ruled_out + len(numbers):,} choices"
+                self._progress(f"{ruled_out + place:,} of {all_of_them} weighed")
                 if self._queue.by_bound and not self._in_time():
                     self._unweighed = numbers[place:]
                     break
@@ -604,12 +612,15 @@ class _Search:
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue
+            seconds = passes + self._scales.after(step, optim)
             try:
                 host = self._host_bytes(step, optim)
             except HostMemoryError as error:
                 refusal = refusal or error
+                if error.needs <= self._cluster.host_limit:
+                    estimate = Estimate(candidate, optim, seconds, needs, error.needs)
+                    self._book.tight.append(estimate)
                 continue
-            seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs, host))
         if not found:
             assert refusal is not None
