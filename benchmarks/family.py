@@ -7,7 +7,8 @@ The tables show the bubble, the gap to the lower bound, and the peak memory.  Ev
 layers with F = I = W = 1 (B = 2).  The output layer costs as much as `head` layers: three equal
 matrix products, divided over the ranks.  A collective takes 0.3 and a hop 0.05.  The unit of memory
 is one microbatch of a rank's two layers.  What a shard holds from S to T counts 0.15.  With
-`--unequal`, only `auto` is simulated, on ranks of different speed.
+`--unequal`, only `auto` is simulated, on ranks of different speed.  All rows take about 13 minutes
+of an x86-64 core.
 """
 
 from __future__ import annotations

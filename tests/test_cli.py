@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import tomllib
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -32,10 +33,15 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ),
         ("model.vocabsize=3", "model.vocabsize is not a setting; did you mean model.vocab_size"),
         ("stepz=3", "stepz is not a setting"),
+        ("a=1", "a is not a setting; vp-train --help lists all, and with a name those of model, "),
+        ("cost.zzzzz=1", "cost.zzzzz is not a setting; vp-train --help cost lists those of cost"),
+        ("chunks=2", "chunks is not a setting; did you mean schedule.num_chunks?"),
         (
             "model.vocab_size=abc",
             "model.vocab_size=abc is not a whole number; it must lie in [1, 100,000,000]",
         ),
+        ("num_microbatches=1e3", "; it must lie in [1, 65,536]; write num_microbatches=1000"),
+        ("run.steps=4.0", "run.steps=4.0 is not a whole number; it must be at least 1; write run."),
         ("run.steps=null", "run.steps=null is not a whole number; it must be at least 1"),
         ("optim.lr=fast", "optim.lr=fast is not a number; it must be at least 0"),
         ("run.resume=maybe", "run.resume=maybe is not true or false"),
@@ -149,6 +155,23 @@ def test_a_bad_override_is_named_with_the_way_out(override, message):
         load_config([override])
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_two_choices_of_a_group_are_refused_and_of_two_values_of_a_setting_the_last_counts(
+    tmp_path,
+):
+    (tmp_path / "mine.yaml").write_text("num_layers: 4\n")
+    of_file = f"model={tmp_path}/mine.yaml"
+    for first, second in (("vocab=none", "vocab=naive"), (of_file, "model=small")):
+        with pytest.raises(ConfigError) as caught:
+            load_config([first, "run.steps=3", second])
+        assert str(caught.value) == (
+            f"{first} and {second}: a group has one choice; drop one of the two"
+        )
+    nano = load_config(["model=nano"])
+    assert load_config(["model=nano", "model=nano"]) == nano
+    twice = load_config(["model=nano", "num_microbatches=2", "num_microbatches=4"])
+    assert twice == replace(nano, num_microbatches=4)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from vp_train.commands.plan import main
 from vp_train.commands.plan_words import plan_lines, text_of
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
+from vp_train.planning.choice import batch_of
+from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.report import make_report
 from vp_train.planning.search import search
@@ -115,10 +117,9 @@ def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
     kept = [row, "─" * 130, f"{'x' * 99} y", "", "first: " + 20 * "x"]
     assert text_of(kept[:2] + kept[3:]).splitlines() == kept[:2] + kept[3:]
     assert text_of(kept[2:3]).splitlines() == ["x" * 99, "    y"]
-    for together in ("12.30 s", "~1,024 GiB", "dp=8 x pp=2 x tp=1"):
-        broken = text_of([f"{'x' * (96 - len(together))} {'word ' * 3}{together} word"])
-        assert together in broken.replace("x" * 20, "")
-        assert broken.count("\n") == 1
+    for together in ("12.30 s", "~1,024 GiB", "dp=8 x pp=2 x tp=1", "1.5% slower"):
+        for before in range(70, 100):
+            assert together in text_of([f"{'x' * before} {together} word"])
 
 
 @pytest.fixture
@@ -288,6 +289,22 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help(vp_plan, 
     assert "more GPUs per replica" in helps[-1]
 
 
+def test_the_gpus_that_a_plan_lacks_come_with_a_split_that_may_fit(vp_plan):
+    """It has the same batch, and is the shortest pipeline of those that are twice as long."""
+    few = [*NANO, "model.num_layers=8", "parallel.pp=1", "cluster.memory_gib=0.009"]
+    for dp, named in (
+        (1, "cluster.num_nodes=2 parallel.pp=2 "),
+        (4, "parallel.dp=2 parallel.pp=2 "),
+    ):
+        words = [*few, f"cluster.gpus_per_node={dp}", f"parallel.dp={dp}"]
+        found = re.search(r"more GPUs per replica: (.+?):? may fit", unbroken(vp_plan(*words)[1]))
+        assert found[1].startswith(named)
+        before, after = (load_config([*words, *more]) for more in ([], found[1].split()))
+        assert batch_of(after) == batch_of(before)
+        assert not make_report(before).fits
+        assert make_report(after).fits
+
+
 def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     code, out, _ = vp_plan("--search", "--top", 3, *NANO, "--json", tmp_path / "found.json")
     record = json.loads((tmp_path / "found.json").read_text())
@@ -352,6 +369,38 @@ def test_rows_are_in_the_order_of_their_times_also_where_an_estimate_is_the_fast
         assert any(line.startswith("* depends on links to hosts") for line in lines)
         need = "host RAM is not checked: the first needs none, others up to 50.00 GiB per node;"
         assert any(line.startswith(need) for line in lines)
+
+
+def test_words_of_a_row_stand_below_its_figures_where_the_table_is_too_wide(on_terminal):
+    config, limits = load_config(NANO), Limits(top=3, effort=6_000)
+    result = search(config, limits, lambda: True, lambda words: None)
+    candidate = result.estimated[0].candidate
+    choice = replace(
+        candidate.choice,
+        degrees=Degrees(16, 128, 8),
+        schedule="interleaved",
+        num_chunks=12,
+        vocab="one_barrier",
+        balance=True,
+        placement="redistribute",
+        recompute="selective",
+        recompute_per_stage=("selective",) * 3 + ("none",) * 21,
+        offload=0.5,
+    )
+    candidate = replace(candidate, choice=choice)
+    wide = replace(result.estimated[0], candidate=candidate, host=1e13, seconds=12_345.678)
+    result = replace(result, estimated=(wide,))
+    cells = ["12,345.68 s", "interleaved x 12", "one_barrier, uneven rows, layers redistributed"]
+    cells += ["16 x 128 x 8", "selective in 3/24, offload 50%", " *"]
+    for columns in (80, 100, 200):
+        on_terminal(columns)
+        table = text_of(search_lines(config, limits, result)).partition("~ estimated")[0]
+        assert max(map(len, table.splitlines())) <= columns
+        assert all(cell in " ".join(table.split()) for cell in cells)
+        assert ("schedule x chunks" in table) is (columns == 200)
+        head = next(line for line in table.splitlines() if "microbatches" in line)
+        row = next(line for line in table.splitlines() if "12,345.68 s" in line)
+        assert row[: head.index("bubble") + len("bubble")].endswith(" -"), "it is not known"
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,7 @@ def test_a_model_may_be_chosen_after_all():
         (["--samples", "9"], "--samples belongs to --jitter or --straggler"),
         (["--jitter", "x"], "--jitter x is not a fraction in [0, 1]; for 10 % write --jitter 0.1"),
         (["--jitter", "10"], "--jitter 10 is not a fraction in [0, 1]; for 10 % write"),
+        (["--straggler", "2"], "--straggler 2 is not a fraction in [0, 1]; for 10 % write --strag"),
         (["--straggler", "-1"], "--straggler -1 is not a fraction in [0, 1]; for 10 % write"),
         (["--jitter", "0.1", "--samples", "0"], "--samples 0 is not a whole number in [1, 10,000]"),
         (["--frontier", "--jitter", "0.1"], "--frontier goes without --jitter; drop one of"),

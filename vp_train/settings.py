@@ -1290,7 +1290,8 @@ def settings_page() -> str:
     """Return docs/settings.md: every setting with its default, allowed values, unit and meaning."""
     parts = [
         "# Settings",
-        "Every setting of a run. Append `section.name=value` to any command to change one.\n"
+        "Every setting of a run. Append `section.name=value` to any command to change one; of\n"
+        "two values the last counts, and a group has one choice.\n"
         "`vp-train --help SECTION` shows a section too. Values are taken as they are written:\n"
         "`${...}` is refused, in overrides and in files, because a file of somebody else must not\n"
         "read the environment, and the shell expands your variables. Names have no control\n"

@@ -126,7 +126,7 @@ def test_a_terminal_gets_a_live_line():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**40, "3072.00 GiB")],
+    [(0, "0 B"), (1536, "1.5 KiB"), (5 * 2**20, "5.0 MiB"), (3 * 2**40, "3,072.00 GiB")],
 )
 def test_bytes_for_people(count, text):
     assert human_bytes(count) == text

@@ -423,5 +423,12 @@ def test_pictures_look_as_they_looked(make, expected, tmp_path):
 
 
 def test_no_duration_is_rounded_to_a_thousand_of_its_unit():
-    shown = {0.0: "0 ms", 0.9996: "1.00 s", 0.9994: "999 ms", 0.9996e-3: "1 ms", 12e-6: "12 µs"}
+    shown = {
+        0.0: "0 ms",
+        0.9996: "1.00 s",
+        0.9994: "999 ms",
+        0.9996e-3: "1 ms",
+        12e-6: "12 µs",
+        1234.5: "1,234.50 s",
+    }
     assert {seconds: duration(seconds) for seconds in shown} == shown

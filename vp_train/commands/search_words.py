@@ -215,7 +215,6 @@ def _contention_lines(
 def _other_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
     """Return lines with what is worth a look beside the first plan: leaner, and simpler to run."""
     first, others = result.best[0], dict[str, Estimate | None]()
-    others["with less margin in host memory than --margin"] = result.tight
     others["about as fast with less memory"] = result.leaner
     if first.choice.offload:
         others["the best found without offloaded activations"] = result.without_offloading
@@ -450,16 +449,16 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
     if leanest.host_needs is not None and known is not None:
         needs = leanest.host_needs / _GIB
         lines += [
-            f"  may fit on the GPUs, but needs {needs:.2f} GiB of host memory per node, "
-            f"{needs - known:.2f} GiB more than the {known:g} GiB that a plan may use",
-            f"would help: more than {needs / (1 - limits.margin):.4g} GiB of host memory per node "
-            "(cluster.host_memory_gib)",
+            f"  may fit on the GPUs, but needs {needs:,.2f} GiB of host memory per node, "
+            f"{needs - known:,.2f} GiB more than the {known:,.6g} GiB that a plan may use",
+            f"would help: more than {_gib(needs / (1 - limits.margin))} GiB of host memory per "
+            "node (cluster.host_memory_gib)",
         ]
     else:
         enough = (leanest.needs or 0.0) / (1 - limits.margin) / _GIB
         lines += [
             f"  {leanest.reason}",
-            f"would help: GPUs with more than {enough:.4g} GiB (cluster.memory_gib), which state "
+            f"would help: GPUs with more than {_gib(enough)} GiB (cluster.memory_gib), which state "
             "and the leanest activations take",
         ]
     if result.kept.values:
@@ -473,6 +472,11 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
             where = _may_fit(found, config)
             return [*lines, f"would help: cluster.num_nodes={cluster.num_nodes}, where {where}"]
     return [*lines, "would help: a smaller model.seq_length; 64 times as many nodes do not suffice"]
+
+
+def _gib(count: float) -> str:
+    """Return a number of GiB in four digits or more."""
+    return f"{count:,.0f}" if count >= 1000 else f"{count:.4g}"
 
 
 def _may_fit(choice: Choice, config: RunConfig) -> str:

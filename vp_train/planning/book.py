@@ -28,7 +28,6 @@ class Book:
 
     excluded: how many choices each constraint rules out.
     num_same: how many choices are another one, too.
-    tight: what fits into the hosts, but leaves less of their memory free than it should.
     """
 
     excluded: Counter[str]
@@ -36,7 +35,6 @@ class Book:
     refused: list[Refusal] = field(default_factory=list)
     estimates: list[Estimate] = field(default_factory=list)
     planned: dict[Choice, Found] = field(default_factory=dict)
-    tight: list[Estimate] = field(default_factory=list)
     # What follows from these, until something is added: estimates as planned, and `distinct`.
     _as_planned: list[Estimate] | None = None
     _distinct: tuple[list[Estimate], set[Choice]] | None = None
@@ -125,13 +123,6 @@ class Book:
         if found is None or found.memory > (1 - _MUCH_LEANER) * memory:
             return None
         return found
-
-    def tight_before(self, best: Found | None) -> Estimate | None:
-        """Return the fastest that is tight if it is faster than the best by more than estimates."""
-        if best is None:
-            return None
-        limit = (1 - SAME) * best.counted
-        return _fastest(one for one in self.tight if one.counted < limit)
 
     def closest(self, scales: Scales) -> Refusal | None:
         """Return the refusal for memory that needs least, each by state and leanest activations."""

@@ -147,8 +147,6 @@ class Result:
     leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
         it needs at least a tenth less.
     estimated: those that were not planned and belong among the best by their estimates.
-    tight: the fastest that is faster than the first of `best` and fits into the hosts, but leaves
-        less of their memory free than the margin.
     leanest: the choice that needs least memory of those that need too much.  Those that only lack
         host memory come first.
     refused: the refused choices with the lowest bounds.
@@ -169,7 +167,6 @@ class Result:
     without_vocabulary: Estimate | None
     without_offloading: Estimate | None
     leaner: Estimate | None
-    tight: Estimate | None
     estimated: tuple[Estimate, ...]
     leanest: Refusal | None
     refused: tuple[Refusal, ...]

@@ -268,7 +268,7 @@ class PlanReport:
         how = "less" if self.excess <= 0 else "more"
         return (
             f"needs {human_bytes(memory.total)} on rank {self.worst}, "
-            f"{human_bytes(abs(self.excess))} {how} than {cap:g} GiB"
+            f"{human_bytes(abs(self.excess))} {how} than {cap:,g} GiB"
         )
 
     def host_with(self, optim: OptimConfig) -> HostUsage:

@@ -236,7 +236,6 @@ class _Search:
             without_vocabulary=self._book.first(splits_vocabulary=False),
             without_offloading=self._book.without_offloading(),
             leaner=self._book.leaner(best[0] if best else None),
-            tight=self._book.tight_before(best[0] if best else None),
             estimated=tuple(estimate for estimate in top if not estimate.is_planned),
             leanest=self._book.closest(self._scales),
             refused=tuple(refused[:_KEPT_REFUSALS]),
@@ -273,11 +272,11 @@ class _Search:
         self._scales.check(self._choices)
         numbers = list(range(len(self._choices)))
         random.Random(1).shuffle(numbers)
-        ruled_out = self._num_excluded
+        before = self._num_excluded  # a summary counts them too
         for place, number in enumerate(numbers):
             if place % 128 == 0:
-                all_of_them = f"{ruled_out + len(numbers):,} choices"
-                self._progress(f"{ruled_out + place:,} of {all_of_them} weighed")
+                total = before + len(numbers)
+                self._progress(f"{before + place:,} of {total:,} choices weighed")
                 if self._queue.by_bound and not self._in_time():
                     self._unweighed = numbers[place:]
                     break
@@ -612,15 +611,12 @@ class _Search:
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
                 continue
-            seconds = passes + self._scales.after(step, optim)
             try:
                 host = self._host_bytes(step, optim)
             except HostMemoryError as error:
                 refusal = refusal or error
-                if error.needs <= self._cluster.host_limit:
-                    estimate = Estimate(candidate, optim, seconds, needs, error.needs)
-                    self._book.tight.append(estimate)
                 continue
+            seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs, host))
         if not found:
             assert refusal is not None
