@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import product, takewhile
 
 from schedules.generators import GENERATORS
+from schedules.render import duration
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.planning.choice import changes_of
 from vp_train.planning.cluster import limit_of
@@ -97,15 +98,23 @@ def _planned_bytes(config: RunConfig) -> float:
 
 
 def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
-    """Return the shortest pipeline with which a GPU may have enough memory, and how to get it."""
+    """Return the shortest pipeline that fits, how to get it, and what its step takes."""
     limit, cluster = limit_of(config.cluster), config.cluster
     for longer in _longer(config, degrees):
         with suppress(ConfigError):
-            if about_bytes(longer) <= limit:
-                words = changes_of(config, longer)
-                if longer.cluster != cluster:
-                    words = f"cluster.num_nodes={longer.cluster.num_nodes} {words}"
-                return f"{_MORE_GPUS}: {words}: may fit"
+            if about_bytes(longer) > limit:
+                continue
+            found = None if longer.schedule.is_solved else brief_report(longer)
+            if found is not None and not found.fits:
+                continue
+            words = changes_of(config, longer)
+            if longer.cluster != cluster:
+                words = f"cluster.num_nodes={longer.cluster.num_nodes} {words}"
+            how = "may fit"
+            if found is not None:
+                memory = human_bytes(found.ranks[found.worst].memory.total)
+                how = f"{duration(found.step_seconds)}, {memory}{host_words(found.host.total)}"
+            return f"{_MORE_GPUS}: {words}: {how}"
     fewer = " or a smaller parallel.dp" if degrees.dp > 1 else ""
     return f"{_MORE_GPUS}: cluster.num_nodes above {cluster.num_nodes}{fewer}, with another split"
 
