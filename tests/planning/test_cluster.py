@@ -189,11 +189,11 @@ def test_a_lookup_reads_and_writes_the_part_of_a_rank_and_its_gradient_twice_as_
 def test_contention_slows_what_stages_compute_beside_the_barriers_and_nothing_else(
     vocab, degrees, beside
 ):
-    words = [f"vocab={vocab}", "parallel.recompute=selective", "cluster.contention=0"]
+    words = [f"vocab.algorithm={vocab}", "parallel.recompute=selective", "cluster.contention=0"]
     (_, free), (_, slowed) = (
         costed(*words, f"cost.contention={part}", **degrees) for part in ("0.001", "0.251")
     )
-    alone = costed(*words, "cost.contention=0.001", "vocab=none", **degrees)[1].cost
+    alone = costed(*words, "cost.contention=0.001", "vocab.algorithm=none", **degrees)[1].cost
     for kind in Kind:
         pairs = zip(free.cost.pass_seconds[kind], slowed.cost.pass_seconds[kind], strict=True)
         for place, (before, after) in enumerate(pairs):

@@ -236,7 +236,8 @@ def test_the_slowest_link_is_the_one_with_which_the_whole_plan_just_fits(more):
 
 
 def test_a_slow_link_is_judged_by_the_short_step_of_any_length():
-    words = ["vocab=two_barrier", "schedule=v_min", "parallel.pp=4", "num_microbatches=168"]
+    words = ["vocab.algorithm=two_barrier", "schedule.name=v_min", "parallel.pp=4"]
+    words += ["num_microbatches=168"]
     config = load_config([*LLAMA, *words, "parallel.offload_activations=1"])
     link = SlowLink(config, choice_of(config, Degrees(2, 4, 1)))
     slow = link_of(config) / 8
@@ -412,7 +413,7 @@ def test_what_a_plan_has_is_not_tried_again(monkeypatch):
     ("typed", "advised"),
     [
         (
-            ["parallel.offload_activations=1", "schedule=interleaved", "num_microbatches=8"],
+            ["parallel.offload_activations=1", "schedule.name=interleaved", "num_microbatches=8"],
             [
                 "parallel.recompute=full",
                 "schedule.name=1f1b",
