@@ -86,7 +86,7 @@ def test_a_collective_passes_its_fixed_time_along_a_tree():
 
 
 def costed(*overrides, **degrees):
-    config = load_config(["model=nano", "num_microbatches=4", "vocab=one_barrier", *overrides])
+    config = load_config(["model=nano", "num_microbatches=4", *overrides])
     split = Degrees(**{"dp": 1, "pp": 2, "tp": 1} | degrees)
     parallel = replace(config.parallel, pp=split.pp, tp=split.tp)
     placed = replace(config, cost=cluster_cost(config, split), parallel=parallel)
