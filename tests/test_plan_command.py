@@ -595,6 +595,10 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             ["--search", "--tokens", "4e6", "num_microbatches=8"],
             "--tokens and num_microbatches=8: both set the batch; drop one of the two",
         ),
+        (
+            ["--search", "--tokens", "-5", "num_microbatches=8"],
+            "--tokens -5 is not a whole number in [1, 1,000,000,000]; write for example",
+        ),
         (["--search", "--tokens", "abc"], "[1, 1,000,000,000]; write for example --tokens 4e6"),
         (
             [

@@ -114,9 +114,9 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
     kept = kept_of(config, overrides, options.get("--keep"))
     counts, tokens, multiple = typed(overrides, "num_microbatches"), None, ""
     if "--tokens" in options:
+        tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS, example="4e6")
         if counts:
             raise ConfigError(f"--tokens and {counts[0]}: both set the batch; drop one of the two")
-        tokens = whole_number(options, "--tokens", 4_194_304, most=_MOST_TOKENS, example="4e6")
         parts = {name: kept.values[name] for name in _DIVIDE_THE_BATCH if name in kept.values}
         multiple = " x ".join(f"{name}={value}" for name, value in parts.items() if value > 1)
         config = with_batch_of(config, tokens, math.prod(parts.values()))

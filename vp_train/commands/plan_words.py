@@ -66,7 +66,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
     fits = report.excess <= 0
     unit = _GIB if worst.total >= _GIB else _MIB
     num_alike = report.degrees.dp * report.degrees.tp
-    alike = f"; every line stands for {num_alike} ranks" if num_alike > 1 else ""
+    alike = f"; every line stands for {num_alike:,} ranks" if num_alike > 1 else ""
     room = f"{human_bytes(abs(report.excess))} {'to spare' if fits else 'TOO MUCH'}"
     lines = [
         f"{report.schedule} with {report.vocab}, {report.degrees}, "
