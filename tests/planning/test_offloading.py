@@ -201,8 +201,10 @@ def test_a_search_does_not_offload_more_than_hosts_have():
             assert re.search(r"^NOTHING FITS.  Closest: .* optim.offload=true$", lines, re.M)
             assert "would help: cluster.num_nodes=2, where dp=1 x pp=8 x tp=2 with" in lines
         ended = replace(result, num_open=1, ended="effort")
-        begin = "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort"
-        assert search_lines(config, Limits(), ended)[0].startswith(begin)
+        assert search_lines(config, Limits(), ended)[0] == (
+            "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort to 20000 "
+            "(now 10000), and --seconds to 360 (now 180)"
+        )
 
 
 def needs_of(report):
