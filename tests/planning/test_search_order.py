@@ -1324,7 +1324,7 @@ def problem_of(layout, count, vocab="one_barrier", *, split=False):
 def test_a_short_step_fills_the_pipeline_and_another_is_longer_by_turns_of_the_ranks():
     """A step that is no longer is taken itself, and what is left after full turns stays left.
 
-    Where the backward is split, a third one is worth it for a step three times as long.
+    Where the backward is split, a third one is worth it for a step twice as long.
     """
     for ranks, vocab, split, fill, more in (
         *((ranks, "one_barrier", False, fill, ranks) for ranks, fill in ((1, 8), (2, 8), (3, 9))),
@@ -1337,7 +1337,7 @@ def test_a_short_step_fills_the_pipeline_and_another_is_longer_by_turns_of_the_r
         layout = Layout("linear", ranks)
         for rest in {0, ranks // 2}:
             short, third = (fill + rest, fill + rest + more), fill + rest + 3 * more
-            enough = rest - (rest - 3 * third) // ranks * ranks
+            enough = rest - (rest - 2 * third) // ranks * ranks
             for count, expected in (
                 (short[1], short[1:]),
                 (short[1] - ranks, (short[1] - ranks,)),

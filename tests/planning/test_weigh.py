@@ -22,6 +22,7 @@ from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import gradient_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state, state_of
+from vp_train.planning.overlap import exchange
 from vp_train.planning.peaks import Peak, at_peak, minimum_step, peaks_of
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import optimizer_seconds
@@ -274,7 +275,8 @@ CHOICES = [
 @pytest.mark.parametrize("layers", [32, 35])
 def test_a_step_takes_the_fill_the_work_and_the_drain_of_the_slowest_rank_at_least(choice, layers):
     """W and T need not be waited for in the drain.  Then comes the fastest optimizer."""
-    config = load_config([*WORDS, "cluster.contention=0", f"model.num_layers={layers}"])
+    alone = ["optim.overlap_sums=false", "optim.overlap_gathers=false", "cluster.contention=0"]
+    config = load_config([*WORDS, *alone, f"model.num_layers={layers}"])
     placement = "balanced" if choice.placement != "redistribute" else choice.placement
     choice = replace(choice, placement=placement)
     scales = Scales(config, math.inf)
@@ -330,7 +332,8 @@ def test_a_candidate_takes_its_passes_and_the_least_after_them(pp):
     scales = Scales(config, math.inf)
     found = scales.draft(choice_of(pp))
     step = minimum_step("1f1b", found.draft)
-    after = [scales.after(step, optim) for optim in found.optimizers]
+    step = replace(step, timeline=weigh._alone("1f1b", found.draft))
+    after = [scales.after(step, optim, 0.9) for optim in found.optimizers]
     assert len(after) == 3
     assert min(after) < max(after)
     assert found.seconds == found.passes + min(after)
@@ -341,8 +344,35 @@ def test_a_candidate_takes_its_passes_and_the_least_after_them(pp):
         updates = [
             optimizer_seconds(step.degrees, config.cluster, optim, state) for state in states
         ]
-        exposed = gradient_seconds(step.work, config.cluster, optim, max(counts))
-        assert seconds == pytest.approx(exposed + max(updates))
+        least = gradient_seconds(step.work, config.cluster, optim, max(counts))
+        alone = exchange(step, config.cluster, optim, counts, updates).exposed
+        assert seconds == pytest.approx(max(least, 0.9 * alone) + max(updates))
+
+
+def test_a_microbatch_alone_says_about_how_much_of_an_exchange_stays_exposed():
+    """Bounds without it are of no use where the GPUs of a node share one port."""
+    words = ["model=gpt_4b", "cluster=h100_80g_node", "cluster.num_nodes=4", "cluster.rails=1"]
+    config = load_config([*words, "num_microbatches=64"])
+    scales = Scales(config, math.inf, (replace(config.optim, name="zero1"),))
+    for schedule, vocab, num_chunks, (dp, pp, tp) in (
+        ("1f1b", "none", None, (16, 2, 1)),
+        ("1f1b", "one_barrier", None, (4, 4, 2)),
+        ("interleaved", "none", 4, (8, 4, 1)),
+        ("interleaved", "two_barrier", 2, (8, 2, 2)),
+        ("zb_h1", "one_barrier", None, (4, 8, 1)),
+        ("zb_v", "none", None, (8, 4, 1)),
+        ("v_half", "one_barrier", None, (16, 2, 1)),
+    ):
+        choice = Choice(
+            Degrees(dp, pp, tp), 1, 64 // dp, schedule, vocab, "none", num_chunks=num_chunks
+        )
+        found, weight = scales.draft(choice), scales.weigh(choice)
+        step, passes, _ = short_step(found.draft, schedule)
+        after = scales.after(step, found.optimizers[0])
+        assert after > 0.1 * passes, "it counts"
+        assert 0.75 * after < found.seconds - found.passes <= after
+        assert weight.seconds <= passes + after
+        assert weight.seconds > 0.9 * found.seconds
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.placement import offloaded_layers, redistribute, split_layers
 from vp_train.planning.plan import MOST_FORWARD_PASSES, SEQUENCE_DEVICES
 
-MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
+MICRO_BATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # those that divide the batch are tried
 _MOST_EMPTY = 2  # stages without a layer
 # What rules out a step that has too many passes.
 TOO_LONG = f"more than {MOST_FORWARD_PASSES:,} forward passes (microbatches x stages)"
@@ -351,7 +351,7 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
 
     The ranks of a tensor-parallel group are on one node.  What has another value than `kept` is
     ruled out, and counts under the first setting that it does not have.  The run as it was typed is
-    a choice also where no search tries its values, such as micro_batch_size=3.
+    a choice also where no search tries its values, such as micro_batch_size=7.
     """
     batch, found = batch_of(config), dict[Choice, str | None]()  # what rules it out
     excluded: Counter[str] = Counter()
@@ -359,7 +359,8 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
     def add(choice: Choice) -> None:
         found[choice] = kept.against(choice) or _too_long(choice) or _moves_nothing(choice, config)
 
-    sizes = kept.with_value("micro_batch_size", MICRO_BATCH_SIZES)
+    tried = [size for size in MICRO_BATCH_SIZES if batch % size == 0]
+    sizes = kept.with_value("micro_batch_size", tried)
     for degrees in splits_of(config):
         variants = list(_variants(config, degrees, kept))
         reason = _reason_against(config, degrees)

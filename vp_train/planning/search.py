@@ -66,6 +66,7 @@ _WEIGH_NODES = 4  # nodes that can be placed while a choice is weighed
 # Drafts without an estimate after which the most promising of them is estimated, see `_estimate`.
 _FIRST_DRAFTS = 32
 _DEAR = 0.1  # part of the effort that one estimate may take before others had their turn
+_FOR_OTHER_KIND = 1 / 3  # part of the effort of estimates, see `_lowest`
 _FOR_ESTIMATES = 0.5  # part of the effort; the rest is for whole plans
 # A whole step may take so much less than its estimate.
 _SLACK = 0.01
@@ -109,16 +110,17 @@ def search(
 class _Queue:
     """The numbers of the choices that are left to look at.
 
-    by_bound, by_bytes: heaps of them by the lower bound of their step in seconds, and by their
-        least bytes.
+    by_bound: heaps of them by the lower bound of their step in seconds, one without (False) and one
+        with (True) vocabulary parallelism.
+    by_bytes: a heap of them by their least bytes.
     drafted: those that were drafted since something fits.
     next_drafts: how many of these there are when one is estimated, see `_Search._estimate`.
     doubtful: those that wait until all others were estimated.
     looks_at_all: whether these have their turn now.
-    passed_over: those that the best of that time were faster than.
+    passed_over: those that are left for when no other is.
     """
 
-    by_bound: list[tuple[float, int]] = field(default_factory=list)
+    by_bound: tuple[list[tuple[float, int]], ...] = field(default_factory=lambda: ([], []))
     by_bytes: list[tuple[float, int]] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     next_drafts: int = _FIRST_DRAFTS
@@ -126,13 +128,11 @@ class _Queue:
     looks_at_all: bool = False
     passed_over: list[int] = field(default_factory=list)
 
-    def put(self, number: int, seconds: float, num_bytes: float) -> None:
-        heapq.heappush(self.by_bound, (seconds, number))
-        heapq.heappush(self.by_bytes, (num_bytes, number))
-
     def add(self, other: _Queue) -> None:
         """Add what another queue has left."""
-        self.by_bound = sorted(self.by_bound + other.by_bound)
+        for ours, theirs in zip(self.by_bound, other.by_bound, strict=True):
+            ours += theirs
+            heapq.heapify(ours)
         self.by_bytes = sorted(self.by_bytes + other.by_bytes)
         self.drafted += other.drafted
         self.next_drafts = 2 * max(_FIRST_DRAFTS, len(self.drafted))
@@ -143,7 +143,8 @@ class _Queue:
     @property
     def numbers(self) -> set[int]:
         """All of them, and some that were estimated since."""
-        return {number for _, number in self.by_bound}.union(self.doubtful, self.passed_over)
+        waiting = {number for heap in self.by_bound for _, number in heap}
+        return waiting.union(self.doubtful, self.passed_over)
 
 
 class _Search:
@@ -171,6 +172,7 @@ class _Search:
         self._shared = shared
         self._scales = shared.scales.with_optimizers(space.optimizers)
         self._spent = self._num_estimated = self._num_drafted = 0
+        self._spent_on = [0, 0]  # by `_estimate`: without and with vocabulary parallelism
         self._num_layers = config.model.num_layers
         self._num_before = 0  # estimates of what was typed and does not fit
         self._enough = 0.0  # effort for estimates once something fits
@@ -277,7 +279,7 @@ class _Search:
             if place % 128 == 0:
                 total = before + len(numbers)
                 self._progress(f"{before + place:,} of {total:,} choices weighed")
-                if self._queue.by_bound and not self._in_time():
+                if any(self._queue.by_bound) and not self._in_time():
                     self._unweighed = numbers[place:]
                     break
             try:
@@ -293,7 +295,14 @@ class _Search:
         self._bounds[number] = weight.seconds
         if weight.optimizer is not None and weight.optimizer.offload:
             self._pressed.append(self._choices[number])
-        queue.put(number, weight.seconds, weight.needs)
+        self._push(queue, number, weight.needs)
+
+    def _push(self, queue: _Queue, number: int, num_bytes: float | None = None) -> None:
+        """Put a choice into a queue; by its bytes, too, if they are given."""
+        splits = self._choices[number].splits_vocabulary
+        heapq.heappush(queue.by_bound[splits], (self._key(number), number))
+        if num_bytes is not None:
+            heapq.heappush(queue.by_bytes, (num_bytes, number))
 
     def _goes_on(self) -> bool:
         """Return whether to estimate another choice: the first one always, if no time is known."""
@@ -342,7 +351,7 @@ class _Search:
         """
         # Plans may be slower than their estimates were, or not fit.
         for passed in queue.passed_over:
-            heapq.heappush(queue.by_bound, (self._key(passed), passed))
+            self._push(queue, passed)
         queue.passed_over = []
         while self._goes_on():
             number = self._next(queue, top)
@@ -352,6 +361,7 @@ class _Search:
                 self._look_at_doubtful(queue)
                 continue
             item, choice = self._items[number], self._choices[number]
+            before = self._spent
             try:
                 if item is None:
                     item = self._items[number] = self._scales.draft(choice)
@@ -362,7 +372,7 @@ class _Search:
                         self._bounds[number] = least
                         self._exact.add(number)
                     if self._knows_time:
-                        heapq.heappush(queue.by_bound, (self._key(number), number))
+                        self._push(queue, number)
                         queue.drafted.append(number)
                         self._num_drafted += 1
                         self._progress(f"{self._num_drafted:,} looked at, {self._words()}")
@@ -375,6 +385,8 @@ class _Search:
             except ConfigError as error:
                 self._done.add(number)
                 self._book.refuse(choice, error, self._bounds[number])
+            finally:
+                self._spent_on[choice.splits_vocabulary] += self._spent - before
             self._progress(self._words())
 
     def _estimate_other_kind(self) -> None:
@@ -385,7 +397,7 @@ class _Search:
         kinds = {estimate.splits_vocabulary for estimate in self._book.estimates}
         if len(kinds) != 1 or not self._in_time():
             return
-        left = sorted({(self._key(number), number) for _, number in self._queue.by_bound})
+        left = sorted((self._key(number), number) for number in self._queue.numbers)
         tries = 0
         for _, number in left:
             choice = self._choices[number]
@@ -456,7 +468,7 @@ class _Search:
                 for choice in of_kind:
                     number = self._numbers.get(choice)
                     if number in self._bounds and number not in self._done:
-                        queue.put(number, self._bounds[number], 0.0)
+                        self._push(queue, number, 0.0)
                 self._weigh_into(queue, (one for one in of_kind if one not in self._numbers))
                 self._enough = min(until, self._spent + part / 2)
                 self._estimate(queue, 1)
@@ -517,7 +529,7 @@ class _Search:
             numbers += others[:_TRIES_OF_DOUBTFUL]
             queue.passed_over += others[_TRIES_OF_DOUBTFUL:]
         for place, number in enumerate(numbers):
-            queue.put(number, self._key(number), float(place))
+            self._push(queue, number, float(place))
         queue.doubtful, queue.looks_at_all = [], True
 
     def _key(self, number: int) -> float:
@@ -551,24 +563,35 @@ class _Search:
         return (is_dear or not item.seems_to_fit) and not queue.looks_at_all
 
     def _lowest(self, queue: _Queue, top: int) -> int | None:
-        """Take what may be the fastest choice that is left, unless it cannot be among the `top`."""
+        """Take what may be the fastest choice that is left, unless it cannot be among the `top`.
+
+        The best of both kinds are looked for, with and without vocabulary parallelism, each with a
+        third of the effort at least.
+        """
         last, first_of = self._to_beat(top)
-        while queue.by_bound:
-            known, number = heapq.heappop(queue.by_bound)
-            if number in self._done:
-                continue
+        keys = [self._first(heap) for heap in queue.by_bound]
+        kinds = [splits for splits in (False, True) if keys[splits] < max(last, first_of[splits])]
+        if not kinds:
+            return None
+        least = _FOR_OTHER_KIND * sum(self._spent_on)
+        splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, keys[splits]))
+        return heapq.heappop(queue.by_bound[splits])[1]
+
+    def _first(self, heap: list[tuple[float, int]]) -> float:
+        """Return the key of the first choice in a heap, where it stays; infinite if none is left.
+
+        Others were estimated, or exceed their bounds as those did that are alike.
+        """
+        while heap:
+            known, number = heap[0]
             key = self._key(number)
-            if queue.by_bound and key > max(known, queue.by_bound[0][0]):
-                heapq.heappush(queue.by_bound, (key, number))
-                continue
-            if key >= max(last, *first_of.values()):
-                heapq.heappush(queue.by_bound, (key, number))
-                return None
-            splits = self._choices[number].splits_vocabulary
-            if key < max(last, first_of[splits]):
-                return number
-            queue.passed_over.append(number)
-        return None
+            if number in self._done:
+                heapq.heappop(heap)
+            elif key > known:
+                heapq.heapreplace(heap, (key, number))
+            else:
+                return key
+        return math.inf
 
     def _to_beat(self, top: int) -> tuple[float, dict[bool, float]]:
         """Return the seconds of the last of the `top`, and of the first of each kind."""

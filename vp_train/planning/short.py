@@ -22,7 +22,7 @@ _MANY_RANKS = 16  # which are full after one microbatch of each
 # A schedule whose activations are offloaded, and a draft that chooses the stages which recompute,
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
-_WORTH_A_THIRD = 3  # times the length of a third short step: a step that is long enough for it
+_WORTH_A_THIRD = 2  # times the length of a third short step: a step that is long enough for it
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
 

@@ -13,16 +13,25 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from schedules.bound import step_bound
-from schedules.generators import GENERATORS
+from schedules.generators import GENERATORS, generate
 from schedules.generators.weave import waits_for_weights
 from schedules.ir import Kind
 from schedules.layout import Layout
 from schedules.problem import Problem
+from schedules.simulate import simulate_order
+from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, searched_algorithms
 from vp_train.config import ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.model import shape
 from vp_train.planning.choice import Choice, optimizers_of
-from vp_train.planning.cluster import gradient_seconds, on_cluster, tied_seconds, with_margin
+from vp_train.planning.cluster import (
+    ReplicaSeconds,
+    gradient_seconds,
+    on_cluster,
+    replica_seconds,
+    tied_seconds,
+    with_margin,
+)
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.memory import (
@@ -52,6 +61,9 @@ _MOST_RANKS = 16  # of which the memory is looked at one by one
 # follow sooner): an optimizer may still fit with so many times the limit, and what would need so
 # many times is refused without a simulation.
 _ABOUT, _FAR_TOO_LARGE = 1.05, 2
+# The part of the exchange of replicas which one microbatch alone leaves exposed that a whole step
+# surely leaves.
+_SURE = 0.9
 # Times the limit that the base order may need where W may follow sooner: such a choice is drafted,
 # and simulated after what seems to fit.
 _SOONER = 1.1
@@ -202,7 +214,7 @@ class Scales:
         self._splits: dict[tuple[Degrees, int, bool], _Split] = {}
         self._placed: dict[tuple[str, Layout], _Placed] = {}
         self._peaks: dict[tuple[str, Layout, int, int], tuple[Peak, ...]] = {}
-        self._after: dict[tuple[Degrees, OptimConfig, int], float] = {}
+        self._after: dict[tuple[Degrees, OptimConfig, int], tuple[float, ReplicaSeconds]] = {}
         self._bounds: dict[tuple[object, ...], float] = {}
 
     def with_optimizers(self, optimizers: tuple[OptimConfig, ...] | None) -> Scales:
@@ -257,12 +269,19 @@ class Scales:
         room = (_SOONER if family.split_backward else 1.0) * self.limit
         seems_to_fit = any(state + expected <= room for state, _ in likely)
         fitting = likely or fitting
-        after = [self._after_of(split.work, optim, parameters) for _, optim in fitting]
         # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
         # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
         forward, backward, sent_back = split.layer(
             "none" if choice.recompute_where_needed else choice.recompute, family.split_backward
         )
+        of_layer = shape.layer_parameters(split.work.share) / parameters
+        of_rows = split.row_parameters(layout, algorithm) / parameters
+        after = [
+            least + _SURE * placed.exposed(whole, of_layer, of_rows, forward, backward, sent_back)
+            for least, whole in (
+                self._after_of(split.work, optim, parameters) for _, optim in fitting
+            )
+        ]
         shards = split.shard_seconds(choice.vocab)
         root, bound = layout.rank_of(layout.num_stages - 1), 0.0
         for rank in placed.slowest:
@@ -385,21 +404,22 @@ class Scales:
             if splits or num_bytes <= _ABOUT * self.limit
         ]
         likely = likely or list(fitting)
-        after = min(self.after(minimum, optim) for optim in likely)
+        # How late gradients come and how early parameters are read, one microbatch alone says.
+        alone = replace(minimum, timeline=_alone(choice.schedule, drafted))
+        after = min(self.after(alone, optim, _SURE) for optim in likely)
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
         is_pressed = all(optim.offload for optim in likely)
         return Candidate(choice, drafted, passes, passes + after, fitting, seems_to_fit, is_pressed)
 
-    def after(self, step: StepPlan, optim: OptimConfig) -> float:
-        """Return the seconds of a step after its passes, the least if it was not simulated."""
+    def after(self, step: StepPlan, optim: OptimConfig, part: float = 1.0) -> float:
+        """Return the seconds of a step after its passes; `part` counts of what is exposed."""
         states = [rank_state(step, optim, rank) for rank in range(step.num_ranks)]
         cluster, counts = self._config.cluster, [state.parameters for state in states]
         updates = [optimizer_seconds(step.degrees, cluster, optim, state) for state in states]
-        exposed = (
-            exchange(step, cluster, optim, counts, updates).exposed
-            if step.timeline.compute
-            else gradient_seconds(step.work, cluster, optim, max(counts))
+        exposed = max(
+            part * exchange(step, cluster, optim, counts, updates).exposed,
+            gradient_seconds(step.work, cluster, optim, max(counts)),
         )
         return exposed + tied_seconds(step.work, cluster, step.problem) + max(updates)
 
@@ -490,23 +510,46 @@ class Scales:
             self._placed[key] = _Placed.of(self._config, choice.placement, layout)
         return self._placed[key]
 
-    def _after_of(self, work: Workload, optim: OptimConfig, parameters: int) -> float:
-        """Return the least seconds of a step after its passes, if a rank has `parameters`."""
+    def _after_of(
+        self, work: Workload, optim: OptimConfig, parameters: int
+    ) -> tuple[float, ReplicaSeconds]:
+        """Return the least seconds of a step after its passes, if a rank has `parameters`.
+
+        Beside them what passes may hide of the exchange between replicas.
+        """
         key = (work.degrees, optim, parameters)
         if key not in self._after:
             cluster = self._config.cluster
             held = state_of(work, optim, parameters)
-            self._after[key] = gradient_seconds(
-                work, cluster, optim, parameters
-            ) + optimizer_seconds(work.degrees, cluster, optim, held)
+            least = gradient_seconds(work, cluster, optim, parameters)
+            least += optimizer_seconds(work.degrees, cluster, optim, held)
+            whole = replica_seconds(work, cluster, optim, parameters)
+            self._after[key] = (
+                least,
+                ReplicaSeconds(
+                    whole.sums * (optim.overlap_sums and not optim.offload),
+                    whole.gathers * (optim.overlap_gathers and not optim.offload),
+                ),
+            )
         return self._after[key]
+
+
+def _alone(name: str, draft: Draft) -> Timeline:
+    """Return the timeline of one microbatch alone.
+
+    Its forward and its backward run through all stages without a pause, about as those of the first
+    and of the last microbatch of a step do.
+    """
+    one = replace(draft.problem, num_microbatches=1)
+    return simulate_order(generate(name, one, draft.cost, effort=1), one, draft.cost)
 
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
     """Layers per stage and per rank, and those before the first stage of each rank.
 
-    `slowest` are the ranks that bound the time of a step: the ends, and the last with most layers.
+    slowest: the ranks that bound the time of a step: the ends, and the last with most layers.
+    first: of every stage of rank 0 its layers, and those of the stages before.
     """
 
     layout: Layout
@@ -514,6 +557,7 @@ class _Placed:
     of_rank: tuple[int, ...]
     before: tuple[int, ...]
     slowest: tuple[int, ...]
+    first: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, config: RunConfig, placement: str, layout: Layout) -> _Placed:
@@ -528,7 +572,38 @@ class _Placed:
         before = tuple(accumulate(counts[: layout.num_ranks - 1], initial=0))
         most = max(reversed(ranks), key=of_rank.__getitem__)
         slowest = tuple(sorted({0, most, ranks[-1]}))
-        return cls(layout, counts, of_rank, before, slowest)
+        ahead = tuple(accumulate(counts, initial=0))
+        first = tuple((counts[stage], ahead[stage]) for stage in layout.stages_of(0))
+        return cls(layout, counts, of_rank, before, slowest, first)
+
+    def exposed(
+        self,
+        whole: ReplicaSeconds,
+        of_layer: float,
+        of_rows: float,
+        forward: float,
+        backward: float,
+        sent_back: float,
+    ) -> float:
+        """Return about the seconds of the exchange that no pass of rank 0 hides.
+
+        The first microbatch reads the parameters of a stage, and the last one completes its
+        gradients, no earlier and no later than if it were alone.  Embedding rows come before the
+        first stage, and those of the output layer after the last one.
+
+        whole: the seconds of the exchange of rank 0.
+        of_layer, of_rows: the part of them for a layer, and for the rows of the embedding.
+        forward, backward, sent_back: the seconds of a layer, see `_Split.layer`.
+        """
+        sums, gathers, part = of_rows * whole.sums, of_rows * whole.gathers, of_rows
+        for layers, ahead in self.first:
+            part += of_layer * layers
+            sums = max(sums, part * whole.sums - layers * backward - ahead * sent_back)
+            gathers = max(gathers, part * whole.gathers - (layers + ahead) * forward)
+        num_layers = sum(self.counts)
+        sums = max(sums, whole.sums - num_layers * sent_back)
+        gathers = max(gathers, whole.gathers - num_layers * forward)
+        return sums + gathers
 
 
 class _Split:
@@ -584,17 +659,20 @@ class _Split:
     ) -> int:
         """Return the parameters of a rank at least, without small ones."""
         work = self.work
-        rows = -(-work.model.vocab_size // work.degrees.tp)
-        if algorithm.sharded:
-            rows //= layout.num_ranks
-            ends = 2
-        else:
+        ends = 2
+        if not algorithm.sharded:
             ends = (rank == 0) + (rank == layout.rank_of(layout.num_stages - 1))
         if work.model.tied_embeddings:
             ends = min(ends, 1)
-        return (
-            num_layers * shape.layer_parameters(work.share) + ends * rows * work.model.hidden_size
-        )
+        rows = self.row_parameters(layout, algorithm)
+        return num_layers * shape.layer_parameters(work.share) + ends * rows
+
+    def row_parameters(self, layout: Layout, algorithm: VocabAlgorithm) -> int:
+        """Return the parameters of the rows that a rank has of one end, if it has any."""
+        rows = -(-self.work.model.vocab_size // self.work.degrees.tp)
+        if algorithm.sharded:
+            rows //= layout.num_ranks
+        return rows * self.work.model.hidden_size
 
     def _probe(
         self, recompute: str, vocab: str
