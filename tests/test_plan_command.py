@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -14,11 +15,12 @@ from functools import partial
 import pytest
 
 from schedules.render import duration
+from vp_train.commands import search_words
 from vp_train.commands.plan import main
 from vp_train.commands.plan_words import plan_lines, text_of
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
-from vp_train.planning.choice import batch_of
+from vp_train.planning.choice import Kept, batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.report import make_report
@@ -487,6 +489,21 @@ def test_search_where_nothing_fits(vp_plan):
     assert "torchrun" not in out
     nodes = helps[-1].split()[2].rstrip(",")
     assert "NOTHING" not in vp_plan("--search", *NANO, "cluster.memory_gib=0.002", nodes)[1]
+
+
+def test_the_number_of_nodes_that_would_do_is_about_the_least(monkeypatch):
+    """It is doubled until something fits, and the interval is halved three times."""
+    config = load_config(["model=nano", "cluster=h100_80g_node"])
+    for now, least, said in ((1, 2, 2), (1, 3, 3), (1, 5, 5), (1, 33, 36), (3, 6, 6), (3, 7, 7)):
+        cluster = dataclasses.replace(config.cluster, num_nodes=now)
+        fits = lambda config, *_, least=least: config.cluster.num_nodes >= least or None  # noqa: E731
+        monkeypatch.setattr(search_words, "fits_on", fits)
+        found = search_words._more_nodes(
+            dataclasses.replace(config, cluster=cluster), Limits(), Kept()
+        )
+        assert found == (said, True)
+    monkeypatch.setattr(search_words, "fits_on", lambda *_: None)
+    assert search_words._more_nodes(config, Limits(), Kept()) is None
 
 
 def test_where_only_what_is_kept_does_not_fit_the_search_says_so(vp_plan):

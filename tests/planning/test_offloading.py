@@ -381,7 +381,8 @@ def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
         assert saved > known.excess > 0
         (line,) = (one for one in remedies(small, known) if "recompute=full:" in one)
         words = f"parallel.recompute=full: about {human_bytes(saved)} less"
-        assert line == words + ", which is not enough alone" * (not is_enough)
+        lacks = ", which leaves less than 5% of the memory free"
+        assert line == words + lacks * (not is_enough)
 
 
 def test_the_optimizer_is_sent_to_hosts_that_have_the_margin_left_and_their_need_is_said():

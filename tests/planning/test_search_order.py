@@ -654,6 +654,16 @@ def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothi
     assert number_of(world, found.leaner) == leaner
 
 
+def test_of_plans_that_are_as_lean_the_fastest_is_named(enter):
+    """A fiftieth of the memory is no reason for a slower plan."""
+    times, sizes = (10.0, 10.09, 10.02, 10.01), (1.0, 0.5, 0.505, 0.52)
+    facts = [Facts(1.0, s, memory=size * GIB) for s, size in zip(times, sizes, strict=True)]
+    world = World(facts)
+    enter(world)
+    found = run(world, top=4)
+    assert number_of(world, found.leaner) == 2
+
+
 def test_estimates_are_planned_while_they_may_be_among_the_best(enter):
     """A plan may take a hundredth less than its estimate, and no more."""
     facts = [

@@ -12,7 +12,7 @@ from schedules.generators import GENERATORS
 from schedules.render import duration
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
 from vp_train.planning.choice import changes_of
-from vp_train.planning.cluster import limit_of
+from vp_train.planning.cluster import MARGIN, limit_of
 from vp_train.planning.compare import proposing
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.placement import offloaded_layers, split_layers
@@ -21,6 +21,7 @@ from vp_train.planning.weigh import about_bytes
 from vp_train.units import human_bytes, large_bytes
 
 _NOT_ALONE = ", which is not enough alone"
+_NO_MARGIN = f", which leaves less than {MARGIN:.0%} of the memory free"
 _MORE_GPUS = "more GPUs per replica"
 _FACTORS = (2, 4, 8, 16, 32, 64)  # by which a pipeline may become longer
 
@@ -31,6 +32,7 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     Every change is tried on its own, and the words say where it is not enough to leave as much free
     as a proposal does.
     """
+    excess = report.excess
     config, report = _proposing(config, report)
     replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
     # What waits in host memory, and so is not saved on the GPU, only a simulation says.
@@ -66,9 +68,13 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     saved, words = _saved_by_offloading(config, report)
     if saved > 0.01 * before:
         found.append((saved, words))
-    ordered = [
-        words + _NOT_ALONE * (saved < report.excess) for saved, words in sorted(found, reverse=True)
-    ]
+
+    def enough(saved: float) -> str:
+        if saved >= report.excess:
+            return ""
+        return _NOT_ALONE if saved < excess else _NO_MARGIN
+
+    ordered = [words + enough(saved) for saved, words in sorted(found, reverse=True)]
     return [*ordered, _more_gpus_words(config, report.degrees)]
 
 

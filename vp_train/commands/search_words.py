@@ -16,7 +16,7 @@ from vp_train.commands.plan_words import (
     text_width,
 )
 from vp_train.config import RunConfig
-from vp_train.planning.choice import TOO_LONG, Choice
+from vp_train.planning.choice import TOO_LONG, Choice, Kept
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
 from vp_train.planning.found import (
@@ -36,6 +36,7 @@ from vp_train.planning.slow_link import SlowLink, link_of
 from vp_train.units import compared, large_bytes, plural
 
 _SHOWN_REFUSALS = 3
+_HALVINGS = 3  # of the numbers of nodes that are tried where nothing fits
 _GIB, _MIB = 2.0**30, 2.0**20
 _MEMORY = {_GIB: "GiB", _MIB: "MiB"}
 # Of the table of a search: the columns with words, and that of the memory per node.
@@ -465,13 +466,41 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
         free = fits_on(config, limits.margin)
         if free is not None:
             lines.append(f"would help: to keep less with --keep; then {_may_fit(free, config)}")
+    more = _more_nodes(config, limits, result.kept)
+    if more is None:
+        words = "a smaller model.seq_length; 64 times as many nodes do not suffice"
+    else:
+        words = f"cluster.num_nodes={more[0]}, where {_may_fit(more[1], config)}"
+    return [*lines, f"would help: {words}"]
+
+
+def _more_nodes(config: RunConfig, limits: Limits, kept: Kept) -> tuple[int, Choice] | None:
+    """Return about the fewest nodes on which a choice may fit, and this; None up to 64 times more.
+
+    They are doubled until one fits, and the interval is halved a few times.
+    """
+
+    def fits(num_nodes: int) -> Choice | None:
+        cluster = replace(config.cluster, num_nodes=num_nodes)
+        return fits_on(replace(config, cluster=cluster), limits.margin, kept)
+
+    fewest = config.cluster.num_nodes
     for factor in (2, 4, 8, 16, 32, 64):
-        cluster = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
-        found = fits_on(replace(config, cluster=cluster), limits.margin, result.kept)
-        if found is not None:
-            where = _may_fit(found, config)
-            return [*lines, f"would help: cluster.num_nodes={cluster.num_nodes}, where {where}"]
-    return [*lines, "would help: a smaller model.seq_length; 64 times as many nodes do not suffice"]
+        found, num_nodes = fits(factor * fewest), factor * fewest
+        if found is None:
+            continue
+        low = num_nodes // 2
+        for _ in range(_HALVINGS):
+            between = (low + num_nodes) // 2
+            if between == low:
+                break
+            other = fits(between)
+            if other is None:
+                low = between
+            else:
+                found, num_nodes = other, between
+        return num_nodes, found
+    return None
 
 
 def _gib(count: float) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from vp_train.config import ConfigError
 from vp_train.planning.choice import Choice
-from vp_train.planning.found import SAME, Estimate, Found, Refusal, memory_of, order_of
+from vp_train.planning.found import NO_MORE, SAME, Estimate, Found, Refusal, memory_of, order_of
 from vp_train.planning.weigh import (
     LEANEST,
     HostMemoryError,
@@ -114,15 +114,21 @@ class Book:
         return _fastest(e for e in self.as_planned() if not e.candidate.choice.offload)
 
     def leaner(self, best: Found | None) -> Estimate | None:
-        """Return what needs least memory of what is about as fast as the best, if much less."""
+        """Return what needs least memory of what is about as fast as the best, if much less.
+
+        Of what needs as little the fastest counts.
+        """
         if best is None:
             return None
         seconds, memory = best.report.step_seconds, memory_of(best)
-        near = (e for e in self.as_planned() if e.seconds <= (1 + _ABOUT_AS_FAST) * seconds)
-        found = min(near, key=lambda estimate: estimate.memory, default=None)
-        if found is None or found.memory > (1 - _MUCH_LEANER) * memory:
-            return None
-        return found
+        near = [
+            one
+            for one in self.as_planned()
+            if one.seconds <= (1 + _ABOUT_AS_FAST) * seconds
+            and one.memory <= (1 - _MUCH_LEANER) * memory
+        ]
+        least = min((one.memory for one in near), default=0.0)
+        return _fastest(one for one in near if one.memory <= (1 + NO_MORE) * least)
 
     def closest(self, scales: Scales) -> Refusal | None:
         """Return the refusal for memory that needs least, each by state and leanest activations."""

@@ -14,7 +14,7 @@ from vp_train.planning.weigh import Candidate
 # The part by which a step with offloaded activations must be faster than another to be preferred.
 MARGIN_OF_OFFLOADING = 0.005
 SAME = 0.001  # the part by which times of equally fast plans may differ
-_NO_MORE = 0.02  # parts by which the memory of a plan may exceed that of one it makes spare
+NO_MORE = 0.02  # the part by which the memory of plans that need as much may differ
 
 
 def counted(choice: Choice, seconds: float) -> float:
@@ -130,8 +130,8 @@ class Estimate:
             and ours.micro_batch_size == theirs.micro_batch_size
             and ours.splits_vocabulary == theirs.splits_vocabulary
             and abs(self.seconds - other.seconds) <= SAME * other.seconds
-            and self.memory <= (1 + _NO_MORE) * other.memory
-            and self.host <= (1 + _NO_MORE) * other.host
+            and self.memory <= (1 + NO_MORE) * other.memory
+            and self.host <= (1 + NO_MORE) * other.host
             and (ours.recompute == "none" or theirs.recompute != "none")
         )
 
