@@ -365,3 +365,16 @@ def test_what_outlives_a_run_takes_no_line_of_the_next_one(place, monkeypatch):
     with noting_signals() as signals:
         assert module._trained([], signals) == (70, "first")
         assert module._trained([], signals) == (70, "third")
+
+
+def test_runs_whose_validations_have_other_samples_are_named():
+    def of(*words):
+        return load_config(["model=nano", *words])
+
+    few, many, none = of(), of("micro_batch_size=2"), of("micro_batch_size=4", "run.eval_every=0")
+    assert module._unlike_words([few, of("optim.lr=1e-3"), none]) == ""
+    words = module._unlike_words([many, few])
+    assert words.startswith("validations have 16, 32 sequences, so their losses do not compare")
+    assert words.endswith("set run.eval_sequences=32 for all runs")
+    same = of("micro_batch_size=2", "run.eval_sequences=16")
+    assert module._unlike_words([few, same]) == ""

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -327,7 +328,7 @@ def test_events_are_counted_and_the_first_ones_named():
         assert page._event_words("spike", record.Events(count, steps)) == words
 
 
-def test_only_what_is_known_is_a_fact_and_speed_is_that_of_intervals_where_they_are(tmp_path):
+def test_only_what_is_known_is_a_fact_and_speed_is_that_of_the_steps(tmp_path):
     run = recorded(tmp_path, "a", {"loss": 2.0, "tokens_per_second": 5.0}, {"loss": 1500.5})
     facts = {name: (value, note) for name, value, note in page._facts(run)}
     assert facts == {
@@ -345,7 +346,7 @@ def test_only_what_is_known_is_a_fact_and_speed_is_that_of_intervals_where_they_
     }
     more = recorded(tmp_path, "b", values, steps=4)
     assert [value for _, value, _ in page._facts(more)] == [
-        *("1 of 4", "3", "7", "50.0%", "25.0%", "1.00 GiB", "1:01")
+        *("1 of 4", "3", "5", "50.0%", "25.0%", "1.00 GiB", "1:01")
     ]
     assert ("Validation loss", "3", "lowest 3 at step 1") in page._facts(more)
 
@@ -362,6 +363,26 @@ def test_several_runs_are_compared_by_means_of_a_step_and_what_none_has_is_left_
     assert rows["step, mean: data"] == ["-", "1.00 s", "-"]
     assert "loss, last" not in rows
     assert "step, mean: waiting" not in rows
+
+
+def test_the_speed_is_the_median_of_the_steps_not_of_what_a_progress_line_says(tmp_path):
+    steps = [{"tokens_per_second": n, "interval_tokens_per_second": 1.0} for n in (1.0, 4.0, 8, 9)]
+    (speed,) = dict(page._figures([recorded(tmp_path, "a", *steps)]))["tokens per second, median"]
+    assert speed == "6"
+
+
+def test_validations_of_other_sizes_are_named_beside_their_losses(tmp_path):
+    runs = [recorded(tmp_path, name, {"validation_loss": 1.0}) for name in ("a", "b", "c")]
+
+    def sizes(*settings):
+        changed = [replace(run, settings=one) for run, one in zip(runs, settings, strict=True)]
+        return dict(page._figures(changed)).get("validation, sequences")
+
+    of_two = {"run.eval_microbatches": "16", "micro_batch_size": "2"}
+    of_one = {"run.eval_microbatches": "16", "micro_batch_size": "1"}
+    assert sizes(of_one, of_two, {}) == ["16", "32", "-"]
+    assert sizes(of_one, of_two, of_two | {"run.eval_sequences": "8"}) == ["16", "32", "8"]
+    assert sizes(of_two, of_two, of_one | {"run.eval_sequences": "32"}) is None
 
 
 def test_the_shares_of_a_step_add_up_and_the_largest_is_first(tmp_path):
@@ -626,7 +647,7 @@ def test_every_row_of_the_table_of_several_runs(one, write_run, tmp_path):
         "loss, last": "2",
         "validation loss, last": "2.5",
         "validation loss, lowest": "2.5 at step 2",
-        "tokens per second, median": "1,234",
+        "tokens per second, median": "7",
         "MFU, median": "25.0%",
         "waiting, mean rank, median": "12.5%",
         "peak memory, worst rank": "1.00 GiB",

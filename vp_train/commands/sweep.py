@@ -257,6 +257,8 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
     left = index < len(runs) - 1 and (code == EXIT_TIME or signals.has_request)
     best = best_of(results)
     _print_table(results, best)
+    if words := _unlike_words(configs):
+        print(words, flush=True)
     print(f"the table is in {place}.csv and {place}.json", flush=True)
     if left or code == EXIT_TIME:
         print(
@@ -428,6 +430,17 @@ def best_of(results: Sequence[Result]) -> Result | None:
         if values and all(value is not None and math.isfinite(value) for value in values):
             return finished[values.index(min(values))]
     return None
+
+
+def _unlike_words(configs: Sequence[RunConfig]) -> str:
+    """Return that validations have different samples, so that their losses say little; else ""."""
+    sizes = sorted({config.eval_sequences for config in configs if config.run.eval_every})
+    if len(sizes) < 2:
+        return ""
+    return (
+        f"validations have {', '.join(f'{size:,}' for size in sizes)} sequences, so their losses "
+        f"do not compare; set run.eval_sequences={sizes[-1]} for all runs"
+    )
 
 
 def _rows(results: Sequence[Result], best: Result | None) -> list[dict[str, object]]:

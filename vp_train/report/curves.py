@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
+from statistics import median as middle
 
 _MOST_BUCKETS = 500  # a curve has two points for each: its minimum and its maximum
 Point = tuple[float, float]  # a step and a value
@@ -125,12 +126,12 @@ class Curves:
 
     def median(self, key: str) -> float | None:
         """Return the median of the buckets' means, None without any value."""
-        found = sorted(
+        found = [
             cell.total / cell.count
             for bucket in self._buckets
             if (cell := bucket.cells.get(key)) is not None
-        )
-        return found[len(found) // 2] if found else None
+        ]
+        return middle(found) if found else None
 
     def latest(self, key: str) -> float | None:
         """Return the newest value, None without any."""

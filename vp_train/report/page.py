@@ -237,8 +237,9 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _speed(curves: Curves) -> float | None:
-    median = curves.median("interval_tokens_per_second")
-    return curves.median("tokens_per_second") if median is None else median
+    """Return the median of the steps' tokens per second, as the table of a sweep does."""
+    found = curves.median("tokens_per_second")
+    return curves.median("interval_tokens_per_second") if found is None else found
 
 
 def _peak_bytes(run: RunRecord) -> float | None:
@@ -535,6 +536,7 @@ def _figures(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("loss, last", [_number(found.latest("loss")) for found in curves]),
         ("validation loss, last", [_number(found.latest("validation_loss")) for found in curves]),
         ("validation loss, lowest", [_lowest(found, "validation_loss") for found in curves]),
+        ("validation, sequences", _validation_sizes(runs)),
         ("tokens per second, median", [_number(_speed(found)) for found in curves]),
         ("MFU, median", [_per_cent(found.median("mfu")) for found in curves]),
         (
@@ -552,6 +554,15 @@ def _figures(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
             words = [duration(mean) if mean > 0 else _NONE for mean in means]
             rows.append((f"step, mean: {name}", words))
     return [row for row in rows if set(row[1]) != {_NONE}]
+
+
+def _validation_sizes(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the sequences of each run's validation where they differ: losses of others say little.
+
+    They are run.eval_sequences, or else run.eval_microbatches x micro_batch_size.
+    """
+    sizes = [run.eval_sequences for run in runs]
+    return [_NONE if len(set(sizes)) == 1 or size is None else f"{size:,}" for size in sizes]
 
 
 def _lowest(curves: Curves, key: str) -> str:

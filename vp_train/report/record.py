@@ -156,7 +156,19 @@ class RunRecord:
     @property
     def planned_steps(self) -> int | None:
         """The steps that the run was to do."""
-        words = self.settings.get("run.steps", "")
+        return self._count("run.steps")
+
+    @property
+    def eval_sequences(self) -> int | None:
+        """The sequences of a validation, see `RunConfig.eval_sequences`."""
+        given, count = self._count("run.eval_sequences"), self._count("run.eval_microbatches")
+        if given is not None or count is None:
+            return given
+        return max(1, count) * (self._count("micro_batch_size") or 1)
+
+    def _count(self, name: str) -> int | None:
+        """Return a setting that is a number, None if it is not."""
+        words = self.settings.get(name, "")
         return int(words) if words.isdecimal() and len(words) < 16 else None
 
 
