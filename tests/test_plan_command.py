@@ -193,7 +193,7 @@ def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_
 
 def test_how_many_ranks_a_line_stands_for_is_said_where_it_is_more_than_one(vp_plan):
     assert "every line" not in vp_plan(*NANO, "parallel.pp=4")[1]
-    assert "; every line stands for 2 ranks\n" in vp_plan(*NANO, "parallel.pp=2")[1]
+    assert ", 2 ranks per row\n" in vp_plan(*NANO, "parallel.pp=2")[1]
 
 
 def test_uneven_layers_are_answered_with_uneven_rows(vp_plan):

@@ -1162,17 +1162,21 @@ def _wrong_type(word: str) -> str | None:
         return f"{word} is not {words}; see vp-train --help {name}"
     verb = "lie in" if setting.allowed.startswith(("[", "(")) else "be"
     subject = "each" if "list" in words else "it"
-    return (
-        f"{word} is not {words}; {subject} must {verb} {setting.allowed}{_in_digits(name, value)}"
-    )
+    digits = _in_digits(value)
+    way_out = ""
+    with contextlib.suppress(ConfigError):
+        if digits is not None:
+            setting.check(name, int(digits), item.default)
+            way_out = f"; write {name}={digits}"
+    return f"{word} is not {words}; {subject} must {verb} {setting.allowed}{way_out}"
 
 
-def _in_digits(name: str, value: str) -> str:
-    """Return how to write a whole number that has an exponent or a point; empty for all else."""
+def _in_digits(value: str) -> str | None:
+    """Return a whole number that has an exponent or a point in digits, None for all else."""
     if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?(e\+?[0-9]{1,2})?", value, re.I):
-        return ""
+        return None
     number = float(value)
-    return f"; write {name}={number:.0f}" if number.is_integer() and number < 1e15 else ""
+    return f"{number:.0f}" if number.is_integer() and number < 1e15 else None
 
 
 def _kind_words(kind: Any) -> str | None:

@@ -439,7 +439,7 @@ def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
     assert report.excess < 0 < report.host_excess
     missing = report.host_excess + MARGIN * 0.7 * whole
     helps = [line for line in remedy_lines(config, report) if line.startswith("would help")]
-    assert "more GPUs per replica" in helps.pop()
+    assert helps.pop().endswith(" GiB of host memory per node (cluster.host_memory_gib)")
     settings = []
     for line in helps:
         assert " less in host memory per node" in line
@@ -447,7 +447,8 @@ def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
         changed = make_report(load_config([*typed, *words.split()]))
         saved = report.host.total - changed.host.total
         assert f": {human_bytes(saved)} less" in line
-        assert ("not enough" in line) is (saved < missing)
+        assert ("not enough" in line) is (saved < report.host_excess)
+        assert ("leaves less than" in line) is (report.host_excess <= saved < missing)
         lean = replace(changed, cluster=with_margin(changed.cluster))
         misses = f"{human_bytes(lean.excess)} more than the {lean.limit / GIB:.4g} GiB that a prop"
         assert (misses in line) is ("but then a GPU needs" in line) is (lean.excess > 0)

@@ -654,6 +654,19 @@ def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothi
     assert number_of(world, found.leaner) == leaner
 
 
+def test_each_kind_has_a_third_of_the_effort_of_estimates(enter):
+    """Also the one whose bounds are always higher.  Later the order is that of the bounds."""
+    lower = [Facts(1.0 + number / 100, 9.0, placed=10) for number in range(60)]
+    higher = [Facts(5.0 + number / 100, 9.5, placed=10) for number in range(60)]
+    choices = [*map(choice_of, range(60)), *(choice_of(n, splits=False) for n in range(60, 120))]
+    world = World([*lower, *higher], choices)
+    enter(world)
+    run(world, effort=5_000)
+    looked_at = [number < 60 for number in world.asked("draft")]
+    assert 40 < len(looked_at) < 110
+    assert 0.3 < looked_at.count(False) / len(looked_at) < 0.45
+
+
 def test_of_plans_that_are_as_lean_the_fastest_is_named(enter):
     """A fiftieth of the memory is no reason for a slower plan."""
     times, sizes = (10.0, 10.09, 10.02, 10.01), (1.0, 0.5, 0.505, 0.52)

@@ -32,6 +32,7 @@ from vp_train.settings import (
     settings_help,
 )
 
+MOST_NUMBER = 1_000_000  # of an option that takes a count, unless it says another
 _HELP = """\
 {command}: {purpose}
 
@@ -205,7 +206,7 @@ def whole_number(
     default: int,
     *,
     least: int = 1,
-    most: int = 1_000_000,
+    most: int = MOST_NUMBER,
     example: str | None = None,
 ) -> int:
     """Return the value of an option that takes a count, `default` if it was not given.

@@ -104,7 +104,10 @@ def _planned_bytes(config: RunConfig) -> float:
 
 
 def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
-    """Return the shortest pipeline that fits, how to get it, and what its step takes."""
+    """Return a longer pipeline that fits, how to get it, and what its step takes.
+
+    Of those with 2, 4, 8 ... times as many stages it is the first.
+    """
     limit, cluster = limit_of(config.cluster), config.cluster
     for longer in _longer(config, degrees):
         with suppress(ConfigError):
@@ -128,7 +131,7 @@ def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
 def _longer(config: RunConfig, degrees: Degrees) -> Iterator[RunConfig]:
     """Yield `config` with longer pipelines for the same batch, with fewer replicas or more nodes.
 
-    Each comes also with full recomputation, and without layers of its own for each stage.
+    Each comes also with full recomputation; parallel.layers_per_stage is dropped.
     """
     pp, parallel = degrees.pp, replace(config.parallel, layers_per_stage=None)
     even = replace(parallel, dp=degrees.dp, placement="balanced")
@@ -143,8 +146,9 @@ def _longer(config: RunConfig, degrees: Degrees) -> Iterator[RunConfig]:
                     parallel=replace(longer, dp=degrees.dp // factor),
                     num_microbatches=factor * config.num_microbatches,
                 )
-        more = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
-        yield replace(config, parallel=longer, cluster=more)
+        with suppress(ConfigError):  # nor is there any number of nodes
+            more = replace(config.cluster, num_nodes=factor * config.cluster.num_nodes)
+            yield replace(config, parallel=longer, cluster=more)
 
 
 def host_remedies(
@@ -153,8 +157,9 @@ def host_remedies(
     """Return the changes that save memory of the hosts, the largest saving first, in words.
 
     Every change is planned on its own.  Bytes are those of a node.  What does not fit on the GPUs
-    then comes last.
+    then comes last.  More nodes may not help: a longer pipeline has more microbatches in flight.
     """
+    excess = report.host_excess
     config, report = _proposing(config, report)
     found: list[tuple[bool, float, str]] = []
     for words, changed in _lighter_on_hosts(config, report).items():
@@ -168,7 +173,7 @@ def host_remedies(
             continue
         words += f": {human_bytes(saved)} less in host memory per node"
         if then.host_excess > 0:
-            words += _NOT_ALONE
+            words += _NOT_ALONE if saved < excess else _NO_MARGIN
         if then.excess > 0:
             words += (
                 f"; but then a GPU needs {human_bytes(then.ranks[then.worst].memory.total)}, "
@@ -176,8 +181,8 @@ def host_remedies(
                 "that a proposal may use"
             )
         found.append((then.excess > 0, -saved, words))
-    now, needed = config.cluster.num_nodes, report.host.total / config.cluster.host_limit
-    more = f"{_MORE_GPUS}: about cluster.num_nodes={math.ceil(now * needed)}, if dp stays"
+    least = large_bytes(report.host.total / (1 - MARGIN))
+    more = f"more than {least} of host memory per node (cluster.host_memory_gib)"
     return [*(words for *_, words in sorted(found)), more]
 
 

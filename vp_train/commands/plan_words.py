@@ -66,7 +66,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
     fits = report.excess <= 0
     unit = _GIB if worst.total >= _GIB else _MIB
     num_alike = report.degrees.dp * report.degrees.tp
-    alike = f"; every line stands for {num_alike:,} ranks" if num_alike > 1 else ""
+    alike = f", {num_alike:,} ranks per row" if num_alike > 1 else ""
     room = f"{human_bytes(abs(report.excess))} {'to spare' if fits else 'TOO MUCH'}"
     lines = [
         f"{report.schedule} with {report.vocab}, {report.degrees}, "
@@ -77,13 +77,13 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         *_rank_table(report, unit),
         "",
         f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:,g} GiB "
-        f"on rank {report.worst}, {room}; sizes in {'GiB' if unit == _GIB else 'MiB'}{alike}",
+        f"on rank {report.worst}, {room}; table in {'GiB' if unit == _GIB else 'MiB'}{alike}",
         f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, "
         f"MFU {report.mfu:.1%}; the model's work is {_amount(report.flops)}FLOP in a step of "
         f"{_gpus_words(config)}",
         f"          rank {report.busiest}: {shares}",
-        f"schedule  bubble {report.bubble:.1%}, {report.gap:.1%} above the bound, "
-        f"{report.bound_reason}{in_its_memory_words(report.gap, report.gap_in_its_memory)}",
+        f"schedule  bubble {report.bubble:.1%}; step {report.gap:.1%} over its bound "
+        f"({report.bound_reason}){in_its_memory_words(report.gap, report.gap_in_its_memory)}",
         *_host_lines(report),
     ]
     if sum(report.exposed.values()) >= _VISIBLE * step:
@@ -263,9 +263,9 @@ def model_words(config: RunConfig) -> str:
     """Return the model and the batch in words."""
     model = config.model
     count = shape.num_parameters(model)
-    size = f"{count / 1e9:,.3g} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
+    size = f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
     return (
-        f"{size} parameters, {model.num_layers} layers of width {model.hidden_size:,}, "
+        f"{size} parameters, {model.num_layers} layers, hidden size {model.hidden_size:,}, "
         f"vocab {model.vocab_size:,}; {config.num_microbatches:,} "
         f"{plural(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from schedules.render import duration
+from vp_train.commands.command import MOST_NUMBER
 from vp_train.commands.plan_words import (
     PLACED,
     compared_words,
@@ -15,7 +16,7 @@ from vp_train.commands.plan_words import (
     table_lines,
     text_width,
 )
-from vp_train.config import RunConfig
+from vp_train.config import ConfigError, RunConfig
 from vp_train.planning.choice import TOO_LONG, Choice, Kept
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
@@ -149,12 +150,13 @@ def _unfinished_lines(limits: Limits, result: Result, *, is_stopped: bool) -> li
     """
     if not result.num_open:
         return []
-    effort = 2 * limits.effort // 1000  # thousand passes, as --effort takes them
-    more_time = f"--seconds to {2 * limits.seconds} (now {limits.seconds})"
+    now = limits.effort // 1000  # thousand passes, as --effort takes them
+    more = f"--effort to {min(2 * now, MOST_NUMBER)} (now {now})"
+    more_time = f"--seconds to {min(2 * limits.seconds, MOST_NUMBER)} (now {limits.seconds})"
     why, way_out = {
         "effort": (
             "THE EFFORT IS SPENT",
-            f"; raise --effort to {effort} (now {effort // 2}), and {more_time}",
+            f"; raise {more}, and {more_time}",
         ),
         "time": ("OUT OF TIME", f"; raise {more_time}"),
     }[result.ended]
@@ -468,20 +470,24 @@ def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
             lines.append(f"would help: to keep less with --keep; then {_may_fit(free, config)}")
     more = _more_nodes(config, limits, result.kept)
     if more is None:
-        words = "a smaller model.seq_length; 64 times as many nodes do not suffice"
+        words = "a smaller model.seq_length; more nodes do not suffice"
     else:
         words = f"cluster.num_nodes={more[0]}, where {_may_fit(more[1], config)}"
     return [*lines, f"would help: {words}"]
 
 
 def _more_nodes(config: RunConfig, limits: Limits, kept: Kept) -> tuple[int, Choice] | None:
-    """Return about the fewest nodes on which a choice may fit, and this; None up to 64 times more.
+    """Return about the fewest nodes on which a choice may fit, and this.
 
-    They are doubled until one fits, and the interval is halved a few times.
+    They are doubled until one fits, and the interval is halved a few times.  None if 64 times as
+    many do not suffice, or more than a cluster can have.
     """
 
     def fits(num_nodes: int) -> Choice | None:
-        cluster = replace(config.cluster, num_nodes=num_nodes)
+        try:
+            cluster = replace(config.cluster, num_nodes=num_nodes)
+        except ConfigError:
+            return None
         return fits_on(replace(config, cluster=cluster), limits.margin, kept)
 
     fewest = config.cluster.num_nodes

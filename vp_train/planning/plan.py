@@ -68,7 +68,7 @@ def in_its_memory_words(gap: float, held: float | None) -> str:
     """Return what follows a gap: `StepPlan.gap_in_its_memory`, if it is known and smaller."""
     if held is None or gap - held < _VISIBLE:
         return ""
-    return f", {held:.1%} above that for its memory"
+    return f", {held:.1%} over that in its memory"
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ class _Queue:
     next_drafts: how many of these there are when one is estimated, see `_Search._estimate`.
     doubtful: those that wait until all others were estimated.
     looks_at_all: whether these have their turn now.
-    passed_over: those that are left for when no other is.
+    passed_over: those to look at after all others.
     """
 
     by_bound: tuple[list[tuple[float, int]], ...] = field(default_factory=lambda: ([], []))
@@ -552,7 +552,7 @@ class _Search:
             ]
             last, first_of = self._to_beat(top)
             key, number = min(waiting, default=(math.inf, 0))
-            if key < max(last, *first_of.values()):
+            if key < max(last, first_of[self._choices[number].splits_vocabulary]):
                 return number
         return self._lowest(queue, top)
 
