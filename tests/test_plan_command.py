@@ -616,6 +616,10 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             ["--search", "--tokens", "-5", "num_microbatches=8"],
             "--tokens -5 is not a whole number in [1, 1,000,000,000]; write for example",
         ),
+        (
+            ["--search", "--tokens", "10"],
+            "--tokens 10 is less than one sequence of model.seq_length=256; write for example",
+        ),
         (["--search", "--tokens", "abc"], "[1, 1,000,000,000]; write for example --tokens 4e6"),
         (
             [
@@ -632,6 +636,10 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
         ),
         (["vocab.balance=true", "vocab=none"], "vocab.balance=true needs a sharded vocabulary"),
         (["--margin", "3"], "--margin belongs to --search"),
+        (
+            ["--search", "schedule.file=nowhere.txt"],
+            "schedule.file=nowhere.txt is not there; vp-simulate --out DIR writes DIR/schedule.txt",
+        ),
         (["--search", "--no-compare"], "--no-compare is for one plan; drop it, or --search"),
         (["--keep", "schedule"], "--keep belongs to --search"),
         (["--search", "--keep", "parallel.pp"], "--keep parallel.pp: it is not set; add"),
@@ -652,7 +660,7 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             "h200_141g_node, laptop",
         ),
         (["schedule.num_chunks=5", "schedule=zb_v"], "; add schedule.num_chunks=null"),
-        (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3 needs"),
+        (["parallel.pp=3"], "the cluster has 4 CPU ranks (cluster=laptop): parallel.pp=3 needs"),
         (
             ["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"],
             "these pass times are not for it",
