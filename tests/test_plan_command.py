@@ -419,8 +419,12 @@ def test_words_of_a_row_stand_below_its_figures_where_the_table_is_too_wide(on_t
     ],
     ids=lambda typed: typed[0],
 )
-def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_path, typed):
+def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(
+    vp_plan, tmp_path, monkeypatch, typed
+):
     """Memory is so small that every winner needs a pipeline."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("a schedule that a search does not look into")
     typed = [*NANO, "cluster.memory_gib=0.012", *typed]
     found = ["--search", "--top", 1, "--effort", 100, "--json", tmp_path / "found.json"]
     code, out, _ = vp_plan(*found, *typed)
