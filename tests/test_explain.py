@@ -26,6 +26,7 @@ from schedules.simulate import simulate
 from schedules.timeline import Span
 from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.commands import explain as command
+from vp_train.commands import plan_words
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import checkpoint_name
 from vp_train.explain import remedies as remedies_module
@@ -43,6 +44,7 @@ from vp_train.explain.remedies import (
     remedies,
 )
 from vp_train.explain.trace import TracedRank, TracedStep, parse, read_traced
+from vp_train.failures import EXIT_CONFIG
 from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import HostTimer
@@ -696,9 +698,19 @@ def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch
     code, out, _ = vp_explain(run, "--json")
     found = json.loads(out)
     assert found["slow_ranks"] == [2]
+    monkeypatch.setattr(plan_words, "text_width", lambda: 60)
+    head = vp_explain(run)[1].partition("\n\n")[0].splitlines()
+    assert len(head) > 3
+    assert all(len(line) <= 60 for line in head if str(run) not in line)
     causes = sum(cause["seconds"] for cause in found["causes"])
     assert causes == pytest.approx(found["measured_seconds"] - found["planned_seconds"])
     assert found["schedules"]["own"]["schedule"] == "1f1b"
+    assert vp_explain(run, "--cost", costs)[0] == 0, "costs may be written anew"
+    costs.with_suffix(".txt").write_text("F0 B0")
+    code, out, err = vp_explain(run, "--cost", costs.with_suffix(".txt"))
+    assert (code, out) == (EXIT_CONFIG, "")
+    assert "measured.txt is there and holds no costs; give another --cost FILE" in err
+    assert costs.with_suffix(".txt").read_text() == "F0 B0"
     cost = load_config([f"cost={costs}"]).cost
     assert cost.rank_slowness == (1.0, 1.0, 2.0, 1.0)
     assert cost.is_measured

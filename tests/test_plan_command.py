@@ -419,8 +419,12 @@ def test_words_of_a_row_stand_below_its_figures_where_the_table_is_too_wide(on_t
     ],
     ids=lambda typed: typed[0],
 )
-def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(vp_plan, tmp_path, typed):
+def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(
+    vp_plan, tmp_path, monkeypatch, typed
+):
     """Memory is so small that every winner needs a pipeline."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("a schedule that a search does not look into")
     typed = [*NANO, "cluster.memory_gib=0.012", *typed]
     found = ["--search", "--top", 1, "--effort", 100, "--json", tmp_path / "found.json"]
     code, out, _ = vp_plan(*found, *typed)
@@ -616,6 +620,10 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             ["--search", "--tokens", "-5", "num_microbatches=8"],
             "--tokens -5 is not a whole number in [1, 1,000,000,000]; write for example",
         ),
+        (
+            ["--search", "--tokens", "10"],
+            "--tokens 10 is less than one sequence of model.seq_length=256; write for example",
+        ),
         (["--search", "--tokens", "abc"], "[1, 1,000,000,000]; write for example --tokens 4e6"),
         (
             [
@@ -632,6 +640,10 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
         ),
         (["vocab.balance=true", "vocab=none"], "vocab.balance=true needs a sharded vocabulary"),
         (["--margin", "3"], "--margin belongs to --search"),
+        (
+            ["--search", "schedule.file=nowhere.txt"],
+            "schedule.file=nowhere.txt is not there; vp-simulate --out DIR writes DIR/schedule.txt",
+        ),
         (["--search", "--no-compare"], "--no-compare is for one plan; drop it, or --search"),
         (["--keep", "schedule"], "--keep belongs to --search"),
         (["--search", "--keep", "parallel.pp"], "--keep parallel.pp: it is not set; add"),
@@ -652,7 +664,7 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
             "h200_141g_node, laptop",
         ),
         (["schedule.num_chunks=5", "schedule=zb_v"], "; add schedule.num_chunks=null"),
-        (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3 needs"),
+        (["parallel.pp=3"], "the cluster has 4 CPU ranks (cluster=laptop): parallel.pp=3 needs"),
         (
             ["cluster=a100_80g_node", "cost=a100_4b", "model.seq_length=4096"],
             "these pass times are not for it",

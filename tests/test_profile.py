@@ -171,9 +171,13 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         (["--steps", "0"], "--steps 0 is not a whole number in [1, 1,000,000]; write"),
         (["--steps", "-1"], "--steps -1 is not a whole number in [1, 1,000,000]; write"),
         (["--cost"], "--cost needs a value: --cost FILE"),
-        (["parallel.pp=3"], "the cluster has 4 GPUs (cluster=laptop): parallel.pp=3"),
+        (["parallel.pp=3"], "the cluster has 4 CPU ranks (cluster=laptop): parallel.pp=3"),
         (["run.device=cuda"], "run.device=cuda, but torch finds no GPU here"),
-        (["cost=missing.yaml"], "cost=missing.yaml is not there"),
+        (
+            ["cost=missing.yaml"],
+            "cost=missing.yaml is not there; vp-profile --cost FILE.yaml writes one, or",
+        ),
+        (["cost=missing.yaml"], "choose one of a100, a100_4b, cpu"),
         (
             ["--device", "rates.yaml", "run.dtype=bfloat16", "run.linear_dtype=float8"],
             "--device measures products in run.dtype",

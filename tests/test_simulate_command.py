@@ -337,9 +337,12 @@ def test_waits_that_no_simulation_shows_are_listed_worst_first(vp_simulate, monk
     assert seconds == sorted(seconds, reverse=True)
     assert re.search(
         r" during \d+% of the passes' time \(\d+% on the worst rank\) a posted communication waits "
-        r"for another rank and occupies GPU thread blocks\n",
-        out,
+        r"for another rank and occupies GPU thread blocks ",
+        " ".join(out.split()),
     )
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = vp_simulate("--runtime", "cuda", *words)
+    assert max(map(len, out.partition("schedule  ")[2].splitlines())) <= 80
     assert "more waiting" not in vp_simulate("--runtime", "gloo", *words)[1]
 
 

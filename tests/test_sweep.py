@@ -294,6 +294,12 @@ def test_on_several_nodes_each_run_is_started_alone(trained):
         swept(*SMALL, "run.seed=1,2", "--nodes", "2", "--node", "0", "--head", "here")
 
 
+def test_a_sweep_without_a_list_is_refused(trained):
+    with pytest.raises(ConfigError, match=r"no setting has one; write for example .*, or drop -m$"):
+        swept(*SMALL)
+    assert trained == []
+
+
 def test_help_is_no_sweep():
     assert is_sweep(["-m", "run.seed=1,2"])
     assert is_sweep(["run.seed=1,2", "--multirun"])

@@ -619,7 +619,9 @@ def _read_yaml(path: Path) -> object:
     except UnreadableError:
         raise
     except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
-        raise UnreadableError(f"{path} is not YAML ({_first_line(error)})") from None
+        mark = getattr(error, "problem_mark", None)  # counts lines from 0
+        place = "" if mark is None else f"line {mark.line + 1}: "
+        raise UnreadableError(f"{path} is not YAML ({place}{_first_line(error)})") from None
     if not isinstance(settings, DictConfig) or not settings:
         raise UnreadableError(f"{path} holds no settings, one `key: value` per line")
     return settings
@@ -938,7 +940,7 @@ def _of_file(word: str) -> list[str] | None:
     try:
         settings = _read_yaml(path)
     except UnreadableError as error:
-        raise ConfigError(f"{group}={error}") from None
+        raise ConfigError(f"{group}={error}{'' if path.exists() else _made_by(group)}") from None
     assert isinstance(settings, DictConfig)
     known = {item.name for item in fields(sections()[group])}
     for key, setting in settings.items():
@@ -948,6 +950,23 @@ def _of_file(word: str) -> list[str] | None:
                 f"group alone, such as {next(iter(fields(sections()[group]))).name}: 8"
             )
     return [f"{group}.{key!s}={_word(setting)}" for key, setting in settings.items()]
+
+
+def has_settings(path: Path, group: str) -> bool:
+    """Return whether a file has settings of a group, and nothing else."""
+    try:
+        settings = _read_yaml(path)
+    except UnreadableError:
+        return False
+    assert isinstance(settings, Mapping)
+    return {str(key) for key in settings} <= {item.name for item in fields(sections()[group])}
+
+
+def _made_by(group: str) -> str:
+    """Return the way out where a file of a group is not there."""
+    maker = {"model": "vp-import SRC DST", "cost": "vp-profile --cost FILE.yaml"}[group]
+    choices = ", ".join(group_choices()[group])
+    return f"; {maker} writes one, or choose one of {choices}"
 
 
 def _word(setting: object) -> str:

@@ -345,6 +345,11 @@ def test_single_document_can_be_trained_on_without_validation(tmp_path: Path) ->
         match=r"validation gets 0 of 1 documents .*0 with run.eval_every=0 trains on everything",
     ):
         open_source(run_config(text_config(tmp_path), seq_length=num_tokens // 2))
+    with pytest.raises(
+        ConfigError,
+        match=r"validation_fraction=0 leaves no document .*0\.1, or run\.eval_every=0, ",
+    ):
+        open_source(run_config(text_config(tmp_path, validation_fraction=0.0)))
     source = open_source(run_config(text_config(tmp_path, validation_fraction=0.0), eval_every=0))
     assert train_batch(source, 1).tokens.shape == (4, 2, 8)
 

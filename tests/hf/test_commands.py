@@ -36,6 +36,11 @@ from vp_train.settings import load_config
             "vp-import: the following arguments are required: DST; see vp-import --help",
         ),
         (
+            import_model,
+            ["nowhere", "out", "--data", "nothing"],
+            "vp-import: --data nothing is not there; give a file or a directory of text",
+        ),
+        (
             export_model,
             ["nowhere", "out"],
             "vp-export: nowhere holds no checkpoint; give the directory of a run",
@@ -43,7 +48,7 @@ from vp_train.settings import load_config
         (
             export_model,
             ["a", "b", "--dtype", "int8"],
-            "vp-export: argument --dtype: invalid choice: 'int8'",
+            "vp-export: --dtype int8 is not known; choose one of bfloat16, float16, float32",
         ),
         (
             export_model,
@@ -107,9 +112,10 @@ def test_a_model_file_sets_what_it_holds_and_words_after_it_win(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "model.yaml is not there"),
+        (None, "model.yaml is not there; vp-import SRC DST writes one, or choose one of "),
         ("- 1\n", "model.yaml holds no settings"),
-        ("a: [\n", "model.yaml is not YAML (while parsing a flow node"),
+        ("a: [\n", "model.yaml is not YAML (line 2: while parsing a flow node"),
+        ("num_layers: 2\na: [1\nb: 2\n", "model.yaml is not YAML (line 3: "),
         ("hidden: 3\n", "model.hidden is not a setting; did you mean"),
         ("num_layers: 0\n", "model.num_layers=0 is too small"),
     ],

@@ -128,9 +128,15 @@ def test_a_checkpoint_is_that_of_its_run_and_settings_that_do_not_count_are_refu
     found = opening_of(place, ["data.tokenizer=a.json"])
     assert (found.run, found.directory, found.chooses_tokenizer) == (run, place, True)
     with pytest.raises(
-        ConfigError, match=r"^optim\.lr does not count here; these do: parallel\.pp"
+        ConfigError,
+        match=r"^optim\.lr does not count here; only some of parallel, vocab, model, data and",
     ):
         opening_of(run, ["parallel.pp=1", "optim.lr=1"])
+    with pytest.raises(
+        ConfigError,
+        match=r"^data\.path does not count here; of data these do: data\.tokenizer, data\.end",
+    ):
+        opening_of(run, ["data.path=a"])
 
 
 @pytest.mark.parametrize("length", [1, 8])

@@ -207,7 +207,10 @@ def test_vp_score_refuses_what_it_cannot_read(trained, tmp_path, capsys, make, w
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["optim.lr=1"], "optim.lr does not count here; these do: parallel.pp"),
+        (["optim.lr=1"], "optim.lr does not count here; only some of parallel"),
+        (["b.txt"], "'b.txt' is not key=value; one FILE goes, or one directory of files"),
+        (["--context", "x"], "--context x is not a whole number in"),
+        (["--dtype", "int8"], "--dtype int8 is not known; choose one of bfloat16"),
         (["parallel.tp=3"], "does not split over parallel.tp=3"),
         (["--context", "0"], "context of 0 tokens"),
     ],

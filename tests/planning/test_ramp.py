@@ -51,7 +51,18 @@ def test_a_rank_owns_the_same_in_steps_of_every_size(name):
         ("batch_ramp=[[5,3,2]]", r"\[5, 3, 2\] is not a pair of a step and a number of"),
         ("batch_ramp=[[5,0]]", "batch_ramp=0 is too small"),
         ("batch_ramp=[[5,2]] schedule=auto", "schedule=auto has one; choose a schedule by name"),
-        ("batch_ramp=[[5,131072]]", "steps of 131072 microbatches in each replica: num_micro"),
+        (
+            "batch_ramp=[[5,16]]",
+            "16 sequences until step 5 are more than the 8 of a full step, and",
+        ),
+        (
+            "batch_ramp=[[5,4],[9,2]]",
+            r"2 sequences until step 9 are fewer than the 4 before, .*; give",
+        ),
+        (
+            "batch_ramp=[[5,12]] micro_batch_size=2 num_microbatches=4",
+            r"12 sequences until step 5 are more than the 8 of a full step, .* or drop it",
+        ),
     ],
 )
 def test_a_ramp_that_does_not_fit_is_refused(words, message):
@@ -61,3 +72,10 @@ def test_a_ramp_that_does_not_fit_is_refused(words, message):
 
     with pytest.raises(ConfigError, match=message):
         planned()
+
+
+def test_a_step_that_cannot_be_planned_is_named():
+    config = load_config([*SMALL, "batch_ramp=[[3,2]]"])
+    message = r"^batch_ramp has steps of 131072 microbatches in each replica: num_micro"
+    with pytest.raises(ConfigError, match=message):
+        replan(config, make_plan(config, 2), 131072)

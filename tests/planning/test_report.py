@@ -195,7 +195,7 @@ def test_what_binds_is_said(overrides, words):
 
 def test_a_split_that_the_cluster_has_no_ranks_for():
     with pytest.raises(
-        ConfigError, match=r"the cluster has 4 GPUs: parallel.pp=3 needs a multiple of 3 ranks"
+        ConfigError, match=r"the cluster has 4 CPU ranks: parallel.pp=3 needs a multiple of 3 ranks"
     ):
         report("parallel.pp=3")
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,7 @@ from vp_train.settings import (
     close_names,
     config_text,
     group_choices,
+    has_settings,
     load_config,
     section_help,
     sections,
@@ -217,9 +219,9 @@ def whole_number(
     if name not in options:
         return default
     word = options[name]
-    is_number = re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?(e[0-9]{1,2})?", word)
-    value = float(word) if is_number else math.nan
-    if not (value.is_integer() and least <= value <= most):
+    is_number = re.fullmatch(r"[0-9]{1,19}(\.[0-9]{1,6})?(e[0-9]{1,2})?", word)
+    value = Decimal(word if is_number else -1)
+    if not (least <= value <= most and value % 1 == 0):
         raise ConfigError(
             f"{name} {word} is not a whole number in [{least:,}, {most:,}]; "
             f"write for example {name} {example or min(most, max(default, least))}"
@@ -227,8 +229,32 @@ def whole_number(
     return int(value)
 
 
+def number(name: str, word: str, *, example: str) -> float:
+    """Return the value of an option that takes a finite number of at least 0.
+
+    Raises ConfigError with an `example`.
+    """
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ConfigError(
+            f"{name} {word} is not a number of at least 0; write for example {name} {example}"
+        )
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that reports errors in one line, as ConfigError."""
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Raise ConfigError for a value that is no choice, in the words of other commands."""
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise ConfigError(
+                f"{'/'.join(action.option_strings)} {value} is not known; choose one of {choices}"
+            )
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
@@ -269,6 +295,19 @@ def output_of(option: str, word: str) -> Path:
     path = _target_of(option, word)
     with _writable(option, path, "give a file in a directory where you may write"):
         _try_to_write(path)
+    return path
+
+
+def cost_output_of(option: str, word: str) -> Path:
+    """Return the file of costs that an option names, as `output_of` does.
+
+    Raises ConfigError for a file that is there and holds something else.
+    """
+    path = output_of(option, word)
+    if path.is_file() and path.stat().st_size and not has_settings(path, "cost"):
+        raise ConfigError(
+            f"{option} {path} is there and holds no costs; give another {option} FILE"
+        )
     return path
 
 

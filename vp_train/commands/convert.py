@@ -50,6 +50,8 @@ def _import(arguments: Sequence[str]) -> int:
         help="text for the command that is printed; default: Python's standard library",
     )
     options = parser.parse_args(arguments)
+    if options.data is not None and not options.data.exists():
+        raise ConfigError(f"--data {options.data} is not there; give a file or a directory of text")
     from vp_train.data.tokenizer import end_of
     from vp_train.hf.convert import import_checkpoint
 

@@ -19,7 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.command import Parser, collect_rarely, guarded, output_of, path_argument
+from vp_train.commands.command import (
+    Parser,
+    collect_rarely,
+    cost_output_of,
+    guarded,
+    path_argument,
+)
+from vp_train.commands.plan_words import text_of
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.durable import checkpoints_in, write_output
 from vp_train.explain.causes import ExplainedRank, Explanation, KindTimes, explain
@@ -63,7 +70,7 @@ def _explain(arguments: Sequence[str]) -> int:
             f"{run}: the traced step does not fit its plan: {printable(str(error))[:300]}; "
             "trace another one with run.trace_step"
         ) from None
-    costs = None if options.cost is None else output_of("--cost", options.cost)
+    costs = None if options.cost is None else cost_output_of("--cost", options.cost)
     words = _settings_of(run)
     note, comparison, settings = None, None, None
     steps, larger = 0, None
@@ -173,7 +180,7 @@ def _print(
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    say(*_heading(run, explanation), "")
+    say(text_of(_heading(run, explanation)), "")
     console.print(_cause_table(explanation))
     say("")
     console.print(_kind_table(explanation.kinds))
@@ -190,9 +197,9 @@ def _print(
     say("")
     console.print(_what_if_table(explanation))
     if comparison is not None:
-        say("", _comparison_words(comparison))
+        say("", text_of([_comparison_words(comparison)]))
     if note is not None:
-        say("", note)
+        say("", text_of([note]))
     if found:
         say("", "What would help")
     for remedy in found:
@@ -201,7 +208,10 @@ def _print(
             if remedy.seconds is None
             else f" ({duration(remedy.seconds)}, {_percent(remedy.seconds, explanation)})"
         )
-        say(f"- {remedy.words}{gain}", *([f"  {remedy.command}"] if remedy.command else []))
+        say(
+            text_of([f"- {remedy.words}{gain}"]),
+            *([f"  {remedy.command}"] if remedy.command else []),
+        )
 
 
 def _heading(run: Path, explanation: Explanation) -> list[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vp_train.commands.command import Parser, guarded, path_of, whole_number
+from vp_train.commands.command import Parser, guarded, number, path_of, whole_number
 from vp_train.commands.opened import Work, parser_of, run_opened
 from vp_train.commands.place import is_rank
 from vp_train.commands.score import documents_of
@@ -30,16 +29,13 @@ def main() -> None:
 
 def _generate(arguments: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
-    for word in options.settings:
-        if "=" not in word:
-            raise ConfigError(f"{word!r} is not key=value; give a prompt as --prompt TEXT")
     num_tokens = whole_number({"--tokens": options.tokens}, "--tokens", 32)
     if options.top_k is not None:
         options.top_k = whole_number({"--top-k": options.top_k}, "--top-k", 40)
-    if not 0 <= options.temperature < math.inf:
-        raise ConfigError(f"--temperature {options.temperature} is not in [0, infinity)")
-    if not 0 <= options.seed <= _MOST_SEED:
-        raise ConfigError(f"--seed {options.seed} is not in [0, {_MOST_SEED}]")
+    options.temperature = number("--temperature", options.temperature, example="0.8")
+    options.seed = whole_number(
+        {"--seed": options.seed}, "--seed", 0, least=0, most=_MOST_SEED, example="1"
+    )
     if options.top_k is not None and not options.temperature:
         raise ConfigError(
             "--top-k counts only with a --temperature above 0, which draws; drop one of the two"
@@ -52,7 +48,7 @@ def _generate(arguments: Sequence[str]) -> int:
                 print()
             _continue(run, prompt, options, num_tokens, is_first)
 
-    work = Work("vp-generate", __name__, body, fills=False)
+    work = Work("vp-generate", __name__, body, "give a prompt as --prompt TEXT", fills=False)
     return run_opened(work, options, _same_arguments(options, prompts))
 
 
@@ -81,16 +77,15 @@ def _parser() -> Parser:
     parser.add_argument("--tokens", default="32", metavar="N", help="most tokens of each (32)")
     parser.add_argument(
         "--temperature",
-        type=float,
-        default=0.0,
+        default="0",
         metavar="T",
         help="0: the most probable token; else a draw from the logits divided by T (0)",
     )
     parser.add_argument("--top-k", metavar="K", help="draw among the K most probable tokens (all)")
     parser.add_argument(
         "--seed",
-        type=int,
-        default=0,
+        default="0",
+        metavar="N",
         help="of the draws, which do not depend on the layout, but for the rounding of logits (0)",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON for each prompt")

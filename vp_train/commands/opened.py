@@ -37,12 +37,14 @@ class Work:
     module: that `python -m` runs it with.
     fills: as in `opening_of`.
     body: the work, which every rank does together; `is_first` says which one prints.
+    hint: the way out for an argument that is not key=value.
     check: raises ConfigError for settings with which it cannot be done, before the model is opened.
     """
 
     name: str
     module: str
     body: Callable[[OpenRun, bool], None]
+    hint: str
     fills: bool = True
     check: Callable[[RunConfig], None] = lambda _: None
 
@@ -69,6 +71,7 @@ def parser_of(name: str, description: str, file: tuple[str, str] | None = None) 
         "settings",
         metavar="key=value",
         nargs="*",
+        default=[],
         help="the layout, as parallel.pp=2 parallel.tp=2, whatever that of the run; without: one "
         "process, or under torchrun the run's own with as many replicas as fit",
     )
@@ -89,6 +92,8 @@ def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]
     """
     for word in options.settings:
         check_printable(word)
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not key=value; {work.hint}")
     is_one = is_rank(os.environ)
     num_ranks = int(os.environ["WORLD_SIZE"]) if is_one else None
     opening = opening_of(

@@ -43,7 +43,7 @@ from vp_train.planning.cluster import MARGIN
 from vp_train.planning.compare import Help, helps_of, larger_batch_of, rivals_of
 from vp_train.planning.found import Estimate, Limits, Result
 from vp_train.planning.fsdp import Rivals
-from vp_train.planning.plan import SEARCHING
+from vp_train.planning.plan import SEARCHING, read_schedule
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
 from vp_train.units import plural
@@ -111,6 +111,8 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         return show_plan(config, _json_file(options), compares="--no-compare" not in options)
     if "--no-compare" in options:
         raise ConfigError("--no-compare is for one plan; drop it, or --search")
+    if config.schedule.file is not None:
+        read_schedule(Path(config.schedule.file))  # a search drops it, but a wrong name is told
     kept = kept_of(config, overrides, options.get("--keep"))
     counts, tokens, multiple = typed(overrides, "num_microbatches"), None, ""
     if "--tokens" in options:

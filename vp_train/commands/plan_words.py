@@ -23,7 +23,7 @@ from vp_train.planning.fsdp import Rivals
 from vp_train.planning.memory import RankMemory
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
-from vp_train.planning.report import Offloading, PlanReport
+from vp_train.planning.report import Offloading, PlanReport, gpus_words
 from vp_train.planning.search import without_vocabulary
 from vp_train.units import compared, human_bytes, plural
 
@@ -80,7 +80,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         f"on rank {report.worst}, {room}; table in {'GiB' if unit == _GIB else 'MiB'}{alike}",
         f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, "
         f"MFU {report.mfu:.1%}; the model's work is {_amount(report.flops)}FLOP in a step of "
-        f"{_gpus_words(config)}",
+        f"{gpus_words(config)}",
         f"          rank {report.busiest}: {shares}",
         f"schedule  bubble {report.bubble:.1%}; step {report.gap:.1%} over its bound "
         f"({report.bound_reason}){in_its_memory_words(report.gap, report.gap_in_its_memory)}",
@@ -280,12 +280,6 @@ def _amount(count: float) -> str:
     return f"{count:,.0f} "
 
 
-def _gpus_words(config: RunConfig) -> str:
-    """Return the number of GPUs in words, or of the CPU ranks in their place."""
-    count, name = config.cluster.num_gpus, {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device]
-    return f"{count:,} {plural(count, name)}"
-
-
 def cluster_words(config: RunConfig) -> str:
     """Return the cluster and the assumed speed of passes in words."""
     cluster = config.cluster
@@ -307,7 +301,7 @@ def cluster_words(config: RunConfig) -> str:
         reached = f", pass times as measured on {device}"
     float8 = "; linear layers in float8" if config.run.linear_dtype == "float8" else ""
     return (
-        f"{_gpus_words(config)} on {nodes}, {cluster.memory_gib:,g} GiB, "
+        f"{gpus_words(config)} on {nodes}, {cluster.memory_gib:,g} GiB, "
         f"{peak:,.3g} TFLOP/s in {config.run.dtype} each{reached}{float8}"
     )
 

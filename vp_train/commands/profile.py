@@ -17,7 +17,7 @@ from rich.table import Table
 from schedules.ir import Kind
 from schedules.render import duration
 from schedules.vocab import End
-from vp_train.commands.command import Command, output_of, run, whole_number
+from vp_train.commands.command import Command, cost_output_of, output_of, run, whole_number
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_OK
@@ -57,10 +57,11 @@ def main() -> None:
 
 def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     steps = whole_number(options, "--steps", 3)
-    cost, record, device = (
-        output_of(name, options[name]) if name in options else None
-        for name in ("--cost", "--json", "--device")
+    cost, device = (
+        cost_output_of(name, options[name]) if name in options else None
+        for name in ("--cost", "--device")
     )
+    record = output_of("--json", options["--json"]) if "--json" in options else None
     show_profile(config, options.get("--ranks"), steps, cost, record, device_file=device)
     return EXIT_OK
 

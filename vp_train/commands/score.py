@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vp_train.commands.command import Parser, guarded
+from vp_train.commands.command import Parser, guarded, whole_number
 from vp_train.commands.opened import Work, parser_of, run_opened
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.inference.layout import check_context
@@ -79,6 +79,7 @@ def main() -> None:
 
 def _score(arguments: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
+    options.context = whole_number({"--context": options.context}, "--context", 1, least=0)
     if not options.file.exists():
         raise ConfigError(
             f"{options.file} does not exist; give a file of text, .jsonl or a table, or a directory"
@@ -97,7 +98,8 @@ def _score(arguments: Sequence[str]) -> int:
     def check(config: RunConfig) -> None:
         check_context(options.context, config.model.seq_length)
 
-    return run_opened(Work("vp-score", __name__, body, check=check), options, arguments)
+    hint = "one FILE goes, or one directory of files"
+    return run_opened(Work("vp-score", __name__, body, hint, check=check), options, arguments)
 
 
 def _way_out(path: Path) -> str:
@@ -151,8 +153,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--context",
-        type=int,
-        default=1,
+        default="1",
         metavar="N",
         help="tokens before a scored one that its window has at least, where the document has as "
         "many; more windows overlap and take longer (1)",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
 
 _GRID_RANKS = 32
+_LABEL = 13  # columns of a label in front of a figure
+_LEAST_COLUMNS = 40  # that a line of figures has on any terminal
 _LATE_STARTS = 5  # how many of the longest waits are shown
 
 
@@ -153,8 +156,10 @@ def show(
     taken = time.perf_counter() - started
     if not config.schedule.is_solved:
         print(heading)
-    lines = [report(outcome, shutil.get_terminal_size((120, 24)).columns)]
-    lines += [f"costs        {cost_words(config, outcome.plan)}", *searching.words]
+    columns = shutil.get_terminal_size((120, 24)).columns
+    lines = [report(outcome, columns)]
+    lines += wrapped([f"costs        {cost_words(config, outcome.plan)}"], columns)
+    lines += searching.words
     print("\n".join(lines))
     if advice := row_advice(config, outcome.plan):
         print(f"\n{advice}")
@@ -533,24 +538,37 @@ def report(outcome: Outcome, columns: int) -> str:
     """Return the text grid, a table of the ranks, and the figures of the step."""
     timeline, bound = outcome.timeline, outcome.bound
     worst = max(range(timeline.num_ranks), key=timeline.peak_bytes.__getitem__)
+    figures = [
+        f"schedule     {outcome.plan.schedule.name}, "
+        f"vocabulary {outcome.plan.problem.algorithm.name}",
+        f"makespan     {duration(timeline.makespan)}, without gradient exchange and optimizer",
+        f"mean bubble  {timeline.mean_bubble:.1%}",
+        f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "
+        f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",
+        *_offload_lines(outcome),
+        f"lower bound  {duration(bound.seconds)}: {bound.reason}",
+        f"gap          {outcome.gap:.1%} above the bound"
+        f"{in_its_memory_words(outcome.gap, outcome.plan.gap_in_its_memory())}",
+        *_replay_lines(outcome),
+    ]
     return "\n".join(
-        [
-            grid(timeline, columns),
-            *_rank_table(outcome),
-            "",
-            f"schedule     {outcome.plan.schedule.name}, "
-            f"vocabulary {outcome.plan.problem.algorithm.name}",
-            f"makespan     {duration(timeline.makespan)}, without gradient exchange and optimizer",
-            f"mean bubble  {timeline.mean_bubble:.1%}",
-            f"peak memory  {human_bytes(timeline.peak_bytes[worst])} on rank {worst}, at most "
-            f"{max(outcome.microbatches_in_flight):g} microbatches in flight; activations only",
-            *_offload_lines(outcome),
-            f"lower bound  {duration(bound.seconds)}: {bound.reason}",
-            f"gap          {outcome.gap:.1%} above the bound"
-            f"{in_its_memory_words(outcome.gap, outcome.plan.gap_in_its_memory())}",
-            *_replay_lines(outcome),
-        ]
+        [grid(timeline, columns), *_rank_table(outcome), "", *wrapped(figures, columns)]
     )
+
+
+def wrapped(lines: Sequence[str], columns: int) -> list[str]:
+    """Return labelled lines in parts of `columns`, or of a few more; parts stand below the text."""
+    return [
+        part
+        for line in lines
+        for part in textwrap.wrap(
+            line,
+            max(columns, _LEAST_COLUMNS),
+            subsequent_indent=" " * _LABEL,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    ]
 
 
 def _offload_lines(outcome: Outcome) -> list[str]:

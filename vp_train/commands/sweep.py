@@ -239,6 +239,11 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
     place = Path(configs[0].run.root).expanduser() / base
     if configs[0].run.resume:
         _require_same_runs(place.with_name(f"{base}.json"), runs)
+    if len(runs) == 1 and not runs[0].chosen:
+        raise ConfigError(
+            "-m trains every combination of lists, and no setting has one; write for example "
+            "optim.lr=1e-3,3e-4, or drop -m"
+        )
     results = [Result(run.name, run.chosen) for run in runs]
     with noting_signals() as signals:
         for index, (run, config) in enumerate(zip(runs, configs, strict=True)):

@@ -313,6 +313,12 @@ class _Text:
             if self._config.data.sample_length is not None:
                 setting = "data.sample_length"
             fraction = self._config.data.validation_fraction
+            if purpose == "validation" and not fraction:
+                raise ConfigError(
+                    f"{corpus.path}: data.validation_fraction=0 leaves no document to validate "
+                    "with; write for example data.validation_fraction=0.1, or run.eval_every=0, "
+                    "which trains on everything"
+                )
             raise ConfigError(
                 f"{corpus.path}: {purpose} gets {len(share.documents)} of "
                 f"{corpus.manifest.num_documents} documents with {share.num_tokens:,} tokens, "

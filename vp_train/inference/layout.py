@@ -82,7 +82,7 @@ def opening_of(
         raise ConfigError(f"{run} has no config.yaml; give the directory of a run, or of vp-import")
     names = {word.partition("=")[0] for word in overrides}
     for name in sorted(names - set(_COUNTING)):
-        raise ConfigError(f"{name} does not count here; these do: {', '.join(_COUNTING)}")
+        raise ConfigError(f"{name} does not count here; {_counting_words(name)}")
     given = names.intersection(_DEGREES)
     words = [override("run.root", str(run.parent)), override("run.name", run.name)]
     words = [f"model={run / _MODEL}"] if is_import else [*words, "run.resume=true"]
@@ -115,6 +115,15 @@ def check_context(context: int, seq_length: int) -> None:
 def _run_of(path: Path) -> Path:
     """Return the directory of the run or import that `path` is, or is a checkpoint of."""
     return homes(path)[-1]
+
+
+def _counting_words(name: str) -> str:
+    """Return the settings of the section of `name` that count, or else which sections have some."""
+    section = name.partition(".")[0]
+    if own := [word for word in _COUNTING if word.partition(".")[0] == section]:
+        return f"of {section} these do: {', '.join(own)}"
+    sections = list(dict.fromkeys(word.partition(".")[0] for word in _COUNTING))
+    return f"only some of {', '.join(sections[:-1])} and {sections[-1]} do, as parallel.pp=2"
 
 
 def _evaluating(

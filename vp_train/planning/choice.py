@@ -692,6 +692,11 @@ def with_batch_of(config: RunConfig, num_tokens: int, multiple: int = 1) -> RunC
     best, because dp must divide the batch.
     """
     length = config.model.seq_length
+    if num_tokens < length:
+        raise ConfigError(
+            f"--tokens {num_tokens} is less than one sequence of model.seq_length={length:,}; "
+            f"write for example --tokens {8 * length}, or lower model.seq_length"
+        )
     exact, rest = divmod(num_tokens, length * multiple)
     if rest:
         wanted = num_tokens / length / multiple

@@ -215,7 +215,18 @@ def replan(config: RunConfig, plan: RunPlan, num_microbatches: int) -> RunPlan:
 
 
 def check_ramp(config: RunConfig, plan: RunPlan) -> None:
-    """Raise ConfigError if a step of the batch-size ramp cannot be planned."""
+    """Raise ConfigError if the batch-size ramp falls, or one of its steps cannot be planned."""
+    unit, before = config.micro_batch_size * plan.degrees.dp, 0
+    for step, count in plan.ramp.stages:
+        if not before <= count <= plan.ramp.full:
+            what, other = "more than", f"{plan.ramp.full * unit} of a full step"
+            if count < before:
+                what, other = "fewer than", f"{before * unit} before"
+            raise ConfigError(
+                f"batch_ramp: {count * unit} sequences until step {step} are {what} the {other}, "
+                "and a ramp rises; give smaller steps first, none above a full one, or drop it"
+            )
+        before = count
     for num_microbatches in plan.ramp.sizes:
         replan(config, plan, num_microbatches)
 
@@ -438,18 +449,23 @@ def _layout(name: str, num_ranks: int, num_chunks: int | None) -> Layout:
         ) from None
 
 
+def read_schedule(path: Path) -> str:
+    """Return the text of schedule.file.  Raises ConfigError where there is none."""
+    try:
+        return read_text(path, _LARGEST_SCHEDULE)
+    except UnreadableError as error:
+        raise ConfigError(
+            f"schedule.file={error}; vp-simulate --out DIR writes DIR/schedule.txt"
+        ) from None
+
+
 def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
     """Return the step of a schedule from a file.
 
     The file is our own text, or a CSV of torch.distributed.pipelining.  A CSV has no vocabulary
     passes, so they are added.
     """
-    try:
-        text = read_text(path, _LARGEST_SCHEDULE)
-    except UnreadableError as error:
-        raise ConfigError(
-            f"schedule.file={error}; vp-simulate --out DIR writes DIR/schedule.txt"
-        ) from None
+    text = read_schedule(path)
     try:
         if text.count("\n") > _MOST_LINES:
             raise ValueError(f"it has more than {_MOST_LINES:,} lines; every rank has one")

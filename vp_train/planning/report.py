@@ -353,6 +353,12 @@ def brief_report(config: RunConfig) -> PlanReport:
     return _planned(config)[2]
 
 
+def gpus_words(config: RunConfig) -> str:
+    """Return the number of GPUs in words, or of the CPU ranks in their place."""
+    count, name = config.cluster.num_gpus, {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device]
+    return f"{count:,} {plural(count, name)}"
+
+
 def _planned(
     config: RunConfig, watch: Watch | None = None
 ) -> tuple[StepPlan, RunConfig, PlanReport]:
@@ -362,7 +368,7 @@ def _planned(
         degrees = split_ranks(config.parallel, num_gpus, otherwise=_OTHER_CLUSTER)
     except ConfigError as error:
         preset = " (cluster=laptop)" if config.cluster == ClusterConfig() else ""
-        raise ConfigError(f"the cluster has {num_gpus} GPUs{preset}: {error}") from None
+        raise ConfigError(f"the cluster has {gpus_words(config)}{preset}: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
     config = replace(config, cost=cost)
     step = plan_step(config, num_gpus, watch)
