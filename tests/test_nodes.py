@@ -346,6 +346,14 @@ def test_of_several_agents_that_get_a_signal_the_first_one_answers(first, capsys
     assert capsys.readouterr().err == ("" if first else "vp-train: SIGUSR1: they save\n")
 
 
+def test_two_live_lines_of_a_terminal_are_not_drawn_over_an_answer(monkeypatch, capsys):
+    monkeypatch.setattr(agent.sys.stdout, "isatty", lambda: True)
+    agent._say_beside_progress("SIGINT: they save")
+    above, answer, *drawn_over = capsys.readouterr().err.split("\n")
+    assert (above, answer) == ("", "vp-train: SIGINT: they save")
+    assert len(drawn_over) == agent._LIVE_LINES == 2
+
+
 def test_advice_is_given_only_where_a_rank_was_killed_and_hides_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(agent, "_run_attempt", lambda news, *others: news)
     unreadable = tmp_path / ("x" * 300)

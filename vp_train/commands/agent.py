@@ -185,7 +185,7 @@ def _say_beside_progress(words: str) -> None:
 
     Its cursor stands at the end of the last live line, and it clears as many lines as it has drawn.
     """
-    if sys.stdout.isatty() and sys.stderr.isatty():
+    if sys.stdout.isatty():  # a sweep passes on what comes on stderr
         sys.stderr.write("\n")
         words += "\n" * (_LIVE_LINES - 1)
     say(words)
