@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from tests.programs import finished
 from vp_train.commands import launch
+from vp_train.commands.command import guarded
 from vp_train.communication import flight_recorder
 from vp_train.communication.nccl import require_gpu, set_environment, take_gpu, watch
 from vp_train.config import ConfigError, RunSettings
@@ -254,17 +255,32 @@ def launch_scripts():
 
 
 def launch_stopped():
-    """Be a launcher that gets a SIGTERM before its ranks start."""
-    launch._in_copy = lambda body: os.kill(os.getpid(), signal.SIGTERM)
-    launch_scripts()
+    """Be a launcher that gets the signal in place of a script before its ranks start."""
+    number = int(sys.argv[1])
+    launch._in_copy = lambda body: os.kill(os.getpid(), number)
+    guarded("vp-train", launch_scripts)
 
 
-def test_a_signal_before_ranks_start_leaves_no_directory(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_ranks_start_is_said_and_leaves_no_directory(tmp_path, number):
     overrides = ["model=nano", "data=synthetic", f"run.root={tmp_path / 'runs'}"]
-    done = finished(launch_stopped, "none", *overrides)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr == "vp-train: stopped by SIGTERM before ranks started\n"
+    done = finished(launch_stopped, str(int(number)), *overrides)
+    assert done.returncode == 128 + number
+    assert done.stderr == f"vp-train: stopped by {number.name} before ranks started\n"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("every", "trains", "words"),
+    [
+        (5, True, "finish their step, save and leave; once more ends the run without saving"),
+        (0, True, "finish their step and leave; once more"),
+        (5, False, "the preflight goes on"),
+    ],
+)
+def test_the_answer_to_a_signal_is_what_the_ranks_do(every, trains, words):
+    settings = RunSettings(checkpoint_every=every, checkpoint_minutes=0)
+    assert words in launch._answer(settings, trains=trains)
 
 
 def test_a_preflight_says_that_a_directory_has_a_run_and_a_start_refuses_it(

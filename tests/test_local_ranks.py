@@ -175,27 +175,32 @@ def test_nothing_is_left_of_ranks_and_of_what_they_have_started(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_to_the_agent_asks_the_ranks_to_end(number):
+def test_a_signal_to_the_agent_asks_the_ranks_to_end_and_one_line_says_so_at_once(number, capfd):
     code = "def end(*_): say(75, '')\n"
     code += f"rank or os.kill(os.getppid(), {number:d})\ntime.sleep(.5)\n"  # before a rank is ready
     code += f"signal.signal({number:d}, end)\n"
+    code += "time.sleep(.5)\nprint('a rank listens', file=sys.stderr, flush=True)\n" * 2
     code += f"signal.pthread_sigmask(signal.SIG_UNBLOCK, [{number:d}])\ntime.sleep(60)"
     before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP would stay ignored
     try:
         began = time.monotonic()
-        assert run_ranks(code, 2, num_restarts=3).code == EXIT_TIME
+        assert run_ranks(code, 2, num_restarts=3, answer="they save").code == EXIT_TIME
+        first, *others = capfd.readouterr().err.splitlines()
+        assert first == f"vp-train: {signal.Signals(number).name}: they save"
+        assert others == ["a rank listens"] * 4
         assert signal.getsignal(number) is signal.SIG_DFL
         assert time.monotonic() - began < 20
     finally:
         signal.signal(number, before)
 
 
-def test_a_second_signal_ends_the_ranks_at_once():
+def test_a_second_signal_ends_the_ranks_at_once(capfd):
     code = "if rank == 0:\n    for number in (15, *[2] * 40):\n"
     code += "        os.kill(os.getppid(), number); time.sleep(1.2)\ntime.sleep(60)"
-    ending = run_ranks(code, 2)
+    ending = run_ranks(code, 2, answer="they save")
     assert ending.code == 128 + signal.SIGINT
     assert ending.words == "stopped by SIGINT; start again"
+    assert capfd.readouterr().err == "vp-train: SIGTERM: they save\n"
 
 
 SAVES = "signal.signal(15, lambda *_: say(75, 'saved'))\n"

@@ -320,6 +320,40 @@ def test_a_node_that_does_not_say_its_ends_is_never_left_out_of_the_cause(soon, 
         assert agent._lost(other, 0)  # so no new start
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_agents_that_get_a_signal_the_first_one_answers(first, capsys):
+    class Ranks:
+        """Ranks that end after some looks at them."""
+
+        looks, asked = 5, []
+
+        @property
+        def running(self):
+            self.looks -= 1
+            return self.looks > 0
+
+        def request_end(self, number):
+            self.asked.append(number)
+
+        def poll(self): ...
+
+        def ends(self):
+            return []
+
+    log = Script(*[{"kind": "asked", "node": 1}] * first)
+    agent._watch(log, Ranks(), 0, Signals([(10, 0.0)]), lambda: None, "they save")
+    assert Ranks.asked.pop() == signal.SIGUSR1
+    assert capsys.readouterr().err == ("" if first else "vp-train: SIGUSR1: they save\n")
+
+
+def test_two_live_lines_of_a_terminal_are_not_drawn_over_an_answer(monkeypatch, capsys):
+    monkeypatch.setattr(agent.sys.stdout, "isatty", lambda: True)
+    agent._say_beside_progress("SIGINT: they save")
+    above, answer, *drawn_over = capsys.readouterr().err.split("\n")
+    assert (above, answer) == ("", "vp-train: SIGINT: they save")
+    assert len(drawn_over) == agent._LIVE_LINES == 2
+
+
 def test_advice_is_given_only_where_a_rank_was_killed_and_hides_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(agent, "_run_attempt", lambda news, *others: news)
     unreadable = tmp_path / ("x" * 300)

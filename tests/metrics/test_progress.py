@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -166,6 +167,20 @@ def test_what_is_unknown_at_the_first_step_is_said_there_and_not_again():
 )
 def test_a_validation_is_known_by_the_name_of_its_set(found, values, words):
     assert (found.values(), found.words()) == (values, words)
+
+
+def test_no_older_step_stands_below_a_line_that_stays():
+    out = io.StringIO()
+    settings = RunSettings(steps=50, log_every=20)
+    progress = Progress(settings, 1, Console(file=out, width=80, force_terminal=True))
+    for step, stays in ((18, False), (19, False), (20, True)):
+        progress.step(step, {"loss": 0.25})
+        shown = out.getvalue().rpartition("\x1b[2K")[2]
+        assert re.findall(r"step (\d+)/", shown) == [str(step)], "at once, and only once"
+        assert shown.endswith("\n") == stays
+    progress.say("step 20  validation loss 0.2500")
+    assert "19/50" not in out.getvalue().rpartition("\x1b[2K")[2]
+    progress.close()
 
 
 def test_no_live_line_stays_at_the_end():

@@ -70,6 +70,7 @@ from vp_train.failures import (
 from vp_train.supervision.requests import SIGNALS, is_ignored
 
 _POLL_SECONDS = 0.03
+_LIVE_LINES = 2  # of rank 0 on a terminal of 60 columns or more
 _GRACE_SECONDS = 1.0  # after a failure, for the messages of other ranks: theirs may be the cause
 # Likewise, while no failure so far explains the others.  A rank that has waited in vain looks for
 # the one that hangs, which takes 2.5 s.
@@ -132,7 +133,8 @@ class Job:
     `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it.  `way_on`
     returns the advice for a job that was stopped at once, or of which a rank was killed.  `saves`
     returns whether ranks that started at a time, in seconds of `time.time`, save if they are asked
-    to end.
+    to end.  `answer` is what ranks do that a signal has asked to end, in words that are said at
+    once; empty if they end at once themselves.
     """
 
     starter: Callable[[bool], Starter]
@@ -140,6 +142,7 @@ class Job:
     _: KW_ONLY
     way_on: Callable[[], str]
     saves: Callable[[float], bool]
+    answer: str = ""
     num_restarts: int = 0
     settings: RunSettings = field(default_factory=RunSettings)
     record_of: Callable[[int], Path | None] = lambda rank: None
@@ -177,6 +180,17 @@ def say(words: str) -> None:
         sys.stderr.flush()
 
 
+def _say_beside_progress(words: str) -> None:
+    """Print `words` like `say`, and on a terminal where rank 0 does not draw over them.
+
+    Its cursor stands at the end of the last live line, and it clears as many lines as it has drawn.
+    """
+    if sys.stdout.isatty():  # a sweep passes on what comes on stderr
+        sys.stderr.write("\n")
+        words += "\n" * (_LIVE_LINES - 1)
+    say(words)
+
+
 def _insisting(news: News) -> int | None:
     """Return the second signal that an agent got, which ended all ranks at once."""
     numbers = [fact["number"] for fact in news.facts() if fact["kind"] == "stopped"]
@@ -185,7 +199,13 @@ def _insisting(news: News) -> int | None:
 
 def _wants_end(news: News) -> bool:
     """Return whether any agent was asked to end."""
-    return any(fact["kind"] == "asked" for fact in news.facts())
+    return _first_asked(news) is not None
+
+
+def _first_asked(news: News) -> int | None:
+    """Return the node whose agent was the first to be asked to end; None if none was."""
+    nodes = [fact["node"] for fact in news.facts() if fact["kind"] == "asked"]
+    return nodes[0] if nodes else None
 
 
 def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
@@ -212,7 +232,7 @@ def _run_attempt(news: News, job: Job, attempt: int, signals: Signals) -> News:
                     news.tell("store", attempt=attempt, words=words, saves=job.saves(began))
 
             try:
-                _watch(news, ranks, attempt, signals, tell_end_of_store)
+                _watch(news, ranks, attempt, signals, tell_end_of_store, job.answer)
                 ranks.poll()
                 own = [asdict(end) | {"when": when} for end, when in ranks.ends()]
                 news.tell("ends", attempt=attempt, ends=own)  # to end a rank may take long
@@ -378,17 +398,23 @@ def _watch(
     attempt: int,
     signals: Signals,
     tell_end_of_store: Callable[[], None],
+    answer: str = "",
 ) -> None:
     """Wait until the ranks have ended, or until their time after a failure anywhere is over.
 
     Ranks need their store to connect, and not to save.  So without it, ranks that save are asked to
-    save and to end; others would try to reach it for long.
+    save and to end; others would try to reach it for long.  Of the agents that a signal asks to
+    end, the first one says the `answer`: a step may take minutes.
     """
     since: dict[bool, float] = {}  # when a failure was first seen, and one that explains others
     said: set[bool] = set()
-    has_asked = False
+    has_asked, has_answered = False, not answer
     while ranks.running:
         _tell_requests(news, signals)
+        if not has_answered and signals.has_request and _wants_end(news):
+            has_answered = True
+            if _first_asked(news) == news.place.node:
+                _say_beside_progress(f"{signal.Signals(signals.noted[0][0]).name}: {answer}")
         tell_end_of_store()
         if _ends_at_once(news, attempt):
             return

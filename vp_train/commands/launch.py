@@ -183,6 +183,7 @@ def _launch(
         record_of=record_of,
         way_on=partial(_way_on, settings.checkpoints),
         saves=partial(_saves, settings),
+        answer=_answer(settings, trains=trains),
     )
     code = _left(news, run_job(news, job))
     has_failed = code not in (EXIT_OK, EXIT_TIME) and code - 128 not in SIGNALS
@@ -199,6 +200,15 @@ def _has_begun(settings: RunSettings, since: float) -> bool:
 def _saves(settings: RunSettings, since: float) -> bool:
     """Return whether ranks that started at `since` or later save if they are asked to end."""
     return settings.saves and _has_begun(settings, since)
+
+
+def _answer(settings: RunSettings, *, trains: bool) -> str:
+    """Return what ranks do after a first signal, and what a second one does."""
+    if not trains:
+        return "the preflight goes on to its end; once more ends it at once"
+    if settings.saves:
+        return "the ranks finish their step, save and leave; once more ends the run without saving"
+    return "the ranks finish their step and leave; once more ends the run at once"
 
 
 def _way_on(checkpoints: Path) -> str:
@@ -341,7 +351,10 @@ class _Signalled(BaseException):
 
 @contextmanager
 def _stopped_by_signals(place: Place) -> Iterator[None]:
-    """Raise JobEnded after a signal that would end this process; Ctrl-C raises as elsewhere."""
+    """Raise JobEnded after a signal that would end this process.
+
+    A KeyboardInterrupt with words says more, and passes.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise _Signalled(number)
@@ -352,6 +365,10 @@ def _stopped_by_signals(place: Place) -> Iterator[None]:
         yield
     except _Signalled as error:
         raise _stopped(error.number, place) from None
+    except KeyboardInterrupt as error:
+        if error.args:
+            raise
+        raise _stopped(signal.SIGINT, place) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

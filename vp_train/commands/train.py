@@ -65,6 +65,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Else torch's store writes a stack of C++ frames for every connection that a dead process had.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Else torch's profiler says when it starts and stops; 6 leaves errors.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     start_clock()
     if is_rank(os.environ) or is_slurm_rank(os.environ):
         hold_signals()

@@ -132,10 +132,12 @@ class Progress:
         unknown = [key for key in self._words if key not in known]
         if self._num_shown == 1 and unknown:
             self.say(_unknown_words(unknown))
+        stays = step % settings.log_every == 0 or step in (self._first_step, settings.steps)
         if self._live is not None:
-            lines = folded(parts, self._console.width)
-            self._live.update(Text("\n".join(lines), overflow="fold"))
-        if step % settings.log_every == 0 or step in (self._first_step, settings.steps):
+            lines = [] if stays else folded(parts, self._console.width)
+            # At once: a line that stays is printed above what was drawn last.
+            self._live.update(Text("\n".join(lines), overflow="fold"), refresh=True)
+        if stays:
             self.say(_BETWEEN.join(parts))
 
     def say(self, line: str) -> None:
