@@ -592,7 +592,7 @@ def test_a_batch_that_no_split_divides_is_told_what_would_work():
 
 @pytest.mark.parametrize(
     ("tokens", "sequences"),
-    [(4_194_304, 512), (4_000_000, 512), (8_192, 1), (1, 1), (16_384_000, 2000)],
+    [(4_194_304, 512), (4_000_000, 512), (8_192, 1), (16_384_000, 2000)],
 )
 def test_a_batch_in_tokens_is_one_that_replicas_can_share(tokens, sequences):
     config = load_config(["model=llama3_8b", "parallel.dp=2"])

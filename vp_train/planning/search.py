@@ -769,8 +769,8 @@ class _Search:
 
 def _alike(choice: Choice) -> tuple[object, ...]:
     """Return what choices have in common which exceed their bounds by similar factors."""
-    degrees = choice.degrees
-    return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, choice.num_microbatches
+    degrees, count = choice.degrees, choice.num_microbatches
+    return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, degrees.tp, count
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
