@@ -179,7 +179,7 @@ def test_a_signal_to_the_agent_asks_the_ranks_to_end_and_one_line_says_so_at_onc
     code = "def end(*_): say(75, '')\n"
     code += f"rank or os.kill(os.getppid(), {number:d})\ntime.sleep(.5)\n"  # before a rank is ready
     code += f"signal.signal({number:d}, end)\n"
-    code += "time.sleep(.5)\nprint('a rank listens', file=sys.stderr, flush=True)\n" * 2
+    code += "time.sleep(.5)\nos.write(2, b'a rank listens\\n')\n" * 2  # a line as a whole
     code += f"signal.pthread_sigmask(signal.SIG_UNBLOCK, [{number:d}])\ntime.sleep(60)"
     before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP would stay ignored
     try:

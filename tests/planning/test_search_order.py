@@ -471,11 +471,12 @@ def test_a_kind_that_differs_in_any_way_is_not_alike():
         replace(one, num_chunks=2),
         replace(one, vocab="none"),
         replace(one, degrees=Degrees(1, 4, 1)),
+        replace(one, degrees=Degrees(1, 2, 5)),
         replace(one, num_microbatches=5),
     ]
     kinds = {search_module._alike(choice) for choice in (one, *others)}
-    assert len(kinds) == 6
-    same = replace(one, micro_batch_size=9, recompute="full", degrees=Degrees(3, 2, 5))
+    assert len(kinds) == 7
+    same = replace(one, micro_batch_size=9, recompute="full", degrees=Degrees(3, 2, 1))
     assert search_module._alike(same) == search_module._alike(one)
 
 
