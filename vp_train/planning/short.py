@@ -34,10 +34,11 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
 
     Where the backward is split and ranks wait in the steady state, one gap is filled after the
     other, and what a microbatch takes changes slowly.  A third, longer step tells more.  Of 860
-    random steps, with a third where it is a third as long, estimates are 0.2 % off in the mean.  Those of v_min are up to 2.4 % too low,
-    or 7.4 % too high where a short step is refined less than the whole one.  Those of v_half are up
-    to 1.9 % too low or 4.5 % too high, of others 0.4 and 1.3 %.  Which rank is ahead may change
-    after hundreds of microbatches, and no short step shows that.
+    random steps, with a third where it is a third as long, estimates are 0.2 % off in the mean.
+    Those of v_min are up to 2.4 % too low, or 7.4 % too high where a short step is refined less
+    than the whole one.  Those of v_half are up to 1.9 % too low or 4.5 % too high, of others 0.4
+    and 1.3 %.  Which rank is ahead may change after hundreds of microbatches, and no short step
+    shows that.
     """
     problem, counts = draft.problem, short_counts(draft.problem)
     efforts = _short_efforts(problem, counts)
