@@ -1410,14 +1410,18 @@ def test_the_effort_of_a_plan_is_that_of_its_passes_and_of_its_tries(layout, voc
 @dataclass(frozen=True)
 class _Step:
     schedule: tuple
-    timeline: object = None
+    timeline: object
+
+
+def draft_of(problem):
+    return SimpleNamespace(problem=problem, cost="cost", with_timeline=_Step)
 
 
 @pytest.mark.parametrize("busiest", [0.5, 2.0])
 @pytest.mark.parametrize("count", [12, 100])
 def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count, busiest):
     """Every microbatch more takes what it took in the second, or the work of the busiest rank."""
-    draft = SimpleNamespace(problem=problem_of(Layout("linear", 4), count), cost="cost")
+    draft = draft_of(problem_of(Layout("linear", 4), count))
     lasts, num_orders = {8: 20.0, 12: 25.0}, 5 if count == 100 else 3
 
     def shortened(name, problem, cost, counts, efforts):
@@ -1435,7 +1439,6 @@ def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count,
         short_module, "place_transfers", lambda schedule, few, cost: ("moved", *schedule)
     )
     monkeypatch.setattr(short_module, "simulate_order", simulate)
-    monkeypatch.setattr(short_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
     monkeypatch.setattr(short_module, "busiest_seconds", lambda problem, cost: busiest)
     step, seconds, placed = short_module.short_step(draft, "1f1b")
     assert step.schedule == ("moved", "1f1b", count, "cost", 12)
@@ -1448,7 +1451,7 @@ def test_the_time_of_a_long_step_follows_from_two_short_ones(monkeypatch, count,
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_third_short_step_counts_where_ranks_wait(monkeypatch, waits):
     """Its microbatches and those of the second tell what one more takes."""
-    draft = SimpleNamespace(problem=problem_of(Layout("v", 2, 2), 200, split=True), cost="cost")
+    draft = draft_of(problem_of(Layout("v", 2, 2), 200, split=True))
     asked = []
 
     def shortened(name, problem, cost, counts, efforts):
@@ -1460,7 +1463,6 @@ def test_a_third_short_step_counts_where_ranks_wait(monkeypatch, waits):
     monkeypatch.setattr(short_module, "shortened", shortened)
     monkeypatch.setattr(short_module, "place_transfers", lambda schedule, few, cost: schedule)
     monkeypatch.setattr(short_module, "simulate_order", lambda schedule, few, cost: timeline)
-    monkeypatch.setattr(short_module, "unsimulated", lambda draft, schedule, cost: _Step(schedule))
     monkeypatch.setattr(short_module, "busiest_seconds", lambda problem, cost: 0.0)
     step, seconds, placed = short_module.short_step(draft, "v_min")
     assert [count for count, _ in asked] == ([8, 24, 56] if waits else [8, 24])

@@ -23,7 +23,7 @@ from vp_train.planning.cluster import gradient_seconds
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import rank_memory, rank_state, state_of
 from vp_train.planning.overlap import exchange
-from vp_train.planning.peaks import Peak, at_peak, minimum_step, peaks_of
+from vp_train.planning.peaks import Peak, at_peak, peaks_of
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.short import short_step
@@ -37,6 +37,11 @@ from vp_train.planning.weigh import (
 from vp_train.settings import load_config
 
 WORDS = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"]
+
+
+def minimum_step(schedule, draft):
+    """Return a step whose ranks do no more than reach their peak."""
+    return at_peak(draft, schedule, peaks_of(schedule, draft.problem))
 
 
 def choice_of(pp, tp=1, schedule="1f1b", vocab="one_barrier", **settings):

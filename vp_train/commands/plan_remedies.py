@@ -23,7 +23,7 @@ from vp_train.units import human_bytes, large_bytes
 _NOT_ALONE = ", which is not enough alone"
 _NO_MARGIN = f", which leaves less than {MARGIN:.0%} of the memory free"
 _MORE_GPUS = "more GPUs per replica"
-_FACTORS = (2, 4, 8, 16, 32, 64)  # by which a pipeline may become longer
+FACTORS = (2, 4, 8, 16, 32, 64)  # by which a pipeline may become longer, or nodes more
 
 
 def remedies(config: RunConfig, report: PlanReport) -> list[str]:
@@ -136,7 +136,7 @@ def _longer(config: RunConfig, degrees: Degrees) -> Iterator[RunConfig]:
     pp, parallel = degrees.pp, replace(config.parallel, layers_per_stage=None)
     even = replace(parallel, dp=degrees.dp, placement="balanced")
     again = replace(even, recompute="full", recompute_per_stage=None)
-    factors = takewhile(lambda factor: factor * pp <= config.model.num_layers, _FACTORS)
+    factors = takewhile(lambda factor: factor * pp <= config.model.num_layers, FACTORS)
     for factor, kind in product(factors, (even, again)):
         longer = replace(kind, pp=factor * pp)
         if degrees.dp % factor == 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from schedules.render import duration
 from vp_train.commands.command import MOST_NUMBER
+from vp_train.commands.plan_remedies import FACTORS
 from vp_train.commands.plan_words import (
     PLACED,
     compared_words,
@@ -491,7 +492,7 @@ def _more_nodes(config: RunConfig, limits: Limits, kept: Kept) -> tuple[int, Cho
         return fits_on(replace(config, cluster=cluster), limits.margin, kept)
 
     fewest = config.cluster.num_nodes
-    for factor in (2, 4, 8, 16, 32, 64):
+    for factor in FACTORS:
         found, num_nodes = fits(factor * fewest), factor * fewest
         if found is None:
             continue

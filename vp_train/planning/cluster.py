@@ -268,9 +268,17 @@ def gradient_seconds(
 
     What may overlap with passes may also be hidden by them.
     """
-    found = replica_seconds(work, cluster, optim, num_parameters)
-    if optim.offload:
-        return found.sums + found.gathers
-    return (0.0 if optim.overlap_sums else found.sums) + (
-        0.0 if optim.overlap_gathers else found.gathers
+    whole = replica_seconds(work, cluster, optim, num_parameters)
+    hidden = hideable_seconds(work, cluster, optim, num_parameters)
+    return (whole.sums - hidden.sums) + (whole.gathers - hidden.gathers)
+
+
+def hideable_seconds(
+    work: Workload, cluster: ClusterConfig, optim: OptimConfig, num_parameters: int
+) -> ReplicaSeconds:
+    """Return the part of `replica_seconds` that passes may hide."""
+    whole = replica_seconds(work, cluster, optim, num_parameters)
+    return ReplicaSeconds(
+        whole.sums * (optim.overlap_sums and not optim.offload),
+        whole.gathers * (optim.overlap_gathers and not optim.offload),
     )

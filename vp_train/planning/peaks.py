@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from schedules.cost import CostModel
 from schedules.generators import GENERATORS
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
@@ -19,6 +18,7 @@ from schedules.vocab import End
 from vp_train.planning.plan import Draft, StepPlan, named_base_order
 
 Waits = Literal["none", "one", "all"]
+_NOT_SIMULATED = Timeline((), (), (), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +82,6 @@ def _most(
     return highest, next_stage
 
 
-def minimum_step(schedule: str, draft: Draft) -> StepPlan:
-    """Return a step whose ranks do no more than reach their peak, for a lower bound on memory.
-
-    See `peaks_of`.
-    """
-    return at_peak(draft, schedule, peaks_of(schedule, draft.problem))
-
-
 def at_peak(
     draft: Draft,
     name: str,
@@ -128,19 +120,5 @@ def at_peak(
         if waits == "all":
             kept = tuple(map(max, kept, cost.weight_bytes))
         cost = replace(cost, stage_bytes=kept, weight_bytes=(0.0,) * problem.layout.num_stages)
-    return unsimulated(draft, Schedule(name, tuple(orders)), cost)
-
-
-def unsimulated(draft: Draft, schedule: Schedule, cost: CostModel) -> StepPlan:
-    """Return a step that was not simulated: its timeline is empty."""
-    return StepPlan(
-        work=draft.work,
-        layers=draft.layers,
-        recompute=draft.recompute,
-        shards=draft.shards,
-        problem=draft.problem,
-        cost=cost,
-        schedule=schedule,
-        timeline=Timeline((), (), (), ()),
-        caps=(),
-    )
+    schedule = Schedule(name, tuple(orders))
+    return replace(draft, cost=cost).with_timeline(schedule, _NOT_SIMULATED)

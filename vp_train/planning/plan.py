@@ -356,7 +356,12 @@ class Draft:
                     f"it offloads {offload.item}, but stage {offload.item.stage} offloads none of "
                     "its layers; set parallel.offload_activations"
                 )
-        timeline = simulate(schedule, self.problem, self.cost, caps)
+        return self.with_timeline(schedule, simulate(schedule, self.problem, self.cost, caps), caps)
+
+    def with_timeline(
+        self, schedule: Schedule, timeline: Timeline, caps: tuple[float, ...] = ()
+    ) -> StepPlan:
+        """Return this step with `schedule` and what its simulation says, unchecked."""
         return StepPlan(
             work=self.work,
             layers=self.layers,

@@ -10,7 +10,6 @@ from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.simulate import simulate_order
 from vp_train.planning.choice import Choice
-from vp_train.planning.peaks import unsimulated
 from vp_train.planning.plan import Draft, StepPlan, busiest_seconds
 from vp_train.planning.weigh import Candidate
 
@@ -53,7 +52,7 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     few = replace(problem, num_microbatches=counts[-1])
     schedule = place_transfers(schedule, few, draft.cost)  # it delays nothing
     timeline = simulate_order(schedule, few, draft.cost)
-    step = replace(unsimulated(draft, schedule, draft.cost), timeline=timeline)
+    step = draft.with_timeline(schedule, timeline)
     seconds = promised(problem.num_microbatches, counts, times)
     more = (problem.num_microbatches - counts[-1]) * busiest_seconds(problem, draft.cost)
     return step, max(seconds, timeline.makespan + more), placed

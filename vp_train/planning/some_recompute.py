@@ -18,7 +18,7 @@ class SomeRecompute:
     On every rank those come first that save most.  Steps in which as many stages of every rank
     recompute are made for that, and shared by the ranks.
 
-    step: one in which no stage recomputes, as in `minimum_step`, and which holds a shard.
+    step: one in which no stage recomputes, as in `at_peak`, and which holds a shard.
     saving: a draft in which all do.
     optimizers: those with which memory is looked at.
     orders: the stages of each rank, that which saves most first.

@@ -27,8 +27,8 @@ from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import (
     ReplicaSeconds,
     gradient_seconds,
+    hideable_seconds,
     on_cluster,
-    replica_seconds,
     tied_seconds,
     with_margin,
 )
@@ -133,7 +133,7 @@ class SameChoiceError(ConfigError):
 
 
 def about_bytes(config: RunConfig) -> float:
-    """Return about how many bytes the worst rank needs: those of `minimum_step` and a held shard.
+    """Return about how many bytes the worst rank needs: those of `at_peak` and a held shard.
 
     A schedule that is searched for or read from a file counts as 1f1b.  Raises ConfigError.
     """
@@ -526,14 +526,7 @@ class Scales:
             held = state_of(work, optim, parameters)
             least = gradient_seconds(work, cluster, optim, parameters)
             least += optimizer_seconds(work.degrees, cluster, optim, held)
-            whole = replica_seconds(work, cluster, optim, parameters)
-            self._after[key] = (
-                least,
-                ReplicaSeconds(
-                    whole.sums * (optim.overlap_sums and not optim.offload),
-                    whole.gathers * (optim.overlap_gathers and not optim.offload),
-                ),
-            )
+            self._after[key] = least, hideable_seconds(work, cluster, optim, parameters)
         return self._after[key]
 
 
@@ -572,12 +565,11 @@ class _Placed:
         )
         ranks = range(layout.num_ranks)
         of_rank = tuple(sum(counts[stage] for stage in layout.stages_of(rank)) for rank in ranks)
-        before = tuple(accumulate(counts[: layout.num_ranks - 1], initial=0))
+        ahead = tuple(accumulate(counts, initial=0))
         most = max(reversed(ranks), key=of_rank.__getitem__)
         slowest = tuple(sorted({0, most, ranks[-1]}))
-        ahead = tuple(accumulate(counts, initial=0))
         first = tuple((counts[stage], ahead[stage]) for stage in layout.stages_of(0))
-        return cls(layout, counts, of_rank, before, slowest, first)
+        return cls(layout, counts, of_rank, ahead[: layout.num_ranks], slowest, first)
 
     def exposed(
         self,
@@ -594,7 +586,7 @@ class _Placed:
         completes its gradients about as early before the end, as if it were alone.  Embedding rows
         come before the first stage, and those of the output layer after the last one.
 
-        whole: the seconds of the exchange of rank 0.
+        whole: the seconds of the exchange of rank 0 that passes may hide.
         of_layer, of_rows: the part of them for a layer, and for the rows of the embedding.
         forward, backward, sent_back: the seconds of a layer, see `_Split.layer`.
         """
