@@ -201,11 +201,14 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
             recompute_per_stage=("none", strongest),
             optimizer=NANO.optim,
         )
-        kinds = ("none", "selective", "full")[: index + 1]
+        kinds = [("none", False), *(("selective", again) for again in (False, True))]
+        kinds = [*kinds, *(("full", again) for again in (False, True))][: 2 * index + 1]
         parts = (0.5, 1.0) if layers > 2 else (1.0,)
         plain = replace(one, recompute_where_needed=False, recompute_per_stage=None, optimizer=None)
         assert offloading(one, layers) == [
-            replace(plain, recompute=kind, offload=part) for kind in kinds for part in parts
+            replace(plain, recompute=kind, recompute_where_needed=needed, offload=part)
+            for kind, needed in kinds
+            for part in parts
         ]
 
 
@@ -320,7 +323,7 @@ def test_neighbours_differ_in_one_thing_and_lead_from_any_choice_to_all_others()
     assert replace(start, num_chunks=2, placement="balanced", recompute="none") in further
     assert all(start in neighbours(other, choices, 2) for other in further[::20])
     moving = neighbours(replace(start, offload=0.5), choices)
-    assert moving == [replace(one, offload=0.5) for one in near if not one.recompute_where_needed]
+    assert moving == [replace(one, offload=0.5) for one in near]
     reached, waiting = {start}, [start]
     while waiting:
         new = set(neighbours(waiting.pop(), choices)) - reached

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ from vp_train.planning.placement import nothing_offloaded_words, offloaded_layer
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
 from vp_train.planning.search import search
+from vp_train.planning.short import short_step
 from vp_train.planning.slow_link import SlowLink, link_of, with_link
 from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
@@ -516,3 +518,56 @@ def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
     assert known.fits
     assert known.host.total == 0
     assert first.report.step_seconds <= known.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_chunks", "part"), [("interleaved", 4, 0.5), ("zb_v", None, 0.8)]
+)
+def test_where_the_link_carries_too_little_more_stages_recompute_until_the_step_fits(
+    schedule, num_chunks, part
+):
+    """They are on the ranks that need too much."""
+    words = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"]
+    config = load_config([*words, "cluster.host_bytes_per_second=10e9"])
+    choice = Choice(
+        *(Degrees(1, 8, 1), 1, 16, schedule, "one_barrier", "full"),
+        num_chunks=num_chunks,
+        offload=1.0,
+    )
+    optim, layout = config.optim, choice.layout
+    roomy = Scales(config, math.inf, (optim,))
+
+    def needs_of(candidate):
+        step, *_ = short_step(candidate.draft, schedule)
+        return step, [rank_memory(step, optim, rank).total for rank in range(8)]
+
+    least = max(needs_of(roomy.draft(choice))[1])
+    most = max(needs_of(roomy.draft(replace(choice, recompute="none")))[1])
+    tight = Scales(config, least + part * (most - least), (optim,))
+    candidate, rounds = tight.draft(replace(choice, recompute_where_needed=True)), 0
+    while True:
+        step, needs = needs_of(candidate)
+        excess = {rank for rank in range(8) if needs[rank] > tight.limit}
+        if not excess:
+            break
+        more = tight.with_more_recompute(candidate, step)
+        kinds = candidate.choice.recompute_per_stage, more.choice.recompute_per_stage
+        changed = {
+            stage for stage in range(layout.num_stages) if kinds[0][stage] != kinds[1][stage]
+        }
+        assert {layout.rank_of(stage) for stage in changed} == excess
+        assert {kinds[1][stage] for stage in changed} == {"full"}
+        candidate, rounds = more, rounds + 1
+    assert rounds == 1
+    assert "none" in candidate.choice.recompute_per_stage
+
+
+def test_no_more_stages_recompute_where_all_or_none_do_or_a_rank_has_none_left():
+    config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=4"])
+    choice = Choice(Degrees(1, 8, 1), 1, 4, "1f1b", "one_barrier", "full", offload=1.0)
+    roomy, tight = (Scales(config, limit, (config.optim,)) for limit in (math.inf, 1.0))
+    mixed = replace(choice, recompute_per_stage=("full", *("none",) * 7))
+    for one in (choice, replace(choice, recompute="none"), replace(mixed, offload=0.0), mixed):
+        candidate = roomy.draft(one)
+        step, *_ = short_step(candidate.draft, "1f1b")
+        assert tight.with_more_recompute(candidate, step) is None

@@ -50,6 +50,7 @@ class Facts:
     seconds, memory: those of the whole step.
     placed, whole: the effort of a short step and of a whole one.
     fails: the errors of weighing and of drafting it.
+    more: the number of the same choice of which more stages recompute, if there is one.
     """
 
     bound: float
@@ -70,6 +71,7 @@ class Facts:
     planned_host: float = 0.0
     leanest: float = 0.0
     fails: dict[str, Exception] = field(default_factory=dict)
+    more: int | None = None
 
     def __post_init__(self):
         self.drafted = self.bound if self.drafted is None else self.drafted
@@ -123,6 +125,9 @@ class World:
         self.log.append(("check", len(choices)))
 
     def weigh(self, choice):
+        if choice.recompute_where_needed and choice not in self.facts:
+            self.log.append(("unknown", None))
+            raise ConfigError("all of its stages recompute, or none, in this world")
         facts = self.note("weigh", choice)
         if "weigh" in facts.fails:
             raise facts.fails["weigh"]
@@ -149,6 +154,10 @@ class World:
 
     def after(self, step, optim):
         return self.facts[step.choice].after.get(name_of(optim), 0.0)
+
+    def with_more_recompute(self, candidate, step):
+        more = self.facts[step.choice].more
+        return None if more is None else self.draft(self.choices[more])
 
     def leanest(self, choice):
         return self.facts[choice].leanest
@@ -188,8 +197,8 @@ class World:
 
     def effort_of(self, what, number):
         """Return the effort of weighing, drafting, estimating or planning a choice."""
-        if what == "check":
-            return 0
+        if what in ("check", "unknown"):
+            return {"check": 0, "unknown": 4}[what]
         one = self.facts[self.choices[number]]
         drafting = 0 if "draft" in one.fails else 12 * one.stages
         return {"weigh": 4, "draft": drafting, "short": one.placed, "plan": one.whole}[what]
@@ -1079,7 +1088,7 @@ def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter)
     found = run_offloading(world, 2)
     begin = world.log.index(("weigh", 2))
     assert sorted(world.asked("weigh")) == list(range(8))
-    rest = [event for event in world.log[begin:] if event[0] != "weigh"]
+    rest = [event for event in world.log[begin:] if event[0] not in ("weigh", "unknown")]
     assert rest == [
         *(("draft", 2), ("draft", 4), ("draft", 7), ("short", 2), ("plan", 2)),
     ]
@@ -1090,6 +1099,25 @@ def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter)
     assert found.num_open == 0
     refused = {world.choices.index(one.choice): (one.bound, one.needs) for one in found.refused}
     assert refused == {1: (1.0, GIB + 1.0)}
+
+
+@pytest.mark.parametrize("number", [0, 2, 4, 6])
+def test_of_what_needs_too_much_more_stages_recompute_while_it_may_be_the_fastest(enter, number):
+    """At most four times.  The others of these are never simulated."""
+    large = {"adamw": GIB + 1.0}
+    facts = [Facts(10.0, 10.0)]
+    facts += [Facts(1.0 + n, 9.0, short_bytes=large, more=n + 1) for n in range(1, 8)]
+    facts[number + 1] = Facts(3.0, 5.0) if number else Facts(10.0, 10.0)
+    world = World(facts)
+    world.choices, others = world.choices[:2], world.choices[2:]
+    enter(world)
+    world.choices += others
+    space = Space(tuple(world.choices[:2]), Counter(), (ADAMW,))
+    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    is_found = number in (2, 4)
+    assert numbers(world, found.best) == [number + 1 if is_found else 0]
+    tried = {0: [], 2: [1, 2, 3], 4: [1, 2, 3, 4, 5], 6: [1, 2, 3, 4, 5]}
+    assert [n for n in world.asked("short") if n] == tried[number]
 
 
 @pytest.mark.parametrize("stage", ["weigh", "short", "doubtful"])

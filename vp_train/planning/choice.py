@@ -443,15 +443,21 @@ def offloading(choice: Choice, num_layers: int) -> list[Choice]:
         replace(
             base,
             recompute=recompute,
-            recompute_where_needed=False,
+            recompute_where_needed=needed,
             recompute_per_stage=None,
             offload=part,
             optimizer=None,
         )
         for base in bases
         for recompute in RECOMPUTE[: strongest + 1]
+        for needed in _where_needed(recompute, base.layout.num_stages)
         for part in (OFFLOADED if base.layout.num_stages < num_layers else OFFLOADED[-1:])
     ]
+
+
+def _where_needed(recompute: str, num_stages: int) -> tuple[bool, ...]:
+    """Return the values of `Choice.recompute_where_needed` that differ."""
+    return (False,) if recompute == "none" or num_stages == 1 else (False, True)
 
 
 def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> list[Choice]:
@@ -465,7 +471,6 @@ def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> lis
         replace(other, offload=choice.offload)
         for other in others
         if _differences(choice, other) == number
-        and not (choice.offload and other.recompute_where_needed)
     ]
 
 
@@ -567,9 +572,12 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
             for num_chunks in _chunks(schedule, pp, model, kept, redistributes=redistributes):
                 num_stages = GENERATORS[schedule].layout_of(pp, num_chunks).num_stages
                 even = _even(model.num_layers, num_stages)
-                for recompute, needed, sequences in product(RECOMPUTE, (False, True), both):
-                    if needed and (recompute == "none" or num_stages == 1):
-                        continue
+                kinds = [
+                    (recompute, needed)
+                    for recompute in RECOMPUTE
+                    for needed in _where_needed(recompute, num_stages)
+                ]
+                for (recompute, needed), sequences in product(kinds, both):
                     yield Choice(
                         degrees,
                         micro_batch_size=1,

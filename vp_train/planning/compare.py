@@ -268,7 +268,9 @@ def helps_of(
         if config.run.device == "cuda":
             num_layers = config.model.num_layers
             moving = [choice] if number == 1 else neighbours(choice, choices)
-            found += [moved for one in moving for moved in offloading(one, num_layers)]
+            moved = [other for one in moving for other in offloading(one, num_layers)]
+            # Which stages recompute is dear to find out, the more if they offload.
+            found += [choice for choice in moved if not choice.recompute_where_needed]
         return [one for one in dict.fromkeys(found) if one != now]
 
     progress("trying what one other setting would gain")

@@ -19,7 +19,7 @@ from schedules.generators import GENERATORS, BaseOrderError, base_order, complet
 from schedules.generators.auto import CapError, Option, Watch, solve
 from schedules.generators.stored import recognise
 from schedules.generators.weave import BaseOrder
-from schedules.ir import Schedule
+from schedules.ir import Kind, Schedule
 from schedules.layout import Layout
 from schedules.lower import Program, lower
 from schedules.offload import place_transfers
@@ -329,6 +329,20 @@ class Draft:
         pairs = zip(self.cost.stage_bytes, self.cost.offload_bytes, strict=True)
         kept = tuple(whole - moved for whole, moved in pairs)
         return replace(self, cost=replace(self.cost, stage_bytes=kept))
+
+    def with_carried(self) -> Draft:
+        """Return this step with about what a stage keeps on the device of what it offloads.
+
+        The forwards of the warm-up come in a burst, of which the link to the host carries a part.
+        """
+        cost, kept = self.cost, list(self.cost.stage_bytes)
+        if not cost.offload_bytes:
+            return self
+        for stage, forward in enumerate(cost.pass_seconds[Kind.F]):
+            moved, seconds = cost.offload(stage)
+            if moved:
+                kept[stage] -= moved * min(1.0, forward / seconds) if seconds else moved
+        return replace(self, cost=replace(cost, stage_bytes=tuple(kept)))
 
     def with_named(self, name: str) -> StepPlan:
         """Generate the schedule `name`, then check and simulate this step with it.

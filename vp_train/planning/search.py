@@ -78,6 +78,7 @@ _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
+_ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
@@ -616,10 +617,12 @@ class _Search:
                 return number
         return None
 
-    def _estimate_of(self, candidate: Candidate) -> Estimate:
+    def _estimate_of(self, candidate: Candidate, rounds: int = _ROUNDS) -> Estimate:
         """Return the estimate for the fastest optimizer that fits.
 
-        Raises TooLargeError if none does, and HostMemoryError if only the hosts lack memory.
+        Where stages that recompute offload, more of them recompute until one fits, at most so many
+        `rounds`.  Raises TooLargeError if none does, and HostMemoryError if only the hosts lack
+        memory.
         """
         self._num_estimated += 1
         step, passes, placed = self._shared.short_step(candidate)
@@ -643,8 +646,16 @@ class _Search:
             found.append(Estimate(candidate, optim, seconds, needs, host))
         if not found:
             assert refusal is not None
-            raise refusal
+            more = self._scales.with_more_recompute(candidate, step) if rounds else None
+            if more is None or not self._may_be_first(more):
+                raise refusal
+            return self._estimate_of(more, rounds - 1)
         return min(found, key=lambda estimate: estimate.seconds)
+
+    def _may_be_first(self, candidate: Candidate) -> bool:
+        """Return whether a candidate may be faster than all of its kind."""
+        choice, (_, first_of) = candidate.choice, self._to_beat(1)
+        return counted(choice, candidate.seconds) < first_of[choice.splits_vocabulary]
 
     def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
         """Return what a step keeps in host memory.  Raises HostMemoryError for too much."""

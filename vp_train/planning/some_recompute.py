@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vp_train.config import OptimConfig
@@ -22,6 +22,7 @@ class SomeRecompute:
     saving: a draft in which all do.
     optimizers: those with which memory is looked at.
     orders: the stages of each rank, that which saves most first.
+    saved: the bytes that every stage saves.
     steps, needs: what was computed, by the number of stages, and by the rank too.
     """
 
@@ -29,6 +30,7 @@ class SomeRecompute:
     saving: Draft
     optimizers: Sequence[OptimConfig]
     orders: tuple[list[int], ...]
+    saved: Mapping[int, float]
     steps: dict[int, StepPlan] = field(default_factory=dict)
     needs: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
@@ -43,13 +45,36 @@ class SomeRecompute:
     ) -> SomeRecompute:
         layout = without.problem.layout
         kept, fewer = without.cost.stage_bytes, saving.cost.stage_bytes
-        orders = list[list[int]]()
-        for rank, peak in enumerate(peaks):
-            flying = dict(zip(layout.stages_of(rank), peak.counts, strict=True))
-            saved = {stage: flying[stage] * (kept[stage] - fewer[stage]) for stage in flying}
-            orders.append(sorted(saved, key=saved.__getitem__, reverse=True))
+        saved = {
+            stage: count * (kept[stage] - fewer[stage])
+            for rank, peak in enumerate(peaks)
+            for stage, count in zip(layout.stages_of(rank), peak.counts, strict=True)
+        }
+        orders = tuple(
+            sorted(layout.stages_of(rank), key=saved.__getitem__, reverse=True)
+            for rank in range(len(peaks))
+        )
         step = at_peak(without, schedule, peaks, holds=True)
-        return cls(step, saving, optimizers, tuple(orders))
+        return cls(step, saving, optimizers, orders, saved)
+
+    def with_more(
+        self, kinds: Sequence[str], excess: Mapping[int, float]
+    ) -> tuple[str, ...] | None:
+        """Return what every stage recomputes if ranks save these bytes more than with `kinds`.
+
+        None if a rank has no other stage that could recompute.
+        """
+        found = list(kinds)
+        for rank, missing in excess.items():
+            left = [s for s in self.orders[rank] if found[s] != self.saving.recompute[s]]
+            if not left:
+                return None
+            for stage in left:
+                found[stage] = self.saving.recompute[stage]
+                missing -= self.saved[stage]
+                if missing <= 0:
+                    break
+        return tuple(found)
 
     def where_needed(self, optim: OptimConfig, limit: float) -> tuple[str, ...]:
         """Return what every stage recomputes if ranks may need `limit` bytes with `optim`."""

@@ -471,13 +471,7 @@ class Scales:
         everywhere = replace(choice, recompute_where_needed=False)
         # The first optimizer is the leanest of those on the GPU, the last one of all.
         first, last = optimizers[0], optimizers[-1]
-        some = SomeRecompute.of(
-            choice.schedule,
-            self._draft(replace(everywhere, recompute="none")),
-            self._draft(everywhere),
-            self._peaks_of(choice, choice.layout),
-            (first, last),
-        )
+        some = self._some_recompute(everywhere, (first, last))
         found: dict[Choice, Sequence[OptimConfig]] = {}
         kinds = some.where_needed(first, self.limit)
         if len(set(kinds)) > 1:
@@ -489,6 +483,40 @@ class Scales:
         if not found:
             raise SameChoiceError(f"all stages recompute {kinds[0]}")
         return found
+
+    def _some_recompute(self, choice: Choice, optimizers: Sequence[OptimConfig]) -> SomeRecompute:
+        """Return the stages of a choice, of which some may recompute as it says."""
+        everywhere = replace(choice, recompute_per_stage=None)
+        return SomeRecompute.of(
+            choice.schedule,
+            self._draft(replace(everywhere, recompute="none")).with_carried(),
+            self._draft(everywhere).with_carried(),
+            self._peaks_of(choice, choice.layout),
+            optimizers,
+        )
+
+    def with_more_recompute(self, candidate: Candidate, step: StepPlan) -> Candidate | None:
+        """Return a candidate of which more stages recompute on the ranks without enough memory.
+
+        None if the candidate does not have some that recompute and some that do not, or if no more
+        may.  What the link to the host carries, and so how many recompute, only a simulation says.
+
+        step: one of the candidate that was simulated, for what ranks need.
+        """
+        choice, optim = candidate.choice, candidate.optimizers[0]
+        if choice.recompute_per_stage is None or not choice.offload:
+            return None
+        needs = [total_bytes(step, [optim], rank)[0] for rank in range(step.num_ranks)]
+        excess = {
+            rank: num_bytes - self.limit
+            for rank, num_bytes in enumerate(needs)
+            if num_bytes > self.limit
+        }
+        some = self._some_recompute(choice, (optim,))
+        kinds = some.with_more(choice.recompute_per_stage, excess)
+        if kinds is None or len(set(kinds)) == 1:
+            return None
+        return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
 
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
         count = enough_microbatches(choice.schedule, choice.num_microbatches, layout)
