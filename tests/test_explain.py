@@ -706,11 +706,16 @@ def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch
     assert causes == pytest.approx(found["measured_seconds"] - found["planned_seconds"])
     assert found["schedules"]["own"]["schedule"] == "1f1b"
     assert vp_explain(run, "--cost", costs)[0] == 0, "costs may be written anew"
-    costs.with_suffix(".txt").write_text("F0 B0")
+    other = costs.with_name("other.yaml")
+    other.write_text("F0 B0")
+    code, out, err = vp_explain(run, "--cost", other)
+    assert (code, out) == (EXIT_CONFIG, "")
+    assert "other.yaml is there and holds no costs; give another --cost FILE" in err
+    assert other.read_text() == "F0 B0"
     code, out, err = vp_explain(run, "--cost", costs.with_suffix(".txt"))
     assert (code, out) == (EXIT_CONFIG, "")
-    assert "measured.txt is there and holds no costs; give another --cost FILE" in err
-    assert costs.with_suffix(".txt").read_text() == "F0 B0"
+    assert f"can be read as cost=FILE; write --cost {costs}" in err
+    assert not costs.with_suffix(".txt").exists()
     cost = load_config([f"cost={costs}"]).cost
     assert cost.rank_slowness == (1.0, 1.0, 2.0, 1.0)
     assert cost.is_measured

@@ -301,9 +301,15 @@ def output_of(option: str, word: str) -> Path:
 def cost_output_of(option: str, word: str) -> Path:
     """Return the file of costs that an option names, as `output_of` does.
 
-    Raises ConfigError for a file that is there and holds something else.
+    Raises ConfigError for a name that `cost=FILE` does not read, and for a file that is there and
+    holds something else.
     """
     path = output_of(option, word)
+    if path.suffix != ".yaml":
+        raise ConfigError(
+            f"{option} {path}: only a name that ends with .yaml can be read as cost=FILE; write "
+            f"{option} {path.with_suffix('.yaml')}"
+        )
     if path.is_file() and path.stat().st_size and not has_settings(path, "cost"):
         raise ConfigError(
             f"{option} {path} is there and holds no costs; give another {option} FILE"

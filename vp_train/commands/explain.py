@@ -109,7 +109,7 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--cost",
-        metavar="FILE",
+        metavar="FILE.yaml",
         help="write the measured seconds there, for cost=FILE of the other commands",
     )
     return parser

@@ -47,8 +47,8 @@ def main() -> None:
     options = {
         "--ranks": ("0,3,...", "pipeline ranks to measure; default: all"),
         "--steps": ("N", "steps of each rank (3)"),
-        "--cost": ("FILE", "write the costs there, for cost=FILE"),
-        "--device": ("FILE", "write the rates of this device there: cost=FILE plans other models"),
+        "--cost": ("FILE.yaml", "write the costs there, for cost=FILE"),
+        "--device": ("FILE.yaml", "write the rates of this device there: cost=FILE plans other models"),
         "--json": ("FILE", "write everything there"),
     }
     purpose = "measures ranks of a job one by one on this machine"
