@@ -48,7 +48,7 @@ def main() -> None:
         "--ranks": ("0,3,...", "pipeline ranks to measure; default: all"),
         "--steps": ("N", "steps of each rank (3)"),
         "--cost": ("FILE.yaml", "write the costs there, for cost=FILE"),
-        "--device": ("FILE.yaml", "write the rates of this device there: cost=FILE plans other models"),
+        "--device": ("FILE.yaml", "write its rates there: cost=FILE plans other models"),
         "--json": ("FILE", "write everything there"),
     }
     purpose = "measures ranks of a job one by one on this machine"
