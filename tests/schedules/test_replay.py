@@ -94,9 +94,12 @@ def late(step: Step, runtime: Runtime) -> list[LateStart]:
 @pytest.mark.parametrize("algorithm", sorted(VOCAB_ALGORITHMS))
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_no_runtime_takes_more_than_half_a_percent_longer_than_simulated(name, algorithm):
-    """Many microbatches come with one number of ranks, another one for each algorithm."""
+    """Each size comes with every second algorithm, other ones for the next schedule.
+
+    Many microbatches come with one number of ranks, another one for each algorithm.
+    """
     turn = sorted(GENERATORS).index(name) + sorted(VOCAB_ALGORITHMS).index(algorithm)
-    for p, m in (*SIZES, ((2, 3, 4, 8)[turn % 4], 32)):
+    for p, m in (*SIZES[turn % 2 :: 2], ((2, 3, 4, 8)[turn % 4], 32)):
         for step in lowered(name, algorithm, p, m, None, f"{name} {algorithm} {p} {m}"):
             assert step.simulated.makespan >= step.simulated.bound * (1 - 1e-9)
             for runtime, at_most in ((CUDA, 0.005), (GLOO, 1e-9)):
