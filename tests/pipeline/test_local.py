@@ -18,7 +18,7 @@ from vp_train.config import VocabConfig
 from vp_train.pipeline.local import RankLost, Switchboard, run_ranks
 from vp_train.planning.plan import make_plan
 
-NUM_STEPS, DELAY_SECONDS = 4, 4e-4
+NUM_STEPS, DELAY_SECONDS = 2, 4e-4
 CPU = torch.device("cpu")
 
 
@@ -58,7 +58,7 @@ CASES = list(product(GENERATORS, VOCAB_ALGORITHMS))
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_delays_change_no_bit(name, algorithm):
-    """Every case has its own seed, and every step has other delays: 128 steps in all."""
+    """Every case has its own seed, and every step has other delays: 64 steps in all."""
     stages = GENERATORS[name].layout_of(3).num_stages
     config = config_of(
         3, 4, 101, schedule=name, vocab=VocabConfig(algorithm), num_stages=stages, tied=True
