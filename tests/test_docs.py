@@ -19,6 +19,7 @@ import pytest
 from schedules.generators import GENERATORS
 from schedules.render import svg
 from tests.programs import finished
+from tests.test_plan_command import AS_TYPED
 from vp_train import failures
 from vp_train.commands.simulate import simulate_step
 from vp_train.commands.sweep import SWEEP, runs_of
@@ -374,6 +375,7 @@ def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
     """Every line, one after the other in one directory, each distinct line once.
 
     `make`, and a line for four nodes, are asked what they would do; pip would need a network.
+    tests/test_plan_command.py runs AS_TYPED.
     """
     first_pages = (README, ROOT / "docs/quickstart.md", ROOT / "docs/working_day.md")
     for number in range(40):
@@ -386,7 +388,7 @@ def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
     (place / ".venv").symlink_to(sys.prefix)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     for line in dict.fromkeys(line for page in first_pages for line in shell_lines(page)):
-        if line.startswith("pip "):
+        if line.startswith("pip ") or line.split() == ["vp-plan", *AS_TYPED]:
             continue
         typed = re.sub(r"^make ", "make -n ", line)
         typed = f"{typed} --print-config" if " --nodes " in typed else typed
