@@ -57,7 +57,7 @@ def test_draws_have_the_probabilities_of_the_softmax(top_k):
     if top_k is not None:
         logits[logits < logits.sort(descending=True).values[top_k - 1]] = -torch.inf
     expected = logits.softmax(0).numpy()
-    sampling, n = Sampling(0.8, top_k, seed=2), 4000
+    sampling, n = Sampling(0.8, top_k, seed=2), 2000
     draws = [chosen(weight, x, split_rows(V, 2), sampling, place) for place in range(n)]
     counts = np.bincount(draws, minlength=V)
     assert (counts[expected == 0] == 0).all()
