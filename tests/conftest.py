@@ -51,6 +51,7 @@ LONG = (
     "test_ends.py",
     "test_offload.py",
     "test_explain.py",
+    "test_offloading.py",
     "test_compiling.py",
     "test_cache.py",
     "test_families.py",
