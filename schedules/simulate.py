@@ -41,6 +41,14 @@ class Sweep:
     makespan: float
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """The `start` of every node and the `makespan` of a `Sweep`, in seconds."""
+
+    start: list[float]
+    makespan: float
+
+
 def simulate(
     schedule: Schedule, problem: Problem, cost: CostModel, caps: tuple[float, ...] = ()
 ) -> Timeline:
@@ -149,6 +157,67 @@ def sweep(network: Network, orders: Orders, links: HostLinks | None = None) -> S
     if len(met) < total:
         raise DeadlockError(_cycle(network, orders, missing))
     return Sweep(met, ready, start, makespan)
+
+
+def timed(network: Network, orders: Orders) -> Times:
+    """Return the times that `sweep` finds, in about half of its time. It raises what that does.
+
+    A rank runs ahead of the others until a pass waits for one of them. Only collectives go in order
+    of time, because a communicator serves them in the order in which they become ready: while all
+    ranks wait, none becomes ready before the first of those that are.
+    """
+    size, num_passes, count = network.size, network.num_passes, network.num_microbatches
+    seconds, followers, lanes = network.seconds, network.followers, network.lanes
+    push, pop = heapq.heappush, heapq.heappop
+    missing = [len(before) for before in network.inputs] * count
+    start, free_at = [0.0] * (size * count), [0.0] * network.num_lanes
+    # The orders of ranks, and those in which communicators serve. Of every lane how many of its
+    # nodes have run, the node that it waits to run, and when the last collective was ready.
+    queues = [*orders, *([] for _ in range(network.num_ranks, network.num_lanes))]
+    done, awaited = [0] * network.num_lanes, [-1] * network.num_lanes
+    served = [-1.0] * network.num_lanes
+    takes_time = any(seconds[num_passes:])
+    awake, ready = list(range(network.num_ranks)), list[tuple[float, int]]()
+    while awake or ready:
+        if not awake:
+            at, number = pop(ready)
+            lane = lanes[number % size]
+            if at == served[lane] and takes_time:
+                break  # which of two comes first, only a sweep says
+            served[lane] = at
+            queues[lane].append(number)
+            awake.append(lane)
+        lane = awake.pop()
+        queue, head, now = queues[lane], done[lane], free_at[lane]
+        end_of_queue = len(queue)
+        while head < end_of_queue:
+            number = queue[head]
+            if missing[number]:
+                awaited[lane] = number
+                break
+            head += 1
+            if start[number] > now:
+                now = start[number]
+            else:
+                start[number] = now
+            k = number % size
+            base = number - k
+            now += seconds[k]
+            for step, travel in followers[k]:
+                later, arrival = base + step, now + travel
+                if arrival > start[later]:
+                    start[later] = arrival
+                missing[later] -= 1
+                if not missing[later]:
+                    if step >= num_passes:
+                        push(ready, (start[later], later))
+                    elif awaited[lanes[step]] == later:
+                        awake.append(lanes[step])
+        done[lane], free_at[lane] = head, now
+    if sum(done) < size * count:
+        swept = sweep(network, orders)
+        return Times(swept.start, swept.makespan)
+    return Times(start, max(free_at))
 
 
 def _cycle(network: Network, orders: Orders, missing: list[int]) -> str:

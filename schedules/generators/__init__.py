@@ -34,7 +34,7 @@ from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
 from schedules.network import Network, Orders
 from schedules.problem import Problem
-from schedules.simulate import sweep
+from schedules.simulate import timed
 
 # The nodes that may be placed in search of a better order, which takes about a second. A single try
 # may take more.
@@ -193,7 +193,7 @@ def shortened(
             except DeadlockError as error:
                 raise BaseOrderError(name, error) from None
             return [
-                (one, sweep(near, one).makespan) for near, one in zip(nears, woven, strict=True)
+                (one, timed(near, one).makespan) for near, one in zip(nears, woven, strict=True)
             ]
 
         def seconds_of(tries: Sequence[tuple[Orders, float]]) -> float:
@@ -271,7 +271,7 @@ def _woven(
     if keep_order or not problem.split_backward:
         preferences = _preferred(base, problem, network, max(1, effort // nodes))
         woven = (weave(base, problem, network, preference) for preference in preferences)
-        swept = ((orders, sweep(network, orders).makespan) for orders in woven)
+        swept = ((orders, timed(network, orders).makespan) for orders in woven)
         return min(swept, key=lambda found: _rounded(found[1]))
     counted, caps = _in_flight(network, problem, base)
     starts = [
@@ -295,7 +295,7 @@ def _preferred(
     cut = tuple(tuple(item for item in order if item.microbatch < few) for order in base)
 
     def seconds(preference: Preference) -> float:
-        return _rounded(sweep(near, weave(cut, short, near, preference)).makespan)
+        return _rounded(timed(near, weave(cut, short, near, preference)).makespan)
 
     return tuple(sorted(PREFERENCES, key=seconds)[:count])
 

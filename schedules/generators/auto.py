@@ -39,7 +39,7 @@ from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.network import Network, Orders
 from schedules.problem import Problem
-from schedules.simulate import peak, sweep
+from schedules.simulate import peak, timed
 
 _FIRST = 24_000  # nodes placed to refine each start
 # Then per round: how many of the best go on, and how many nodes are placed to search from each.
@@ -377,7 +377,7 @@ class _Entry:
             one_by_one = _one_by_one(option, network)
             known[key] = [
                 ordered(option.name, option.problem, network),
-                (one_by_one, sweep(network, one_by_one).makespan),
+                (one_by_one, timed(network, one_by_one).makespan),
             ]
         first, alone = (
             Refined(orders, makespan, excess(network, orders, self.caps))

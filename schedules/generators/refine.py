@@ -19,7 +19,7 @@ from schedules.generators.fill import LOOSE, Filler
 from schedules.generators.order import in_turn
 from schedules.generators.steady import Ring
 from schedules.network import Network, Orders
-from schedules.simulate import peak, sweep
+from schedules.simulate import peak, sweep, timed
 
 # Values to try: the fraction of its own duration by which a filler may delay the next pass.
 _PATIENCE = (0.35, 0.0, 0.7, 1.0)
@@ -107,12 +107,14 @@ class Refiner:
 
     def judge(self, orders: Orders) -> Refined:
         """Return `orders` with their makespan and excess."""
+        if not self.extra:
+            times = timed(self.network, orders)
+            self._judged = Swept(orders, times.start, times.makespan)
+            return Refined(orders, times.makespan, excess(self.network, orders, self.caps))
         swept = sweep(self.network, orders)
         self._judged = Swept(orders, swept.start, swept.makespan)
-        makespan = swept.makespan
-        if self.extra:
-            repeat = repeat_of(self.network, swept, self.extra)
-            makespan += self.extra * self._rate(orders, makespan, repeat)
+        repeat = repeat_of(self.network, swept, self.extra)
+        makespan = swept.makespan + self.extra * self._rate(orders, swept.makespan, repeat)
         return Refined(orders, makespan, excess(self.network, orders, self.caps))
 
     def _rate(self, orders: Orders, makespan: float, repeat: Repeat | None) -> float:
@@ -150,7 +152,7 @@ class Refiner:
         if backwards:
             orders = [order[::-1] for order in orders]
             if swept.back is None:
-                swept.back = sweep(self._networks[1], orders).start
+                swept.back = timed(self._networks[1], orders).start
             starts = swept.back
             frozen = [
                 (len(order) - until, len(order) - since)
@@ -167,7 +169,7 @@ class Refiner:
         """Return `orders` of the step with their times."""
         if orders is self._judged.orders:
             return self._judged
-        times = sweep(self.network, orders)
+        times = timed(self.network, orders)
         return Swept(orders, times.start, times.makespan)
 
     def extensions(self, orders: Orders) -> Iterator[Orders]:
@@ -283,7 +285,7 @@ class Refiner:
             if starts is None and not backwards and orders is given is self._judged.orders:
                 starts = known.starts[backwards] = self._judged.starts
             if starts is None:
-                starts = sweep(self._networks[backwards], turned).start
+                starts = timed(self._networks[backwards], turned).start
                 if orders is given:
                     known.starts[backwards] = starts
             filled = self._fillers[backwards].run(turned, starts, caps, patience)
@@ -316,7 +318,7 @@ class _Known:
 
 def judge(network: Network, orders: Orders, caps: Sequence[float]) -> Refined:
     """Return `orders` with their makespan and excess."""
-    return Refined(orders, sweep(network, orders).makespan, excess(network, orders, caps))
+    return Refined(orders, timed(network, orders).makespan, excess(network, orders, caps))
 
 
 def excess(network: Network, orders: Orders, caps: Sequence[float]) -> float:

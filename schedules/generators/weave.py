@@ -148,7 +148,7 @@ class _Weaver:
 
     Collectives run without being placed, as soon as their inputs arrive. All microbatches are
     equal, so the passes of a kind are taken in the order of microbatches. Planning a long step
-    takes most of its time here, so `run` and `_choose` read local variables and call little.
+    takes most of its time here, so `run` reads local variables and calls little.
     """
 
     def __init__(
@@ -184,7 +184,6 @@ class _Weaver:
         self._eager = tuple(_SLOTS[kind] for kind in preference.eager)
         self._is_gradient = [node.kind is Kind.G for node in passes]
         self._first_forward = keys[0, Kind.F]
-        self._embedded = 0  # number of forwards of stage 0 that are already placed
         self._missing = [len(before) for before in network.inputs] * count
         self._arrived_at = [0.0] * (size * count)  # when the last input of a node arrives
 
@@ -194,33 +193,89 @@ class _Weaver:
         size, num_passes, num_ranks = network.size, network.num_passes, network.num_ranks
         lanes, seconds, followers = network.lanes, network.seconds, network.followers
         missing, arrived_at, left_of = self._missing, self._arrived_at, self._left
+        changes, in_flight, most_in_flight = self._change, self._in_flight, self._most_in_flight
+        held_shards, held_gradients = self._held_shards, self._held_gradients
+        max_held, patience = self._preference.max_held, self._preference.patience
+        most_shards, eager = self._most_shards, self._eager
+        fillers = [slot for slot in _FILLERS if slot not in eager]
         free_at = [0.0] * network.num_lanes
         orders: Orders = [[] for _ in range(num_ranks)]
+        embedded = EMBEDDINGS_AHEAD * size  # every E with an id from here on runs too far ahead
         # A wake is a time at which a rank may be able to choose a pass.
         wakes = [(0.0, rank) for rank in range(num_ranks)]
         while wakes:
             now, rank = pop(wakes)
             if now < free_at[rank]:
                 continue  # the rank has taken a pass since this wake was pushed
-            slot, later = self._choose(rank, now)
-            if slot < 0:
-                if later < _NEVER:
-                    push(wakes, (later, rank))
-                continue
-            number = left_of[rank][slot].pop()
+            # Choose the `slot` from which it takes its next pass. If there is none, it chooses
+            # again at `later`, or if that is never, when another rank has made progress.
+            left, shards, later = left_of[rank], held_shards[rank], _NEVER
+            is_full = shards >= most_shards  # no S before a T
+            for slot in eager:
+                if not (numbers := left[slot]) or missing[number := numbers[-1]]:
+                    continue
+                if (slot == _E and number >= embedded) or (slot == _S and is_full):
+                    continue
+                at = arrived_at[number]
+                if at <= now:
+                    break
+                if at < later:
+                    later = at
+            else:
+                slot, base_at = -1, _NEVER
+                if numbers := left[_BASE]:
+                    number = numbers[-1]
+                    if left[_W] and in_flight[rank] + changes[number % size] > most_in_flight[rank]:
+                        # F must wait for W, or I where W frees what it keeps.
+                        number = left[_W][-1]
+                        if not missing[number] and arrived_at[number] <= now:
+                            slot = _W
+                    elif not missing[number]:
+                        base_at = arrived_at[number]
+                        if base_at <= now:
+                            slot = _BASE
+                        elif base_at < later:
+                            later = base_at
+                # Too many gradients wait for their G, or shards for their T.
+                if held_gradients[rank] >= max_held and (numbers := left[_G]):
+                    number = numbers[-1]
+                    if not missing[number] and arrived_at[number] <= now:
+                        slot = _G
+                if shards >= max_held and (numbers := left[_T]):
+                    number = numbers[-1]
+                    if not missing[number] and arrived_at[number] <= now:
+                        slot = _T
+                if slot < 0:
+                    for slot in fillers:
+                        if not (numbers := left[slot]) or missing[number := numbers[-1]]:
+                            continue
+                        if (slot == _E and number >= embedded) or (slot == _S and is_full):
+                            continue
+                        at = arrived_at[number]
+                        if at <= now:
+                            took = seconds[number % size]
+                            if now + took - base_at <= patience * took:
+                                break
+                        elif at < later:
+                            later = at
+                    else:
+                        if later < _NEVER:
+                            push(wakes, (later, rank))
+                        continue
+            number = left[slot].pop()
             orders[rank].append(number)
             k = number % size
-            self._in_flight[rank] += self._change[k]
+            in_flight[rank] += changes[k]
             if slot == _S:
-                self._held_shards[rank] += 1
+                held_shards[rank] += 1
             elif slot == _T:
-                self._held_shards[rank] -= 1
+                held_shards[rank] -= 1
             elif slot == _G:
-                self._held_gradients[rank] -= 1
+                held_gradients[rank] -= 1
             end = free_at[rank] = now + seconds[k]
             push(wakes, (end, rank))
             if k == self._first_forward:
-                self._embedded += 1
+                embedded += size
                 for other in range(num_ranks):
                     if free_at[other] <= now:
                         push(wakes, (now, other))
@@ -243,7 +298,7 @@ class _Weaver:
                         delivered.append((step, arrival))
                         continue
                     if self._is_gradient[step]:
-                        self._held_gradients[lane] += 1
+                        held_gradients[lane] += 1
                         arrival = now  # an earlier gradient may have to go first now
                     if free_at[lane] <= now:  # else the rank has a wake at the end of its pass
                         push(wakes, (arrival if arrival > now else now, lane))
@@ -253,51 +308,3 @@ class _Weaver:
                 f"the base order blocks: {', '.join(waiting)} wait for passes behind them"
             )
         return orders
-
-    def _choose(self, rank: int, now: float) -> tuple[int, float]:
-        """Return the slot from which a free rank takes its next pass, or -1.
-
-        Then the second value is the time at which to choose again. If that is never, the rank
-        chooses again when another rank has made progress.
-        """
-        missing, arrived_at, size = self._missing, self._arrived_at, self._network.size
-        left = self._left[rank]
-        times = [
-            _NEVER if not numbers or missing[numbers[-1]] else arrived_at[numbers[-1]]
-            for numbers in left
-        ]
-        max_held, shards = self._preference.max_held, self._held_shards[rank]
-        if shards >= self._most_shards:
-            times[_S] = _NEVER  # too many shards wait for their T
-        if times[_E] < _NEVER and left[_E][-1] // size >= self._embedded + EMBEDDINGS_AHEAD:
-            times[_E] = _NEVER  # it would run too far ahead
-        for slot in self._eager:
-            if times[slot] <= now:
-                return slot, now
-        if shards >= max_held and times[_T] <= now:
-            return _T, now
-        if times[_G] <= now and self._held_gradients[rank] >= max_held:
-            return _G, now
-        if (
-            left[_W]
-            and left[_BASE]
-            and self._in_flight[rank] + self._change[left[_BASE][-1] % size]
-            > self._most_in_flight[rank]
-        ):  # F must wait for W, or I where W frees what it keeps
-            if times[_W] <= now:
-                return _W, now
-            times[_BASE] = _NEVER
-        base_at = times[_BASE]
-        if base_at <= now:
-            return _BASE, now
-        patience = self._preference.patience
-        for slot in _FILLERS:
-            if times[slot] <= now:
-                seconds = self._network.seconds[left[slot][-1] % size]
-                if now + seconds - base_at <= patience * seconds:
-                    return slot, now
-        later = _NEVER
-        for time in times:
-            if now < time < later:
-                later = time
-        return -1, later

@@ -13,7 +13,7 @@ from schedules.bound import step_bound
 from schedules.generators.auto import Watch
 from schedules.ir import Kind
 from schedules.network import Network
-from schedules.simulate import sweep
+from schedules.simulate import timed
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.planning.cluster import (
@@ -383,7 +383,7 @@ def _waiting_seconds(step: StepPlan) -> float:
     cost = step.cost
     free = replace(cost, hop_seconds=0.0, barrier_seconds=dict.fromkeys(cost.barrier_seconds, 0.0))
     network = Network.of(step.problem, free)
-    return step.timeline.makespan - sweep(network, network.orders(step.schedule)).makespan
+    return step.timeline.makespan - timed(network, network.orders(step.schedule)).makespan
 
 
 def report_of(
@@ -441,7 +441,7 @@ def _offloading_of(
         return None
     kept = replace(step, schedule=replace(step.schedule, offloads=()))
     network = Network.of(step.problem, step.cost)
-    alone = sweep(network, network.orders(kept.schedule)).makespan
+    alone = timed(network, network.orders(kept.schedule)).makespan
     num_moved = len(step.schedule.offloads)
     num_stages = sum(num_bytes > 0 for num_bytes in step.cost.offload_bytes)
     links = [timeline.link_busy(rank) for rank in ranks]
