@@ -46,6 +46,7 @@ from vp_train.planning.fsdp import Rivals
 from vp_train.planning.plan import SEARCHING, read_schedule
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
+from vp_train.planning.shared import Shared
 from vp_train.units import plural
 
 _MOST_TOKENS = 10**9
@@ -203,11 +204,12 @@ def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help
             comparing.work_on("planning what would help")
             comparing.print(text_of(remedy_lines(config, report, comparing.work_on)))
         comparing.work_on("searching the same split without vocabulary parallelism")
-        without = without_of(config, report)
+        shared = Shared.of(config)
+        without = without_of(config, report, shared)
         comparing.print(text_of(without_lines(report, without)))
         comparing.work_on("planning with another contention")
         comparing.print(text_of(decides_lines(config, report, rivals, without)))
-        helps = helps_of(config, report, comparing.work_on)
+        helps = helps_of(config, report, comparing.work_on, shared)
         comparing.work_on("planning a batch twice as large")
         larger = larger_batch_of(config, report) if report.fits else None
         comparing.print(text_of(help_lines(report, helps, larger)))

@@ -11,12 +11,14 @@ from itertools import product, takewhile
 from schedules.generators import GENERATORS
 from schedules.render import duration
 from vp_train.config import RECOMPUTE, ConfigError, RunConfig
-from vp_train.planning.choice import changes_of
+from vp_train.planning.choice import changes_of, most_chunks
 from vp_train.planning.cluster import MARGIN, limit_of
-from vp_train.planning.compare import proposing
+from vp_train.planning.compare import Help, proposing
 from vp_train.planning.degrees import Degrees, split_ranks
+from vp_train.planning.found import Estimate
+from vp_train.planning.outlook import LONG, SHORT, Outlook, num_passes, outlook_of
 from vp_train.planning.placement import offloaded_layers, split_layers
-from vp_train.planning.report import PlanReport, brief_report
+from vp_train.planning.report import PlanReport
 from vp_train.planning.weigh import about_bytes
 from vp_train.units import human_bytes, large_bytes
 
@@ -37,7 +39,7 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
     # What waits in host memory, and so is not saved on the GPU, only a simulation says.
     offloads = bool(config.parallel.offload_activations) and not config.schedule.is_solved
-    needs = _planned_bytes if offloads else about_bytes
+    needs = _simulated_bytes if offloads else about_bytes
     before = report.ranks[report.worst].memory.total if offloads else about_bytes(config)
     tried: list[RunConfig] = []
     if replicas > 1:
@@ -97,10 +99,14 @@ def host_words(num_bytes: float) -> str:
     return f", {large_bytes(num_bytes)} host RAM of a node" if num_bytes else ""
 
 
-def _planned_bytes(config: RunConfig) -> float:
+def about_word(found: Outlook | Help | Estimate) -> str:
+    """Return the word in front of what was estimated, "" where the whole step was planned."""
+    return "" if found.is_planned else "about "
+
+
+def _simulated_bytes(config: RunConfig) -> float:
     """Return the bytes that the worst rank needs, from a simulation.  Raises ConfigError."""
-    report = brief_report(config)
-    return report.ranks[report.worst].memory.total
+    return outlook_of(config, whole=SHORT).memory
 
 
 def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
@@ -113,32 +119,45 @@ def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
         with suppress(ConfigError):
             if about_bytes(longer) > limit:
                 continue
-            found = None if longer.schedule.is_solved else brief_report(longer)
-            if found is not None and not found.fits:
-                continue
+            found = None if longer.schedule.is_solved else _fitting(longer)
             words = changes_of(config, longer)
             if longer.cluster != cluster:
                 words = f"cluster.num_nodes={longer.cluster.num_nodes} {words}"
             how = "may fit"
             if found is not None:
-                memory = human_bytes(found.ranks[found.worst].memory.total)
-                how = f"{duration(found.step_seconds)}, {memory}{host_words(found.host.total)}"
+                if not found.fits:
+                    continue
+                memory = f"{human_bytes(found.memory)}{host_words(found.host)}"
+                how = f"{about_word(found)}{duration(found.seconds)}, {memory}"
             return f"{_MORE_GPUS}: {words}: {how}"
     fewer = " or a smaller parallel.dp" if degrees.dp > 1 else ""
     return f"{_MORE_GPUS}: cluster.num_nodes above {cluster.num_nodes}{fewer}, with another split"
 
 
+def _fitting(config: RunConfig) -> Outlook:
+    """Return the outlook of a step, planned whole if it fits and is not long."""
+    found = outlook_of(config, whole=SHORT)
+    if not found.is_planned and found.fits and num_passes(config) <= LONG:
+        return outlook_of(config)
+    return found
+
+
 def _longer(config: RunConfig, degrees: Degrees) -> Iterator[RunConfig]:
     """Yield `config` with longer pipelines for the same batch, with fewer replicas or more nodes.
 
-    Each comes also with full recomputation; parallel.layers_per_stage is dropped.
+    Each comes also with full recomputation; parallel.layers_per_stage is dropped, and so are chunks
+    for which there are no layers.
     """
     pp, parallel = degrees.pp, replace(config.parallel, layers_per_stage=None)
     even = replace(parallel, dp=degrees.dp, placement="balanced")
     again = replace(even, recompute="full", recompute_per_stage=None)
-    factors = takewhile(lambda factor: factor * pp <= config.model.num_layers, FACTORS)
-    for factor, kind in product(factors, (even, again)):
+    num_layers = config.model.num_layers
+    factors = takewhile(lambda factor: factor * pp <= num_layers, FACTORS)
+    for factor, kind in product(factors, dict.fromkeys((even, again))):
         longer = replace(kind, pp=factor * pp)
+        chunks, most = config.schedule.num_chunks or 0, most_chunks(longer.pp, num_layers)
+        if chunks > most > 1:
+            config = replace(config, schedule=replace(config.schedule, num_chunks=most))
         if degrees.dp % factor == 0:
             with suppress(ConfigError):  # a step has at most so many microbatches
                 yield replace(
@@ -165,18 +184,18 @@ def host_remedies(
     for words, changed in _lighter_on_hosts(config, report).items():
         progress(f"planning with {words}")
         try:
-            then = brief_report(changed)
+            then = outlook_of(changed, whole=SHORT)
         except ConfigError:
             continue
-        saved = report.host.total - then.host.total
+        saved, about = report.host.total - then.host, about_word(then)
         if saved < 0.01 * report.host.total:
             continue
-        words += f": {human_bytes(saved)} less in host memory per node"
+        words += f": {about}{human_bytes(saved)} less in host memory per node"
         if then.host_excess > 0:
             words += _NOT_ALONE if saved < excess else _NO_MARGIN
         if then.excess > 0:
             words += (
-                f"; but then a GPU needs {human_bytes(then.ranks[then.worst].memory.total)}, "
+                f"; but then a GPU needs {about}{human_bytes(then.memory)}, "
                 f"{human_bytes(then.excess)} more than the {config.cluster.memory_gib:.4g} GiB "
                 "that a proposal may use"
             )
@@ -233,9 +252,9 @@ def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, 
     if config.run.device != "cuda" or is_whole or config.schedule.is_solved:
         return 0.0, ""
     offloads = replace(config, parallel=replace(parallel, offload_activations=1.0))
-    found, now = brief_report(offloads), report.ranks[report.worst].memory.total
-    if found.offloading is None or found.host_excess > 0:
+    found = outlook_of(offloads, whole=SHORT)
+    if found.host_excess > 0:
         return 0.0, ""
-    saved = now - found.ranks[found.worst].memory.total
-    words = f"parallel.offload_activations=1: {human_bytes(saved)} less"
-    return saved, words + host_words(found.host.total)
+    saved = report.ranks[report.worst].memory.total - found.memory
+    words = f"parallel.offload_activations=1: {about_word(found)}{human_bytes(saved)} less"
+    return saved, words + host_words(found.host)

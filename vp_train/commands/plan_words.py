@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
-from vp_train.commands.plan_remedies import host_remedies, host_words, remedies
+from vp_train.commands.plan_remedies import about_word, host_remedies, host_words, remedies
 from vp_train.config import RunConfig
 from vp_train.model import shape
 from vp_train.planning.choice import Choice
@@ -25,6 +25,7 @@ from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport, gpus_words
 from vp_train.planning.search import without_vocabulary
+from vp_train.planning.shared import Shared
 from vp_train.units import compared, human_bytes, plural
 
 _SHOWN_RANKS = 16
@@ -158,9 +159,9 @@ def _broken(line: str, width: int) -> list[str]:
     return [(" " * start if n else line[:start]) + part for n, part in enumerate(parts)]
 
 
-def without_of(config: RunConfig, report: PlanReport) -> Result | None:
+def without_of(config: RunConfig, report: PlanReport, shared: Shared) -> Result | None:
     """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
-    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees)
+    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees, shared)
 
 
 def decides_lines(
@@ -187,7 +188,8 @@ def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -
         return [f"would fit: {one}" for one in words or [nothing]]
     if larger is not None:
         gain = 2 * before / larger.seconds - 1
-        words.append(f"{larger.overrides}: {gain:.1%} more tokens/s, with twice the batch")
+        more = f"{about_word(larger)}{gain:.1%} more tokens/s"
+        words.append(f"{larger.overrides}: {more}, with twice the batch")
     return [f"{'' if place else 'helps':{_LABEL}}{one}" for place, one in enumerate(words)]
 
 
@@ -216,10 +218,9 @@ def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:
 
     seconds: those of the plan; None if it does not fit.
     """
-    about = "" if estimate.is_planned else "about "
     how = "" if seconds is None else f" ({compared(estimate.seconds, seconds)})"
     memory = f"{human_bytes(estimate.memory)}{host_words(estimate.host)}"
-    return f"{about}{duration(estimate.seconds)}{how}, {memory}"
+    return f"{about_word(estimate)}{duration(estimate.seconds)}{how}, {memory}"
 
 
 def _host_lines(report: PlanReport) -> list[str]:

@@ -468,7 +468,7 @@ def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> lis
     degrees the chunks and sequence parallelism may change, and with the algorithm the placement.
     """
     return [
-        replace(other, offload=choice.offload)
+        other if other.offload == choice.offload else replace(other, offload=choice.offload)
         for other in others
         if _differences(choice, other) == number
     ]

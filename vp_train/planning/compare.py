@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -23,23 +24,21 @@ from vp_train.planning.choice import (
     optimizers_of,
     space_of,
 )
-from vp_train.planning.cluster import limit_of, with_margin
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
+from vp_train.planning.outlook import LONG, SHORT, Outlook, num_passes, outlook_of
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import PlanReport, brief_report
 from vp_train.planning.search import simulated
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
-from vp_train.planning.weigh import Scales
 from vp_train.units import compared, is_as_fast
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
 # of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.
 _EFFORT, _LEAST_STEPS = 60_000, 60
-_SHORT = 1 << 14  # forward passes of a step that is planned for a comparison, in about a second
-_TELLING = 1 << 12  # of a step that is planned to tell what another contention does to a longer one
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
 # Choices with two other settings; of more only those beside the best with one, if there is a best.
 _MANY = 1_000
@@ -134,13 +133,6 @@ def pipeline_way(words: str, config: RunConfig, seconds: float, factor: float = 
     return Way(words, seconds, at, is_slow=True, factor=factor)
 
 
-def _num_passes(config: RunConfig) -> int:
-    """Return the forward passes of a step of all stages."""
-    family = GENERATORS[config.schedule.name]
-    pp = split_ranks(config.parallel, config.cluster.num_gpus).pp
-    return config.num_microbatches * family.layout_of(pp, config.schedule.num_chunks).num_stages
-
-
 def _shortened(config: RunConfig) -> RunConfig:
     """Return `config` with fewer microbatches if a shorter step tells what another contention does.
 
@@ -148,10 +140,10 @@ def _shortened(config: RunConfig) -> RunConfig:
     """
     if config.schedule.file is not None:
         return config
-    most = _SHORT if GENERATORS[config.schedule.name].split_backward else _TELLING
-    if _num_passes(config) <= most:
+    most = LONG if GENERATORS[config.schedule.name].split_backward else SHORT
+    if num_passes(config) <= most:
         return config
-    stages = _num_passes(config) // config.num_microbatches
+    stages = num_passes(config) // config.num_microbatches
     pp = split_ranks(config.parallel, config.cluster.num_gpus).pp
     count = max(2 * pp, most // 2 // stages)
     return replace(config, num_microbatches=min(config.num_microbatches, count))
@@ -250,13 +242,15 @@ def helps_of(
     config: RunConfig,
     report: PlanReport,
     progress: Callable[[str], object] = lambda words: None,
+    shared: Shared | None = None,
 ) -> list[Help]:
     """Return what makes a plan faster, or lets it fit: one setting, and two if they do more.
 
     Schedules, chunks, vocabulary algorithms, degrees, micro-batch sizes, recomputation, offloading
     and optimizers are tried by short steps, and the best are planned unless their step is long.
     What gains less than 1 % does not count, nor what leaves less memory free than a search.  There
-    is none for a schedule from a file or from schedule=auto.
+    is none for a schedule from a file or from schedule=auto.  `shared` has what another search
+    knows of `config`.
     """
     if config.schedule.is_solved or config.schedule.file is not None:
         return []
@@ -279,7 +273,8 @@ def helps_of(
     effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
-    found, shared = list[Help](), Shared(Scales(config, limit_of(config.cluster)))
+    found = list[Help]()
+    shared = Shared.of(config) if shared is None else shared.beside(config)
     if as_typed(config) == now:  # else its layers or rows are others
         shared.passes[replace(now, offload=0.0)] = report.passes
     before = report.step_seconds if report.fits else math.inf
@@ -340,31 +335,31 @@ def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
     if not choice.redistributes and config.parallel.placement == "balanced":
         choice = replace(choice, placement="balanced")
     chosen, words = choice.applied(config), choice.changes(config)
-    if _num_passes(chosen) > _SHORT:
+    if num_passes(chosen) > LONG:
         return Help(words, estimate.seconds, estimate.memory, estimate.host, is_planned=False)
-    return _help_of(chosen, words)
+    with suppress(ConfigError):
+        found = outlook_of(chosen)
+        return _help_of(words, found) if found.fits else None
+    return None
 
 
-def _help_of(config: RunConfig, words: str) -> Help | None:
-    """Return the plan of `config`, None if it does not fit or cannot be planned."""
-    try:
-        report = brief_report(config)
-    except ConfigError:
-        return None
-    memory, host = report.ranks[report.worst].memory.total, report.host.total
-    return Help(words, report.step_seconds, memory, host) if report.fits else None
+def _help_of(words: str, found: Outlook) -> Help:
+    return Help(words, found.seconds, found.memory, found.host, found.is_planned)
 
 
 def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
     """Return a batch twice as large if that gains 1 % of tokens per second.
 
-    Else None, also of a long step, which is full anyway.
+    Short steps tell, and a step is planned whole unless it is long.  Else None, also where ranks
+    hardly wait.
     """
     waiting = 1 - report.ranks[report.busiest].busy / report.step_seconds
     if waiting < _LEAST_WAITING or config.schedule.is_solved or config.schedule.file is not None:
         return None
-    count = 2 * config.num_microbatches
-    larger = replace(proposing(config), num_microbatches=count)
-    found = _help_of(larger, f"num_microbatches={count}") if _num_passes(larger) <= _SHORT else None
-    gains = found is not None and found.seconds < 2 * (1 - _LEAST_GAIN) * report.step_seconds
-    return found if gains else None
+    count, enough = 2 * config.num_microbatches, 2 * (1 - _LEAST_GAIN) * report.step_seconds
+    with suppress(ConfigError):
+        larger = replace(proposing(config), num_microbatches=count)
+        found = outlook_of(larger, whole=SHORT)
+        if found.fits and found.seconds < enough:
+            return _help_of(f"num_microbatches={count}", found)
+    return None

@@ -45,6 +45,7 @@ from vp_train.units import human_bytes, plural
 
 _GIB = 2**30
 _ROUNDING = 1e-9  # of sums of seconds, as a part
+_VOCABULARY = {kind.value for kind in Kind if kind.is_vocabulary}
 _OTHER_CLUSTER = "are there; set cluster.num_nodes or cluster.gpus_per_node, or change a degree"
 
 
@@ -363,16 +364,20 @@ def _planned(
     config: RunConfig, watch: Watch | None = None
 ) -> tuple[StepPlan, RunConfig, PlanReport]:
     """Return the step of `config`, `config` with the costs of its cluster, and the report."""
-    num_gpus = config.cluster.num_gpus
+    config = with_costs(config)
+    step = plan_step(config, config.cluster.num_gpus, watch)
+    return step, config, report_of(step, config.cluster, config.optim, cost=config.cost)
+
+
+def with_costs(config: RunConfig) -> RunConfig:
+    """Return `config` with the costs of its cluster.  Raises ConfigError for other degrees."""
     try:
-        degrees = split_ranks(config.parallel, num_gpus, otherwise=_OTHER_CLUSTER)
+        degrees = split_ranks(config.parallel, config.cluster.num_gpus, otherwise=_OTHER_CLUSTER)
     except ConfigError as error:
         preset = " (cluster=laptop)" if config.cluster == ClusterConfig() else ""
         raise ConfigError(f"the cluster has {gpus_words(config)}{preset}: {error}") from None
     cost = on_cluster(Workload.of(config, degrees), config.cluster, config.cost)
-    config = replace(config, cost=cost)
-    step = plan_step(config, num_gpus, watch)
-    return step, config, report_of(step, config.cluster, config.optim, cost=cost)
+    return replace(config, cost=cost)
 
 
 def _waiting_seconds(step: StepPlan) -> float:
@@ -460,7 +465,7 @@ def _rank_report(
     step: StepPlan, cost: CostConfig, optim: OptimConfig, rank: int, memory: RankMemory
 ) -> RankReport:
     work, spans, split = step.work, step.timeline.compute[rank], step.problem.split_backward
-    vocabulary = sum(span.seconds for span in spans if Kind(span.kind).is_vocabulary)
+    vocabulary = sum(span.seconds for span in spans if span.kind in _VOCABULARY)
     exposed = {
         kind: exposed_tensor_seconds(work, cost, kind, split_backward=split)
         for kind in set(step.recompute)

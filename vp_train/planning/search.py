@@ -566,15 +566,15 @@ class _Search:
     def _lowest(self, queue: _Queue, top: int) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the `top`.
 
-        The best of both kinds are looked for, with and without vocabulary parallelism, each with a
-        third of the effort at least.
+        Where the best of both kinds are looked for, with and without vocabulary parallelism, each
+        has a third of the effort at least.
         """
         last, first_of = self._to_beat(top)
         keys = [self._first(heap) for heap in queue.by_bound]
         kinds = [splits for splits in (False, True) if keys[splits] < max(last, first_of[splits])]
         if not kinds:
             return None
-        least = _FOR_OTHER_KIND * sum(self._spent_on)
+        least = _FOR_OTHER_KIND * sum(self._spent_on) if self._plans else 0.0
         splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, keys[splits]))
         return heapq.heappop(queue.by_bound[splits])[1]
 
@@ -784,11 +784,11 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, degrees.tp, count
 
 
-def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
+def without_vocabulary(config: RunConfig, degrees: Degrees, shared: Shared | None = None) -> Result:
     """Return the fastest ways to run `config` without vocabulary parallelism on the same degrees.
 
-    Its schedule, chunks and placement are free, and short steps are simulated.  Its own schedule
-    comes first, whatever effort that takes.
+    Its schedule, chunks and placement are free, and short steps are simulated, which are `shared`
+    with other searches.  Its own schedule comes first, whatever effort that takes.
     """
     space, own = without_vocabulary_of(config, degrees), config.schedule
     same = [
@@ -796,7 +796,7 @@ def without_vocabulary(config: RunConfig, degrees: Degrees) -> Result:
         for choice in space.choices
         if choice.schedule == own.name and choice.num_chunks in (None, own.num_chunks)
     ]
-    return simulated(config, space, _EFFORT_OF_ONE_LINE, same)
+    return simulated(config, space, _EFFORT_OF_ONE_LINE, same, shared=shared)
 
 
 def simulated(
