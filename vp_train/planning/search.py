@@ -283,13 +283,16 @@ class _Search:
                 if any(self._queue.by_bound) and not self._in_time():
                     self._unweighed = numbers[place:]
                     break
+            choice = self._choices[number]
+            self._spent += _WEIGH_NODES
             try:
-                weight = self._scales.weigh(self._choices[number])
+                if self._below < math.inf and self._scales.bound(choice) >= self._below:
+                    continue  # it will not be looked at, whatever memory it needs
+                weight = self._scales.weigh(choice)
             except ConfigError as error:
-                self._book.refuse(self._choices[number], error, 0.0)
+                self._book.refuse(choice, error, 0.0)
             else:
                 self._put(self._queue, number, weight)
-            self._spent += _WEIGH_NODES
 
     def _put(self, queue: _Queue, number: int, weight: Weight) -> None:
         """Put a choice that was weighed into a queue."""

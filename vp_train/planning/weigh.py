@@ -240,7 +240,7 @@ class Scales:
     def weigh(self, choice: Choice) -> Weight:
         """Return the weight of a choice.  Raises ConfigError if it cannot be run."""
         split, placed = self._split_of(choice), self._placed_of(choice)
-        layout, count = placed.layout, choice.num_microbatches
+        layout = placed.layout
         family, algorithm = GENERATORS[choice.schedule], VOCAB_ALGORITHMS[choice.vocab]
         # Memory of rank 0, which holds most microbatches.
         parameters = split.parameters(placed.of_rank[0], 0, layout, algorithm)
@@ -270,11 +270,7 @@ class Scales:
         room = (_SOONER if family.split_backward else 1.0) * self.limit
         seems_to_fit = any(state + expected <= room for state, _ in likely)
         fitting = likely or fitting
-        # Time of the passes.  A rank waits for the first stages to fill the pipeline, and what it
-        # sends back drains through them.  Meanwhile it may run W and T, which nobody waits for.
-        forward, backward, sent_back = split.layer(
-            "none" if choice.recompute_where_needed else choice.recompute, family.split_backward
-        )
+        forward, backward, sent_back = self._layer_of(choice)
         of_layer = shape.layer_parameters(split.work.share) / parameters
         of_rows = split.row_parameters(layout, algorithm) / parameters
         after = [
@@ -283,6 +279,21 @@ class Scales:
                 self._after_of(split.work, optim, parameters) for _, optim in fitting
             )
         ]
+        fastest = min(range(len(after)), key=after.__getitem__)
+        _, optim = fitting[fastest]
+        seconds = self.bound(choice) + after[fastest]
+        return Weight(seconds, least_state + expected, optim, seems_to_fit)
+
+    def bound(self, choice: Choice) -> float:
+        """Return the least seconds of the passes of a choice, whatever memory they need.
+
+        A rank waits for the first stages to fill the pipeline, and what it sends back drains
+        through them.  Meanwhile it may run W and T, which nobody waits for.
+        """
+        split, placed = self._split_of(choice), self._placed_of(choice)
+        count = choice.num_microbatches
+        layout, algorithm = placed.layout, VOCAB_ALGORITHMS[choice.vocab]
+        forward, backward, sent_back = self._layer_of(choice)
         shards = split.shard_seconds(choice.vocab)
         root, bound = layout.rank_of(layout.num_stages - 1), 0.0
         for rank in placed.slowest:
@@ -296,9 +307,13 @@ class Scales:
                 fill + count * (layers * (forward + backward) + s + t),
                 fill + count * (layers * (forward + sent_back) + s) + drain,
             )
-        fastest = min(range(len(after)), key=after.__getitem__)
-        _, optim = fitting[fastest]
-        return Weight(bound + after[fastest], least_state + expected, optim, seems_to_fit)
+        return bound
+
+    def _layer_of(self, choice: Choice) -> tuple[float, float, float]:
+        """Return the least seconds of a layer of a choice, see `_Split.layer`."""
+        recompute = "none" if choice.recompute_where_needed else choice.recompute
+        splits = GENERATORS[choice.schedule].split_backward
+        return self._split_of(choice).layer(recompute, splits)
 
     def _moved_bytes(self, choice: Choice, split: _Split, placed: _Placed) -> float:
         """Return about the bytes of activations that the host of a node keeps at most."""
