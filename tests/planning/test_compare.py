@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from vp_train.commands.plan_words import help_lines
 from vp_train.planning import compare
+from vp_train.planning import shared as shared_module
 from vp_train.planning.choice import Kept
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import (
@@ -20,6 +22,9 @@ from vp_train.planning.compare import (
 )
 from vp_train.planning.fsdp import ON_HOSTS, Means
 from vp_train.planning.report import make_report
+from vp_train.planning.search import without_vocabulary
+from vp_train.planning.shared import Shared
+from vp_train.planning.short import short_step
 from vp_train.settings import load_config
 
 GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=8"]
@@ -85,8 +90,8 @@ def test_of_a_long_step_a_shorter_one_tells_what_another_contention_does(schedul
     typed = [*GPT, "parallel.pp=4", f"schedule={schedule}", "num_microbatches=96"]
     now, then = (load_config([*typed, f"cluster.contention={part}"]) for part in (0.1, 0.3))
     seconds = make_report(now).step_seconds
-    monkeypatch.setattr(compare, "_TELLING", 128)
-    monkeypatch.setattr(compare, "_SHORT", 512)
+    monkeypatch.setattr(compare, "SHORT", 128)
+    monkeypatch.setattr(compare, "LONG", 512)
     assert compare._shortened(now).num_microbatches < 96
     found = pipeline_way("it", now, seconds).at(0.3)
     assert found == pytest.approx(make_report(then).step_seconds, rel=5e-4)
@@ -144,6 +149,39 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
         gib = larger.memory / part / 2**30
         small = replace(config, cluster=replace(config.cluster, memory_gib=gib))
         assert larger_batch_of(small, report) == (larger if fits else None), "it leaves the margin"
+    assert larger.is_planned
     solved = replace(config, schedule=replace(config.schedule, name="auto"))
     assert helps_of(solved, report) == []
     assert larger_batch_of(solved, report) is None
+
+
+def test_of_a_long_step_short_ones_tell_what_a_batch_twice_as_large_gains(monkeypatch):
+    config = load_config([*GPT, "parallel.pp=8", "parallel.dp=1", "num_microbatches=32"])
+    report = make_report(config)
+    planned = larger_batch_of(config, report)
+    monkeypatch.setattr(compare, "SHORT", 0)
+    found = larger_batch_of(config, report)
+    assert (planned.is_planned, found.is_planned) == (True, False)
+    assert found.overrides == planned.overrides == "num_microbatches=64"
+    assert found.seconds == pytest.approx(planned.seconds, rel=0.002)
+    assert found.memory == pytest.approx(planned.memory, rel=0.05)
+    assert "about " in help_lines(report, [], found)[0]
+    assert "about " not in help_lines(report, [], planned)[0]
+
+
+def test_searches_that_share_what_they_know_simulate_no_step_twice(monkeypatch):
+    simulated = []
+
+    def counted(draft, name):
+        simulated.append((draft.problem, draft.cost))
+        return short_step(draft, name)
+
+    monkeypatch.setattr(shared_module, "short_step", counted)
+    config = load_config([*GPT, "vocab=none", "schedule=zb_v", "parallel.pp=4", "parallel.dp=2"])
+    report, shared = make_report(config), Shared.of(config)
+    without_vocabulary(config, report.degrees, shared)
+    num_before = len(simulated)
+    found = helps_of(config, report, shared=shared)
+    assert 0 < num_before < len(simulated)
+    assert len(set(map(repr, simulated))) == len(simulated)
+    assert found == helps_of(config, report), "as if it knew nothing"

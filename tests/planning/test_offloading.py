@@ -408,7 +408,7 @@ def test_what_a_plan_has_is_not_tried_again(monkeypatch):
     typed = ["parallel.pp=4", "optim.name=zero1", "parallel.recompute=full"]
     config = load_config([*LLAMA, *typed, "parallel.offload_activations=1"])
     tried = []
-    monkeypatch.setattr(plan_remedies, "_planned_bytes", lambda one: tried.append(one) or 0.0)
+    monkeypatch.setattr(plan_remedies, "_simulated_bytes", lambda one: tried.append(one) or 0.0)
     remedies(config, make_report(config))
     assert all(changes_of(config, one) for one in tried)
     assert len(tried) == 2, "recomputation, and the optimizer on hosts"

@@ -28,7 +28,7 @@ from vp_train.planning.memory import rank_state
 from vp_train.planning.no_choice import no_choice_words
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import make_report, report_of
-from vp_train.planning.search import fits_on, search, without_vocabulary
+from vp_train.planning.search import fits_on, search, simulated, without_vocabulary
 from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales, TooLargeError
 from vp_train.settings import load_config
@@ -650,3 +650,19 @@ def test_a_search_offloads_where_the_best_would_recompute():
     _, without = best(limit, host_bytes_per_second=1e6)
     assert not without.choice.offload
     assert first.report.step_seconds < without.report.step_seconds
+
+
+def test_what_cannot_be_fast_enough_is_not_weighed(monkeypatch):
+    config = config_of()
+    space = space_of(config)
+    scales = Scales(config, 80 * GIB)
+    (fastest,) = simulated(config, space, 10**6).estimated
+    weighed, weigh = [], Scales.weigh
+    monkeypatch.setattr(
+        Scales, "weigh", lambda self, choice: weighed.append(choice) or weigh(self, choice)
+    )
+    below = 1.01 * fastest.seconds
+    (found,) = simulated(config, space, 10**6, below=below).estimated
+    assert found.seconds <= fastest.seconds
+    assert 0 < len(weighed) < len(space.choices)
+    assert all(scales.bound(choice) < below for choice in weighed)

@@ -124,6 +124,9 @@ class World:
     def check(self, choices):
         self.log.append(("check", len(choices)))
 
+    def bound(self, choice):
+        return self.facts[choice].bound
+
     def weigh(self, choice):
         if choice.recompute_where_needed and choice not in self.facts:
             self.log.append(("unknown", None))

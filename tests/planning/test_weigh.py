@@ -322,6 +322,7 @@ def test_a_step_takes_the_fill_the_work_and_the_drain_of_the_slowest_rank_at_lea
             + optimizer_seconds(choice.degrees, config.cluster, optim, held)
         )
     assert scales.weigh(choice).seconds == pytest.approx(max(bounds) + min(after))
+    assert scales.bound(choice) == pytest.approx(max(bounds))
 
 
 def ranks_of(step):
