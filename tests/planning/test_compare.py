@@ -11,7 +11,7 @@ from vp_train.commands.plan_words import help_lines
 from vp_train.planning import compare
 from vp_train.planning import shared as shared_module
 from vp_train.planning.choice import Kept
-from vp_train.planning.cluster import with_margin
+from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import (
     Way,
     contention_words,
@@ -25,6 +25,7 @@ from vp_train.planning.report import make_report
 from vp_train.planning.search import without_vocabulary
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import short_step
+from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
 
 GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=8"]
@@ -178,7 +179,8 @@ def test_searches_that_share_what_they_know_simulate_no_step_twice(monkeypatch):
 
     monkeypatch.setattr(shared_module, "short_step", counted)
     config = load_config([*GPT, "vocab=none", "schedule=zb_v", "parallel.pp=4", "parallel.dp=2"])
-    report, shared = make_report(config), Shared.of(config)
+    report = make_report(config)
+    shared = Shared(Scales(config, limit_of(config.cluster)))
     without_vocabulary(config, report.degrees, shared)
     num_before = len(simulated)
     found = helps_of(config, report, shared=shared)

@@ -39,7 +39,7 @@ from vp_train.planning.choice import (
     with_batch_of,
     with_replicas,
 )
-from vp_train.planning.cluster import MARGIN
+from vp_train.planning.cluster import MARGIN, limit_of
 from vp_train.planning.compare import Help, helps_of, larger_batch_of, rivals_of
 from vp_train.planning.found import Estimate, Limits, Result
 from vp_train.planning.fsdp import Rivals
@@ -47,6 +47,7 @@ from vp_train.planning.plan import SEARCHING, read_schedule
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
 from vp_train.planning.shared import Shared
+from vp_train.planning.weigh import Scales
 from vp_train.units import plural
 
 _MOST_TOKENS = 10**9
@@ -204,7 +205,7 @@ def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help
             comparing.work_on("planning what would help")
             comparing.print(text_of(remedy_lines(config, report, comparing.work_on)))
         comparing.work_on("searching the same split without vocabulary parallelism")
-        shared = Shared.of(config)
+        shared = Shared(Scales(config, limit_of(config.cluster)))
         without = without_of(config, report, shared)
         comparing.print(text_of(without_lines(report, without)))
         comparing.work_on("planning with another contention")

@@ -24,7 +24,7 @@ from vp_train.planning.choice import (
     optimizers_of,
     space_of,
 )
-from vp_train.planning.cluster import with_margin
+from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
@@ -34,6 +34,7 @@ from vp_train.planning.report import PlanReport, brief_report
 from vp_train.planning.search import simulated
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
+from vp_train.planning.weigh import Scales
 from vp_train.units import compared, is_as_fast
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
@@ -274,7 +275,8 @@ def helps_of(
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
     found = list[Help]()
-    shared = Shared.of(config) if shared is None else shared.beside(config)
+    scales = Scales(config, limit_of(config.cluster))
+    shared = Shared(scales) if shared is None else shared.beside(scales)
     if as_typed(config) == now:  # else its layers or rows are others
         shared.passes[replace(now, offload=0.0)] = report.passes
     before = report.step_seconds if report.fits else math.inf

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from vp_train.config import RunConfig
 from vp_train.planning.choice import Choice
-from vp_train.planning.cluster import limit_of
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Candidate, Scales
@@ -26,14 +24,9 @@ class Shared:
     steps: dict[Choice, tuple[StepPlan, float, int]] = field(default_factory=dict)
     passes: dict[Choice, float] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, config: RunConfig) -> Shared:
-        """Return what searches share that use all the memory of the cluster of `config`."""
-        return cls(Scales(config, limit_of(config.cluster)))
-
-    def beside(self, config: RunConfig) -> Shared:
-        """Return what searches share that differ from these in the memory of the cluster only."""
-        return replace(self, scales=Shared.of(config).scales)
+    def beside(self, scales: Scales) -> Shared:
+        """Return what searches share with other `scales`, which differ in memory only."""
+        return replace(self, scales=scales)
 
     def short_step(self, candidate: Candidate) -> tuple[StepPlan, float, int]:
         """Return what `short_step` does for a candidate."""
