@@ -88,21 +88,20 @@ def rank_memory(
 
     If these differ by a vocabulary row, it is that of the larger.
     """
-    return _with_peak(rank_state(step, optim, rank, state), step_peak(step, optim, rank))
+    activations, vocabulary, working = step_peak(step, optim, rank)
+    kept = rank_state(step, optim, rank, state)
+    return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
 
 
 def total_bytes(step: StepPlan, optimizers: Sequence[OptimConfig], rank: int) -> list[float]:
     """Return the `total` of `rank_memory` for each of the optimizers."""
-    peak = passes_peak(step, rank)
+    peak, parameters = sum(passes_peak(step, rank)), rank_parameters(step, rank)
+    before = _pool_bytes(step, rank) + _kept_bytes(step, rank)
     return [
-        _with_peak(rank_state(step, optim, rank), _with_update(peak, step, optim, rank)).total
+        state_of(step.work, optim, parameters).state
+        + max(peak, before + _update_bytes(step, optim, parameters))
         for optim in optimizers
     ]
-
-
-def _with_peak(kept: RankMemory, peak: tuple[float, float, float]) -> RankMemory:
-    activations, vocabulary, working = peak
-    return replace(kept, activations=activations, vocabulary=vocabulary, working=working)
 
 
 def rank_state(
@@ -261,16 +260,9 @@ def step_peak(step: StepPlan, optim: OptimConfig, rank: int) -> tuple[float, flo
     While a pass runs, both what it adds and what it frees at its end are allocated.  After the
     passes the optimizer needs working memory too.
     """
-    return _with_update(passes_peak(step, rank), step, optim, rank)
-
-
-def _with_update(
-    peak: tuple[float, float, float], step: StepPlan, optim: OptimConfig, rank: int
-) -> tuple[float, float, float]:
-    """Return the higher of the peak of the passes and that of the optimizer."""
-    pool = _pool_bytes(step, rank)
-    update = (0.0, pool, _kept_bytes(step, rank) + _update_bytes(step, optim, rank))
-    return max(peak, update, key=sum)
+    update = _update_bytes(step, optim, rank_parameters(step, rank))
+    optimizer = (0.0, _pool_bytes(step, rank), _kept_bytes(step, rank) + update)
+    return max(passes_peak(step, rank), optimizer, key=sum)
 
 
 def _kept_bytes(step: StepPlan, rank: int) -> float:
@@ -421,12 +413,12 @@ def _rounded_weight_bytes(step: StepPlan, rank: int) -> float:
     return 2.0 * num_layers * shape.layer_matrix_parameters(step.work.share)
 
 
-def _update_bytes(step: StepPlan, optim: OptimConfig, rank: int) -> float:
-    """Return the bytes that reducing gradients and updating parameters need.
+def _update_bytes(step: StepPlan, optim: OptimConfig, parameters: int) -> float:
+    """Return the bytes that reducing gradients and updating parameters of a rank need.
 
     With optim.offload it is one bucket, because DeepSpeed sums in a copy.  Others work in place.
     """
-    gradients = step.work.precise_bytes * rank_parameters(step, rank)
+    gradients = step.work.precise_bytes * parameters
     return float(min(gradients, optim.bucket_mib << 20)) if optim.offload else 0.0
 
 
