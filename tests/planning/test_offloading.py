@@ -571,3 +571,19 @@ def test_no_more_stages_recompute_where_all_or_none_do_or_a_rank_has_none_left()
         candidate = roomy.draft(one)
         step, *_ = short_step(candidate.draft, "1f1b")
         assert tight.with_more_recompute(candidate, step) is None
+
+
+def test_hosts_without_room_are_not_helped_by_more_recomputation_on_the_gpus():
+    """What is known to recompute counts stage by stage for them, too."""
+    config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=4"])
+    choice = Choice(Degrees(1, 8, 1), 1, 4, "1f1b", "one_barrier", "full", offload=1.0)
+    mixed = replace(choice, recompute_per_stage=("full", *("none",) * 7))
+    roomy = Scales(config, math.inf, (config.optim,))
+    candidate = roomy.draft(mixed)
+    step, *_ = short_step(candidate.draft, "1f1b")
+    assert roomy.with_more_recompute(candidate, step) is None
+    moved = most_host_bytes(step, config.optim, 8).activations / GIB
+    cluster = replace(config.cluster, host_memory_gib=moved / 2)
+    tight = Scales(replace(config, cluster=cluster), math.inf, (config.optim,))
+    assert tight.weigh(choice).seems_to_fit
+    assert not tight.weigh(mixed).seems_to_fit

@@ -319,10 +319,15 @@ class Scales:
         """Return about the bytes of activations that the host of a node keeps at most."""
         if not choice.offload:
             return 0.0
-        layout, of_layer = placed.layout, split.layer_bytes(choice.recompute)[0]
+        layout = placed.layout
+        kinds = choice.recompute_per_stage or (choice.recompute,) * layout.num_stages
+        of_stage = [
+            split.layer_bytes(kind)[0] * offloaded_layers(layers, choice.offload)
+            for kind, layers in zip(kinds, placed.counts, strict=True)
+        ]
         of_rank = [
             sum(
-                of_layer * offloaded_layers(placed.counts[stage], choice.offload) * count
+                of_stage[stage] * count
                 for stage, count in zip(layout.stages_of(rank), peak.counts, strict=True)
             )
             for rank, peak in enumerate(self._peaks_of(choice, layout))
@@ -527,6 +532,8 @@ class Scales:
             for rank, num_bytes in enumerate(needs)
             if num_bytes > self.limit
         }
+        if not excess:  # the hosts lack memory
+            return None
         some = self._some_recompute(choice, (optim,))
         kinds = some.with_more(choice.recompute_per_stage, excess)
         if kinds is None or len(set(kinds)) == 1:
