@@ -205,11 +205,14 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
         kinds = [*kinds, *(("full", again) for again in (False, True))][: 2 * index + 1]
         parts = (0.5, 1.0) if layers > 2 else (1.0,)
         plain = replace(one, recompute_where_needed=False, recompute_per_stage=None, optimizer=None)
-        assert offloading(one, layers) == [
+        expected = [
             replace(plain, recompute=kind, recompute_where_needed=needed, offload=part)
             for kind, needed in kinds
             for part in parts
         ]
+        assert offloading(one, layers, where_needed=True) == expected
+        everywhere = [choice for choice in expected if not choice.recompute_where_needed]
+        assert offloading(one, layers) == everywhere
 
 
 def test_one_rank_offloads_with_a_stage_for_every_layer_too():

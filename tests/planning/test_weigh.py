@@ -394,8 +394,12 @@ def test_of_many_ranks_the_ends_the_middle_and_the_largest_are_looked_at(ranks, 
     step = SimpleNamespace(
         problem=SimpleNamespace(layout=Layout("linear", ranks)),
         layers=[range(s, s + c) for s, c in zip(starts, layers, strict=True)],
+        recompute=["none"] * ranks,
     )
     assert weigh._looked_at(step) == looked_at
+    step.recompute[1:6] = ["full"] * 5
+    firsts = {1, 6} if ranks > 16 else set()
+    assert weigh._looked_at(step) == sorted({*looked_at, *firsts})
 
 
 def test_of_stages_that_recompute_where_needed_what_seems_to_fit_comes_before_what_is_faster(

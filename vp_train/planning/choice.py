@@ -430,11 +430,13 @@ def without_vocabulary_of(config: RunConfig, degrees: Degrees) -> Space:
     return Space(choices, Counter(), (config.optim,))
 
 
-def offloading(choice: Choice, num_layers: int) -> list[Choice]:
+def offloading(choice: Choice, num_layers: int, *, where_needed: bool = False) -> list[Choice]:
     """Return the choices that offload activations and recompute at most as much as `choice`.
 
-    A stage of one layer offloads all or nothing.  One rank gives every layer a stage of its own,
-    too: in one stage activations live too short for both ways of the link.
+    With `where_needed` also those in which only the stages recompute that need it: it is dear to
+    find out which, so a search tries them beside the best only.  A stage of one layer offloads all
+    or nothing.  One rank gives every layer a stage of its own, too: in one stage activations live
+    too short for both ways of the link.
     """
     strongest, bases = RECOMPUTE.index(choice.recompute), [choice]
     if choice.degrees.pp == 1 and num_layers > 1:
@@ -450,7 +452,7 @@ def offloading(choice: Choice, num_layers: int) -> list[Choice]:
         )
         for base in bases
         for recompute in RECOMPUTE[: strongest + 1]
-        for needed in _where_needed(recompute, base.layout.num_stages)
+        for needed in _where_needed(recompute, base.layout.num_stages)[: 1 + where_needed]
         for part in (OFFLOADED if base.layout.num_stages < num_layers else OFFLOADED[-1:])
     ]
 

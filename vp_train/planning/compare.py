@@ -263,9 +263,7 @@ def helps_of(
         if config.run.device == "cuda":
             num_layers = config.model.num_layers
             moving = [choice] if number == 1 else neighbours(choice, choices)
-            moved = [other for one in moving for other in offloading(one, num_layers)]
-            # Which stages recompute is dear to find out, the more if they offload.
-            found += [choice for choice in moved if not choice.recompute_where_needed]
+            found += [moved for one in moving for moved in offloading(one, num_layers)]
         return [one for one in dict.fromkeys(found) if one != now]
 
     progress("trying what one other setting would gain")

@@ -322,26 +322,22 @@ class Draft:
     problem: Problem
     cost: CostModel
 
-    def without_offloaded(self) -> Draft:
-        """Return this step as if offloaded activations never took memory of the device."""
-        if not self.cost.offload_bytes:
-            return self
-        pairs = zip(self.cost.stage_bytes, self.cost.offload_bytes, strict=True)
-        kept = tuple(whole - moved for whole, moved in pairs)
-        return replace(self, cost=replace(self.cost, stage_bytes=kept))
+    def with_carried(self, turn: float | None = None) -> Draft:
+        """Return this step as if what the links to hosts carry never took memory of the device.
 
-    def with_carried(self) -> Draft:
-        """Return this step with about what a stage keeps on the device of what it offloads.
-
-        The forwards of the warm-up come in a burst, of which the link to the host carries a part.
+        turn: the seconds of a link for what a rank offloads of one microbatch, None for those of
+        its forwards.
         """
         cost, kept = self.cost, list(self.cost.stage_bytes)
         if not cost.offload_bytes:
             return self
-        for stage, forward in enumerate(cost.pass_seconds[Kind.F]):
-            moved, seconds = cost.offload(stage)
-            if moved:
-                kept[stage] -= moved * min(1.0, forward / seconds) if seconds else moved
+        for rank in range(self.problem.layout.num_ranks):
+            stages = self.problem.layout.stages_of(rank)
+            needed = sum(cost.offload(stage)[1] for stage in stages)
+            free = turn or sum(cost.pass_seconds[Kind.F][stage] for stage in stages)
+            part = min(1.0, free / needed) if needed else 1.0
+            for stage in stages:
+                kept[stage] -= part * cost.offload(stage)[0]
         return replace(self, cost=replace(cost, stage_bytes=tuple(kept)))
 
     def with_named(self, name: str) -> StepPlan:

@@ -25,6 +25,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from schedules.render import duration
@@ -342,7 +343,7 @@ class _Search:
             self._book.add(self._estimate_of(item))
         except ConfigError as error:
             self._done.add(number)
-            self._book.refuse(self._choices[number], error, self._bounds[number])
+            self._refuse(number, error)
             self._num_before = self._num_estimated  # the leanest is estimated in any case
 
     def _estimate(self, queue: _Queue, top: int) -> None:
@@ -388,10 +389,16 @@ class _Search:
                 self._book.add(self._estimate_of(item))
             except ConfigError as error:
                 self._done.add(number)
-                self._book.refuse(choice, error, self._bounds[number])
+                self._refuse(number, error)
             finally:
                 self._spent_on[choice.splits_vocabulary] += self._spent - before
             self._progress(self._words())
+
+    def _refuse(self, number: int, error: ConfigError) -> None:
+        """Book a choice as refused, with the stages that recompute once they are known."""
+        item = self._items[number]
+        choice = self._choices[number] if item is None else item.choice
+        self._book.refuse(choice, error, self._bounds[number])
 
     def _estimate_other_kind(self) -> None:
         """Estimate a choice with or without vocabulary parallelism if only the other was found.
@@ -411,14 +418,14 @@ class _Search:
             if tries > _TRIES_OF_OTHER_KIND:
                 return
             try:
-                item = self._items[number] or self._scales.draft(choice)
+                item = self._items[number] = self._items[number] or self._scales.draft(choice)
                 if item.seems_to_fit:
                     self._book.add(self._estimate_of(item))
                     self._done.add(number)
                     return
             except ConfigError as error:
                 self._done.add(number)
-                self._book.refuse(choice, error, self._bounds[number])
+                self._refuse(number, error)
 
     def _offload_instead(self) -> None:
         """Estimate offloaded activations where device memory alone may rule out faster choices.
@@ -454,9 +461,10 @@ class _Search:
     def _look_around(self) -> None:
         """Estimate what differs in one thing from the best of each kind, as long as that helps.
 
-        There are kinds with and without vocabulary parallelism, with and without offloading.  The
-        effort ends before many bounds are tight, and what is offloaded was weighed for some of the
-        choices only.  What is next to the best is the likeliest to be better.
+        There are kinds with and without vocabulary parallelism, with and without offloading, and
+        with some stages that recompute beside that.  The effort ends before many bounds are tight,
+        and what is offloaded was weighed for some of the choices only.  What is next to the best is
+        the likeliest to be better.
         """
         before, part = self._enough, _FOR_NEIGHBOURS * self._limits.effort
         until = self._spent + part
@@ -481,17 +489,19 @@ class _Search:
 
     def _firsts(self) -> list[Choice]:
         """Return the fastest of each kind of `_look_around`."""
-        found: dict[tuple[bool, bool], Estimate] = {}
+        found: dict[tuple[bool, bool, bool], Estimate] = {}
         for estimate in sorted(self._book.as_planned(), key=lambda estimate: estimate.known_key):
             choice = estimate.candidate.choice
-            found.setdefault((choice.splits_vocabulary, choice.offload > 0), estimate)
+            moves = choice.offload > 0
+            kind = choice.splits_vocabulary, moves, moves and choice.recomputes_partly
+            found.setdefault(kind, estimate)
         return [estimate.candidate.choice for estimate in found.values()]
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
         found = neighbours(choice, self._space.choices) + beside(choice, self._num_layers)
         if self._is_on_gpus and (choice.offload or choice.recompute != "none"):
-            found += offloading(choice, self._num_layers)
+            found += offloading(choice, self._num_layers, where_needed=True)
         return [one for one in found if self._space.kept.against(one) is None]
 
     def _offloading(self) -> list[Choice]:
@@ -624,10 +634,10 @@ class _Search:
         """Return the estimate for the fastest optimizer that fits.
 
         Where stages that recompute offload, more of them recompute until one fits, at most so many
-        `rounds`.  Raises TooLargeError if none does, and HostMemoryError if only the hosts lack
-        memory.
+        `rounds`, and only while that may be the fastest of its kind.  Raises TooLargeError if none
+        does, and HostMemoryError if only the hosts lack memory.
         """
-        self._num_estimated += 1
+        self._num_estimated += rounds == _ROUNDS
         step, passes, placed = self._shared.short_step(candidate)
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
@@ -649,10 +659,13 @@ class _Search:
             found.append(Estimate(candidate, optim, seconds, needs, host))
         if not found:
             assert refusal is not None
-            more = self._scales.with_more_recompute(candidate, step) if rounds else None
-            if more is None or not self._may_be_first(more):
-                raise refusal
-            return self._estimate_of(more, rounds - 1)
+            with suppress(ConfigError):
+                more = self._scales.with_more_recompute(candidate, step) if rounds else None
+                if more is not None:
+                    self._spent += draft_nodes(more)
+                    if self._may_be_first(more):
+                        return self._estimate_of(more, rounds - 1)
+            raise refusal
         return min(found, key=lambda estimate: estimate.seconds)
 
     def _may_be_first(self, candidate: Candidate) -> bool:
@@ -813,8 +826,8 @@ def simulated(
 ) -> Result:
     """Return the fastest of `space` by short steps of `effort` passes, without a margin.
 
-    `firsts` are estimated before others, and in any case.  What cannot take fewer than `below`
-    seconds is not looked at, and no step that is `shared` is simulated again.
+    `firsts` are estimated before others, whatever effort that takes.  What cannot take fewer than
+    `below` seconds is not looked at, and no step that is `shared` is simulated again.
     """
     limits = Limits(top=1, margin=0.0, effort=effort)
     search = _Search(

@@ -52,7 +52,7 @@ from vp_train.planning.peaks import (
 from vp_train.planning.placement import balance, offloaded_layers, redistribute, split_vocabulary
 from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
 from vp_train.planning.report import optimizer_seconds
-from vp_train.planning.some_recompute import SomeRecompute
+from vp_train.planning.some_recompute import Savings, SomeRecompute
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes
 
@@ -65,6 +65,9 @@ _ABOUT, _FAR_TOO_LARGE = 1.05, 2
 # whole step more may be hidden, so this is about the least: of 1,354 random choices on clusters
 # with 1 to 8 ports in a node, 16 bounds were too high, by up to 1.5 %.
 _SURE = 0.9
+# Times the seconds that a step has for a microbatch, for which a link carries at most what is
+# offloaded of it.
+_LINK_TIME = 1.2
 # Times the limit that the base order may need where W may follow sooner: such a choice is drafted,
 # and simulated after what seems to fit.
 _SOONER = 1.1
@@ -183,13 +186,19 @@ def _on_device(choice: Choice) -> int:
 
 
 def _looked_at(step: Draft | StepPlan) -> list[int]:
-    """Return the ranks whose memory is looked at: of many the ends, the middle, and the largest."""
+    """Return the ranks whose memory is looked at: of many the ends, the middle, and the largest.
+
+    Where stages recompute differently, also the first of the ranks in a row whose stages do alike:
+    it has more microbatches in flight than those behind it.
+    """
     layout = step.problem.layout
     ranks = range(layout.num_ranks)
     if len(ranks) <= _MOST_RANKS:
         return list(ranks)
     layers = [sum(len(step.layers[stage]) for stage in layout.stages_of(rank)) for rank in ranks]
-    return sorted({0, max(ranks, key=layers.__getitem__), len(ranks) // 2, ranks[-1]})
+    kinds = [[step.recompute[stage] for stage in layout.stages_of(rank)] for rank in ranks]
+    firsts = {rank for rank in ranks[1:] if kinds[rank] != kinds[rank - 1]}
+    return sorted({0, max(ranks, key=layers.__getitem__), len(ranks) // 2, ranks[-1], *firsts})
 
 
 class Scales:
@@ -401,15 +410,15 @@ class Scales:
         """Return the choice as `draft` does, with those of the optimizers that may fit."""
         drafted = self._draft(choice)
         peaks, ranks = self._peaks_of(choice, choice.layout), _looked_at(drafted)
-        minimum = at_peak(drafted.without_offloaded(), choice.schedule, peaks, ranks=ranks)
+        passes = self._bound_of(choice, drafted)
+        kept = drafted.with_carried(_LINK_TIME * passes / choice.num_microbatches)
+        minimum = at_peak(kept, choice.schedule, peaks, ranks=ranks)
         needs = list(zip(optimizers, self.needs(minimum, optimizers), strict=True))
         fitting = tuple(optim for optim, (num_bytes, _) in needs if num_bytes <= self.limit)
         if not fitting:
             optim, (least, rank) = min(needs, key=lambda one: one[1])
             is_state = rank_state(minimum, optim, rank).state > self.limit
             raise TooLargeError(least, self.limit, STATE if is_state else LEANEST, rank)
-        passes = self._bound_of(choice, drafted)
-        kept = drafted.without_offloaded()
         moving = _on_device(choice) * max(drafted.cost.offload_bytes, default=0.0)
         splits, whole = GENERATORS[choice.schedule].split_backward, drafted.cost
         one = splits and waits_for_weights(sum(whole.stage_bytes), sum(whole.weight_bytes))
@@ -491,7 +500,12 @@ class Scales:
         everywhere = replace(choice, recompute_where_needed=False)
         # The first optimizer is the leanest of those on the GPU, the last one of all.
         first, last = optimizers[0], optimizers[-1]
-        some = self._some_recompute(everywhere, (first, last))
+        some = SomeRecompute.of(
+            choice.schedule,
+            *self._without_and_saving(everywhere),
+            self._peaks_of(choice, choice.layout),
+            (first, last),
+        )
         found: dict[Choice, Sequence[OptimConfig]] = {}
         kinds = some.where_needed(first, self.limit)
         if len(set(kinds)) > 1:
@@ -504,38 +518,37 @@ class Scales:
             raise SameChoiceError(f"all stages recompute {kinds[0]}")
         return found
 
-    def _some_recompute(self, choice: Choice, optimizers: Sequence[OptimConfig]) -> SomeRecompute:
-        """Return the stages of a choice, of which some may recompute as it says."""
-        everywhere = replace(choice, recompute_per_stage=None)
-        return SomeRecompute.of(
-            choice.schedule,
-            self._draft(replace(everywhere, recompute="none")).with_carried(),
-            self._draft(everywhere).with_carried(),
-            self._peaks_of(choice, choice.layout),
-            optimizers,
-        )
+    def _without_and_saving(self, everywhere: Choice) -> tuple[Draft, Draft]:
+        """Return drafts in which no stage recomputes, and all do as a choice says."""
+        without = self._draft(replace(everywhere, recompute="none"))
+        return without.with_carried(), self._draft(everywhere).with_carried()
 
     def with_more_recompute(self, candidate: Candidate, step: StepPlan) -> Candidate | None:
         """Return a candidate of which more stages recompute on the ranks without enough memory.
 
         None if the candidate does not have some that recompute and some that do not, or if no more
-        may.  What the link to the host carries, and so how many recompute, only a simulation says.
+        may, or if only hosts lack memory.  What the link to the host carries, and so how many
+        recompute, only a simulation says.  Raises TooLargeError like `draft`.
 
-        step: one of the candidate that was simulated, for what ranks need.
+        step: one of the candidate that was simulated, for what ranks need with the optimizer that
+        leaves most memory.
         """
-        choice, optim = candidate.choice, candidate.optimizers[0]
+        choice = candidate.choice
         if choice.recompute_per_stage is None or not choice.offload:
             return None
-        needs = [total_bytes(step, [optim], rank)[0] for rank in range(step.num_ranks)]
+        ranks = range(step.num_ranks)
+        needs = zip(*(total_bytes(step, candidate.optimizers, rank) for rank in ranks), strict=True)
+        least = min(needs, key=max)
         excess = {
             rank: num_bytes - self.limit
-            for rank, num_bytes in enumerate(needs)
+            for rank, num_bytes in enumerate(least)
             if num_bytes > self.limit
         }
-        if not excess:  # the hosts lack memory
+        if not excess:
             return None
-        some = self._some_recompute(choice, (optim,))
-        kinds = some.with_more(choice.recompute_per_stage, excess)
+        drafts = self._without_and_saving(replace(choice, recompute_per_stage=None))
+        savings = Savings.of(*drafts, self._peaks_of(choice, choice.layout))
+        kinds = savings.with_more(choice.recompute_per_stage, excess)
         if kinds is None or len(set(kinds)) == 1:
             return None
         return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
