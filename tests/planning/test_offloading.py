@@ -523,7 +523,7 @@ def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
 @pytest.mark.parametrize(
     ("schedule", "num_chunks", "part"), [("interleaved", 4, 0.5), ("zb_v", None, 0.8)]
 )
-def test_where_the_link_carries_too_little_more_stages_recompute_until_the_step_fits(
+def test_where_the_link_carries_too_little_one_more_round_of_stages_recomputes(
     schedule, num_chunks, part
 ):
     """They are on the ranks that need too much."""
@@ -543,8 +543,8 @@ def test_where_the_link_carries_too_little_more_stages_recompute_until_the_step_
 
     least = max(needs_of(roomy.draft(choice))[1])
     most = max(needs_of(roomy.draft(replace(choice, recompute="none")))[1])
-    tight = Scales(config, least + part * (most - least), (optim,))
-    candidate, rounds = tight.draft(replace(choice, recompute_where_needed=True)), 0
+    tight, rounds = Scales(config, least + part * (most - least), (optim,)), 0
+    candidate = tight.draft(replace(choice, recompute_where_needed=True))
     while True:
         step, needs = needs_of(candidate)
         excess = {rank for rank in range(8) if needs[rank] > tight.limit}

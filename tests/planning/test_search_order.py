@@ -1106,7 +1106,7 @@ def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter)
 
 @pytest.mark.parametrize("number", [0, 2, 4, 6])
 def test_of_what_needs_too_much_more_stages_recompute_while_it_may_be_the_fastest(enter, number):
-    """At most four times.  The others of these are never simulated."""
+    """At most four times.  What more rounds would give is never simulated."""
     large = {"adamw": GIB + 1.0}
     facts = [Facts(10.0, 10.0)]
     facts += [Facts(1.0 + n, 9.0, short_bytes=large, more=n + 1) for n in range(1, 8)]

@@ -201,7 +201,7 @@ def test_a_split_backward_may_need_a_tenth_less_than_its_base_order(schedule, se
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "v_half"])
-def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forward_runs(
+def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_in_two_forwards(
     schedule, recompute
 ):
     """All that may move has moved at least; about as much as the link takes in a warm-up.
@@ -233,7 +233,7 @@ def test_what_moves_to_the_host_is_weighed_by_what_the_link_carries_while_a_forw
             for chunk, stage in enumerate(step.problem.layout.stages_of(0)):
                 layers = len(step.layers[stage])
                 moved = math.floor(layers * part + 0.5)
-                link = 1.0 if rate is None else min(1.0, forward * rate / of_layer)
+                link = 1.0 if rate is None else min(1.0, 2 * forward * rate / of_layer)
                 carried = min(moved, layers * link) if moved else 0
                 least += (layers - moved) * of_layer * peak.counts[chunk]
                 kept = (layers - carried) * of_layer

@@ -68,6 +68,10 @@ _SURE = 0.9
 # Times the seconds that a step has for a microbatch, for which a link carries at most what is
 # offloaded of it.
 _LINK_TIME = 1.2
+# Times what a link carries during the forwards, which counts before a simulation.  In 193 of the
+# ranks of 100 random plans what was away from the device at the peak was once that in the median,
+# and in one of 20 more than 1.9 times.
+_BURST = 2.0
 # Times the limit that the base order may need where W may follow sooner: such a choice is drafted,
 # and simulated after what seems to fit.
 _SOONER = 1.1
@@ -701,10 +705,10 @@ class _Split:
         return self._layer_bytes[recompute]
 
     def carried(self, recompute: str) -> float:
-        """Return the part of what layers keep that goes to the host while they run forward."""
+        """Return about the largest part of what layers keep that goes to the host in a burst."""
         seconds, rate = self.layer(recompute, False)[0], self.cost.host_bytes_per_second
         num_bytes = self.layer_bytes(recompute)[0]
-        return 1.0 if rate is None else min(1.0, seconds * rate / num_bytes)
+        return 1.0 if rate is None else min(1.0, _BURST * seconds * rate / num_bytes)
 
     def shard_seconds(self, vocab: str) -> list[tuple[float, float]]:
         """Return the seconds of S and T of every rank; the whole layer is on the last one."""
