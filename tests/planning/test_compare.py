@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
+import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -27,6 +30,7 @@ from vp_train.planning.shared import Shared
 from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
+from vp_train.units import is_as_fast
 
 GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=8"]
 
@@ -71,6 +75,34 @@ def test_the_contention_is_named_where_none_or_twice_as_much_lets_another_win():
     assert contention_words(none, plain, [other]) == ""
     typed = replace(config, cost=replace(config.cost, contention=0.1))
     assert contention_words(typed, plain, [other]).startswith("cost.contention=0.1, ")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.005])
+def test_another_contention_turns_what_wins_by_its_seconds_and_as_they_count(factor):
+    config = load_config([*GPT, "cluster.contention=0.1"])
+    chosen, told = random.Random(1), Counter()
+    for _ in range(2000):
+        (first, _), (other, _) = (
+            way(
+                words,
+                base=chosen.uniform(9.95, 10.05),
+                slope=chosen.choice((0.0, chosen.uniform(0.0, 0.2))),
+                factor=chosen.choice((1.0, factor)),
+            )
+            for words in ("the first", "FSDP")
+        )
+        words = contention_words(config, first, [other])
+        for part in (0.0, 0.2):
+            pairs = [(first.at(at), other.at(at)) for at in (0.1, part)]
+            won, wins = (ours < theirs for ours, theirs in pairs)
+            counts = [ours * first.factor < theirs * other.factor for ours, theirs in pairs]
+            is_clear = counts == [won, wins] and not any(is_as_fast(*pair) for pair in pairs)
+            turns = is_clear and won is not wins
+            names = ("the first", "FSDP") if wins else ("FSDP", "the first")
+            assert (f"with {part:g} " in words) is turns
+            assert not turns or re.search(rf"with {part:g} {names[0]} is .*than {names[1]}", words)
+            told[turns] += 1
+    assert min(told.values()) > 100
 
 
 @pytest.mark.parametrize("setting", ["cluster.contention", "cost.contention"])

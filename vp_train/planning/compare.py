@@ -89,7 +89,7 @@ class Way:
     """A way to run the batch, whose step may depend on the contention.
 
     words: how it is called.
-    seconds: those of its step.
+    seconds: those of its step, which are printed.
     at: returns these with another contention, None if that is not possible.
     is_slow: whether `at` plans a step; then they change by no larger part than layers do.
     factor: by which the seconds count more, see `found.counted`.
@@ -186,21 +186,31 @@ def contention_words(config: RunConfig, first: Way, others: Sequence[Way | None]
 
 
 def _turn(first: Way, other: Way, now: float, part: float) -> str:
-    """Return in words which of two wins with another contention, "" if the same one does."""
+    """Return in words which of two wins with another contention, "" if none or the same one does.
 
-    def wins(seconds: float, others: float) -> bool:
-        return seconds * first.factor <= others * other.factor
+    A way wins if it is faster both by its seconds and as they count.
+    """
+
+    def wins(seconds: float | None, others: float | None) -> bool | None:
+        """Return whether the first wins, None if neither does."""
+        if seconds is None or others is None or is_as_fast(seconds, others):
+            return None
+        is_faster = seconds < others
+        counts = seconds * first.factor < others * other.factor
+        return is_faster if is_faster is counts else None
 
     won, most = wins(first.seconds, other.seconds), (1 + part) / (1 + now)
+    if won is None:
+        return ""
     # A slow way changes by some factor from 1 to `most`, so only what turns at one of them may.
     if not any(
-        a is not None and b is not None and wins(a, b) != won
+        wins(a, b) is (not won)
         for factor in (1.0, most)
         for a, b in [[w.seconds * factor if w.is_slow else w.at(part) for w in (first, other)]]
     ):
         return ""
     ours, theirs = first.at(part), other.at(part)
-    if ours is None or theirs is None or wins(ours, theirs) == won or is_as_fast(ours, theirs):
+    if ours is None or theirs is None or wins(ours, theirs) is not (not won):
         return ""
     (fast, winner), (slow, loser) = sorted(((ours, first.words), (theirs, other.words)))
     return (
