@@ -18,6 +18,7 @@ from schedules.generators import Shortened
 from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS
+from vp_train.commands import search_words
 from vp_train.config import ConfigError
 from vp_train.planning import no_choice
 from vp_train.planning import search as search_module
@@ -26,7 +27,7 @@ from vp_train.planning import short as short_module
 from vp_train.planning.choice import Choice, Kept, Space
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.found import SAME, Limits, memory_of
+from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, order_of
 from vp_train.planning.search import _Search, fits_on, search
 from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
 from vp_train.planning.weigh import Weight as Weighed
@@ -737,6 +738,46 @@ def test_of_equally_fast_ones_less_memory_is_first_by_three_digits_and_four_when
     assert [one.memory for one in unplanned.estimated] == [3.0, 2.0, 1.0, 4.0]
     assert not any(one.is_planned for one in unplanned.estimated)
     assert unplanned.num_planned == 0
+
+
+def test_the_first_row_that_is_planned_is_the_first_of_the_best(enter):
+    """Times are close together, as are bytes, and most rows offload."""
+    seen = Counter()
+    for seed in range(1000):
+        draw = random.Random(seed)
+        facts, choices = [], []
+        for number in range(6):
+            part = draw.choice((0.0, 0.5, 1.0, 1.0))
+            seconds = 27.14 * draw.choice((1.0, draw.uniform(0.999, 1.001)))
+            seconds /= draw.choice((1.0, counted(choice_of(0, offload=part), 1.0)))
+            one = Facts(1.0, seconds, memory=draw.choice((0.6, 0.605, 0.7)) * GIB)
+            one.short_bytes["adamw"] = one.memory
+            one.short = seconds * draw.choice((1.0, draw.uniform(0.98, 1.0)))
+            one.host = one.planned_host = draw.choice((1.0, 1.01)) * GIB
+            one.whole = draw.choice((1000, 10**10))
+            facts.append(one)
+            choices.append(choice_of(0, alike=number, offload=part))
+        world = World(facts, choices)
+        enter(world)
+        effort = draw.choice((10**9, 1_200))
+        found = run(world, top=draw.choice((1, 2, 3)), effort=effort)
+        rows = search_words._rows(found)
+        planned = [place for place, row in enumerate(rows) if row.found in found.best]
+        shown = [place for place, row in enumerate(rows) if is_planned(row.found)]
+        assert rows[planned[0]].found is found.best[0]
+        assert planned[0] == shown[0]
+        stays = any(not choice.offload for choice in choices) and effort > 1_200
+        assert found.without_offloading or not stays, "what offloads takes no place of it"
+        keys = [order_of(row.choice, row.found.seconds) for row in rows]
+        assert keys == sorted(keys)
+        seen["an estimate is faster"] += planned[0] > 0
+        seen["a plan is added"] += len(shown) > len(planned)
+        seen["they are as fast"] += len(set(keys)) < len(keys)
+    assert min(seen.values()) >= 10, seen
+
+
+def is_planned(found):
+    return isinstance(found, Found) or found.is_planned
 
 
 def test_what_is_planned_is_the_first_of_its_kind_before_an_estimate_that_is_about_as_fast(enter):

@@ -29,6 +29,7 @@ from vp_train.planning.found import (
     Result,
     counted,
     memory_of,
+    order_of,
     rounded,
 )
 from vp_train.planning.fsdp import Rivals
@@ -92,11 +93,6 @@ class _Row:
         return self.found.choice
 
     @property
-    def seconds(self) -> float:
-        found = self.found
-        return found.seconds if isinstance(found, Estimate) else found.report.step_seconds
-
-    @property
     def host(self) -> float:
         """The bytes of a node's host memory."""
         return self.found.host if isinstance(self.found, Estimate) else self.found.report.host.total
@@ -118,7 +114,7 @@ class _Row:
 
 
 def _rows(result: Result) -> list[_Row]:
-    """Return the rows of the table.  Plans of about the same time stand by their memory.
+    """Return the rows of the table.  What is as fast stands by its memory, plans first.
 
     Where all of them offload activations, the best that does not is added.
     """
@@ -126,7 +122,7 @@ def _rows(result: Result) -> list[_Row]:
     other = result.without_offloading
     if other is not None and all(row.choice.offload for row in rows):
         rows.append(_Row(other))
-    return sorted(rows, key=lambda row: rounded(row.found.counted))
+    return sorted(rows, key=lambda row: order_of(row.choice, row.found.seconds))
 
 
 def _override_lines(config: RunConfig, first: Found, rows: Sequence[_Row]) -> list[str]:
@@ -339,7 +335,7 @@ def _table_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> lis
         ]
     if any(isinstance(row.found, Estimate) and not row.found.is_planned for row in rows):
         lines += ["~ estimated from short steps, not planned whole"]
-    seconds = [rounded(row.seconds) for row in rows]
+    seconds = [rounded(row.found.seconds) for row in rows]
     if seconds != sorted(seconds):
         lines += [
             f"the order counts steps with offloaded activations as {MARGIN_OF_OFFLOADING:.1%} "

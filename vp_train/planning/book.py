@@ -86,12 +86,18 @@ class Book:
     def distinct(self) -> tuple[list[Estimate], set[Choice]]:
         """Return the different ones, as planned where they were, sorted, and the other choices.
 
+        Of what is as fast that with less memory comes first.
+
         An estimate is also left out where that of a plan makes it spare.
         """
         if self._distinct is not None:
             return self._distinct
         plans, kept, spare = self.held(), list[Estimate](), set[Choice]()
-        for one in sorted(self.as_planned(), key=order_of):
+
+        def key(one: Estimate) -> tuple[float, float]:
+            return order_of(one.candidate.choice, one.seconds), one.memory
+
+        for one in sorted(self.as_planned(), key=key):
             if any(other.makes_spare(one) for other in (*kept, *plans)):
                 spare.add(one.candidate.choice)
                 continue
@@ -110,8 +116,8 @@ class Book:
         ]
 
     def without_offloading(self) -> Estimate | None:
-        """Return the fastest that offloads no activations, as planned if it was."""
-        return _fastest(e for e in self.as_planned() if not e.candidate.choice.offload)
+        """Return the fastest of `distinct` that offloads no activations, as planned if it was."""
+        return _fastest(e for e in self.distinct()[0] if not e.candidate.choice.offload)
 
     def leaner(self, best: Found | None) -> Estimate | None:
         """Return what needs least memory of what is about as fast as the best, if much less.

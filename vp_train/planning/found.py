@@ -61,8 +61,12 @@ class Found:
     report: PlanReport
 
     @property
+    def seconds(self) -> float:
+        return self.report.step_seconds
+
+    @property
     def counted(self) -> float:
-        return counted(self.choice, self.report.step_seconds)
+        return counted(self.choice, self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ class Estimate:
     def makes_spare(self, other: Estimate) -> bool:
         """Return whether this is the same split, as fast as the other, and nowhere needs more.
 
-        No estimate makes a plan spare.
+        No estimate makes a plan spare, and nothing that offloads activations what does not.
         """
         ours, theirs = self.candidate.choice, other.candidate.choice
         return (
@@ -133,6 +137,7 @@ class Estimate:
             and self.memory <= (1 + NO_MORE) * other.memory
             and self.host <= (1 + NO_MORE) * other.host
             and (ours.recompute == "none" or theirs.recompute != "none")
+            and (not ours.offload or theirs.offload > 0)
         )
 
 
@@ -182,9 +187,9 @@ class Result:
     kept: Kept
 
 
-def order_of(estimate: Estimate) -> tuple[float, float]:
-    """Return the sort key: faster first, and less memory first if rounded times agree."""
-    return counted(estimate.candidate.choice, rounded(estimate.seconds)), estimate.memory
+def order_of(choice: Choice, seconds: float) -> float:
+    """Return the sort key of what is shown: counted seconds, equal where rounded ones are."""
+    return counted(choice, rounded(seconds))
 
 
 def rounded(seconds: float) -> float:
