@@ -286,9 +286,15 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
     candidate = result.with_vocabulary.candidate
     still = replace(candidate, choice=replace(candidate.choice, offload=0.0))
     slower = replace(result.with_vocabulary, candidate=still, seconds=99.0, host=0.0)
-    slower = replace(slower, is_planned=False)
-    lines = search_lines(config, Limits(), replace(result, without_offloading=slower))
-    rows = [line for line in lines if line[:2] in ("1 ", "2 ")]
+    report = slower.report
+    slower = replace(slower, report=None)
+    for again in (report, None):
+        other = replace(slower, report=again)
+        lines = search_lines(config, Limits(), replace(result, without_offloading=other))
+        rows = [line for line in lines if line[:2] in ("1 ", "2 ")]
+        bubble = f" {report.bubble:.1%} "
+        assert [bubble in row for row in rows] == [True, again is not None], "a plan has it"
+        assert ["~" in row for row in rows] == [" - " in row for row in rows] == [False, not again]
     assert [row[-2:] for row in rows] == [" *", " 0"], "rows that depend on hosts are marked"
     assert "~99.00 s" in rows[1]
     assert any(line.startswith("* depends on links to hosts and on their m") for line in lines)

@@ -100,16 +100,15 @@ class _Row:
     def words(self, first: PlanReport, unit: float) -> dict[str, str]:
         """Return what the row says of time and memory, by column; `first` is the first plan."""
         found = self.found
-        if isinstance(found, Found):
+        if found.report is not None:
             return _report_words(found.report, unit)
         mfu = first.mfu * first.step_seconds / found.seconds
-        about = "" if found.is_planned else "~"
         return {
-            "step": f"{about}{duration(found.seconds)}",
-            "MFU": f"{about}{mfu:.1%}",
+            "step": f"~{duration(found.seconds)}",
+            "MFU": f"~{mfu:.1%}",
             "bubble": "-",  # no short step says it
-            _MEMORY[unit]: f"{about}{found.memory / unit:,.1f}",
-            _HOST_MEMORY: _host_words(found.host, unit, about),
+            _MEMORY[unit]: f"~{found.memory / unit:,.1f}",
+            _HOST_MEMORY: _host_words(found.host, unit, "~"),
         }
 
 

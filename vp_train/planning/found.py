@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from vp_train.config import OptimConfig
 from vp_train.planning.choice import Choice, Kept
@@ -74,7 +74,7 @@ class Estimate:
     """A candidate that fits, the optimizer with which it is fastest, and its seconds and bytes.
 
     host: the bytes of a node's host memory.
-    is_planned: whether these are those of the whole step, not those of a short one.
+    report: that of the whole step, whose seconds and bytes these are then; None: of a short one.
     unbalanced: the estimate that this one with vocab.balance takes the place of, if it does.
     """
 
@@ -83,8 +83,13 @@ class Estimate:
     seconds: float
     memory: float
     host: float = 0.0
-    is_planned: bool = False
+    report: PlanReport | None = field(default=None, compare=False, repr=False)
     unbalanced: Estimate | None = None
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the whole step was planned."""
+        return self.report is not None
 
     @property
     def choice(self) -> Choice:
@@ -119,7 +124,7 @@ class Estimate:
             seconds=report.step_seconds,
             memory=memory_of(found),
             host=report.host.total,
-            is_planned=True,
+            report=report,
         )
 
     def makes_spare(self, other: Estimate) -> bool:
