@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 from vp_train.commands.plan_words import help_lines
+from vp_train.commands.search_words import search_lines
 from vp_train.planning import compare
 from vp_train.planning import shared as shared_module
-from vp_train.planning.choice import Kept
+from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import (
     Way,
@@ -23,9 +24,10 @@ from vp_train.planning.compare import (
     pipeline_way,
     rivals_of,
 )
+from vp_train.planning.found import Limits
 from vp_train.planning.fsdp import ON_HOSTS, Means
 from vp_train.planning.report import make_report
-from vp_train.planning.search import without_vocabulary
+from vp_train.planning.search import search, without_vocabulary
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales
@@ -129,6 +131,29 @@ def test_of_a_long_step_a_shorter_one_tells_what_another_contention_does(schedul
     found = pipeline_way("it", now, seconds).at(0.3)
     assert found == pytest.approx(make_report(then).step_seconds, rel=5e-4)
     assert found > 1.05 * seconds
+
+
+@pytest.mark.parametrize(
+    ("part", "winner"), [(0.5, "the best without"), (1.0, "the best with vocabulary")]
+)
+def test_a_plan_of_a_search_leaves_its_margin_free_with_another_contention_too(part, winner):
+    kept = {"parallel.pp": 4, "parallel.tp": 1, "schedule.name": "1f1b", "micro_batch_size": 1}
+    kept |= {"optim.name": "adamw", "parallel.recompute": "none"}
+    kept |= {"parallel.offload_activations": 0.0}
+    typed = ["cluster.gpus_per_node=4", "parallel.pp=4", "num_microbatches=16"]
+    config = load_config([*GPT, *typed, f"cluster.contention={part}"])
+    result = search(config, Limits(top=1), lambda: True, str, space_of(config, Kept(kept)))
+    needs = result.with_vocabulary.memory  # the kind that another contention changes
+    for gib, margin, is_told in (
+        (needs / 0.95 * 1.001, 0.05, True),
+        (needs / 0.95 * 0.999, 0.05, False),
+        (needs / 0.95 * 0.999, 0.0, True),
+        (needs * 0.999, 0.0, False),
+    ):
+        small = replace(config, cluster=replace(config.cluster, memory_gib=gib / 2**30))
+        lines = search_lines(small, Limits(margin=margin), result)
+        found = [line for line in lines if line.startswith("decides: ")]
+        assert [winner in line for line in found] == [True] * is_told
 
 
 def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():

@@ -197,9 +197,10 @@ def _contention_lines(
     rival = None
     if has_fsdp(config):
         rival = fsdp_way(config, first.report, rivals, limits.margin)
+    lean = replace(config, cluster=with_margin(config.cluster, limits.margin))
 
     def way(words: str, choice: Choice, seconds: float) -> Way:
-        return pipeline_way(words, choice.applied(config), seconds, counted(choice, 1.0))
+        return pipeline_way(words, choice.applied(lean), seconds, counted(choice, 1.0))
 
     best = None
     if other is not None:

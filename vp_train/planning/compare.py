@@ -90,7 +90,7 @@ class Way:
 
     words: how it is called.
     seconds: those of its step, which are printed.
-    at: returns these with another contention, None if that is not possible.
+    at: returns these with another contention, None if that is not possible, or does not fit.
     is_slow: whether `at` plans a step; then they change by no larger part than layers do.
     factor: by which the seconds count more, see `found.counted`.
     """
@@ -103,7 +103,10 @@ class Way:
 
 
 def pipeline_way(words: str, config: RunConfig, seconds: float, factor: float = 1.0) -> Way:
-    """Return a plan as a way: beside a sharded vocabulary it depends on the contention."""
+    """Return a plan as a way: beside a sharded vocabulary it depends on the contention.
+
+    With another one it fits where it needs no more than the memory of `config`.
+    """
     algorithm = VOCAB_ALGORITHMS.get(config.vocab.algorithm)
     if algorithm is None or not algorithm.sharded or config.schedule.is_solved:
         return Way(words, seconds, lambda part: seconds, factor=factor)
