@@ -99,6 +99,35 @@ def test_a_plan_is_shown_before_what_it_is_compared_with_or_alone(vp_plan, tmp_p
     assert (code != EXIT_OK, out) == (True, alone)
 
 
+def test_the_best_without_vocabulary_parallelism_leaves_as_much_memory_free_as_the_plan(
+    vp_plan, monkeypatch
+):
+    monkeypatch.setattr("vp_train.commands.plan.helps_of", lambda *_: [])
+    typed = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=16"]
+    typed += ["cluster.gpus_per_node=4", "parallel.pp=4", "cluster.host_memory_gib=0"]
+    bare = [*typed, "vocab=none", "parallel.placement=redistribute"]
+    report, lean = make_report(load_config(bare)), make_report(load_config(typed))
+    needs = report.ranks[report.worst].memory.total / 2**30
+    assert lean.ranks[lean.worst].memory.total / 2**30 < 0.9 * needs
+    for words, gib, is_found in (
+        (typed, needs / 0.95 * 1.001, True),
+        (typed, needs / 0.95 * 0.999, False),
+        (bare, needs / 0.95 * 1.001, True),
+        (bare, needs / 0.95 * 0.999, True),
+        (bare, needs * 1.001, True),
+    ):
+        _, out, _ = vp_plan(*words, f"cluster.memory_gib={gib}")
+        found = re.search(r"best (?:found here|of [\w ]+): (.*)", unbroken(out))[1]
+        if words == bare:
+            assert found.startswith("this plan"), "it may use what it does"
+        elif is_found:
+            assert found.startswith("1f1b, layers redistributed: about ")
+            assert f", {needs:.2f} GiB" in found
+        else:
+            assert found.startswith("nothing fits: ")
+            assert f"than the {0.95 * gib:.4g} GiB that a plan may use" in found
+
+
 def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
     words, row = "word " * 40, f"1  {'a  b' * 50}"
     overrides = " ".join(f"parallel.pp{n}={n}" for n in range(12))

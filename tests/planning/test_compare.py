@@ -18,6 +18,7 @@ from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import (
     Way,
+    beside,
     contention_words,
     helps_of,
     larger_batch_of,
@@ -213,6 +214,27 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
     assert larger_batch_of(solved, report) is None
 
 
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        (["vocab=one_barrier"], "memory_gib"),
+        (["parallel.offload_activations=1", "parallel.pp=4"], "host_memory_gib"),
+    ],
+)
+def test_another_plan_may_use_what_a_proposal_may_where_the_plan_itself_uses_no_more(
+    words, setting
+):
+    config = load_config([*GPT, *words])
+    report = make_report(config)
+    needs = {"memory_gib": report.ranks[report.worst].memory.total}
+    needs["host_memory_gib"] = report.host.total
+    for part, is_lean in ((0.94, True), (0.96, False), (0.999, False), (1.1, False)):
+        cluster = replace(config.cluster, **{setting: needs[setting] / part / 2**30})
+        typed = replace(config, cluster=cluster)
+        rest = beside(typed, make_report(typed))
+        assert rest == replace(typed, cluster=with_margin(cluster) if is_lean else cluster)
+
+
 def test_of_a_long_step_short_ones_tell_what_a_batch_twice_as_large_gains(monkeypatch):
     config = load_config([*GPT, "parallel.pp=8", "parallel.dp=1", "num_microbatches=32"])
     report = make_report(config)
@@ -227,7 +249,10 @@ def test_of_a_long_step_short_ones_tell_what_a_batch_twice_as_large_gains(monkey
     assert "about " not in help_lines(report, [], planned)[0]
 
 
-def test_searches_that_share_what_they_know_simulate_no_step_twice(monkeypatch):
+@pytest.mark.parametrize("part", [0.5, 0.94, 0.97])
+@pytest.mark.parametrize("recompute", ["none", "[full,7*none]"])
+def test_searches_that_share_what_they_know_simulate_no_step_twice(part, recompute, monkeypatch):
+    """Whether they may use as much memory or not: `part` is what the plan uses."""
     simulated = []
 
     def counted(draft, name):
@@ -235,10 +260,17 @@ def test_searches_that_share_what_they_know_simulate_no_step_twice(monkeypatch):
         return short_step(draft, name)
 
     monkeypatch.setattr(shared_module, "short_step", counted)
-    config = load_config([*GPT, "vocab=none", "schedule=zb_v", "parallel.pp=4", "parallel.dp=2"])
+    typed = ["vocab=none", "schedule=zb_v", "parallel.pp=4", "parallel.dp=2"]
+    if recompute != "none":
+        typed.append(f"parallel.recompute_per_stage={recompute}")
+    config = load_config([*GPT, *typed])
     report = make_report(config)
-    shared = Shared(Scales(config, limit_of(config.cluster)))
-    without_vocabulary(config, report.degrees, shared)
+    gib = report.ranks[report.worst].memory.total / part / 2**30
+    config = replace(config, cluster=replace(config.cluster, memory_gib=gib))
+    report, rest = make_report(config), beside(config, make_report(config))
+    assert (rest == config) is (part > 0.95)
+    shared = Shared(Scales(rest, limit_of(rest.cluster)))
+    without_vocabulary(rest, report.degrees, shared)
     num_before = len(simulated)
     found = helps_of(config, report, shared=shared)
     assert 0 < num_before < len(simulated)

@@ -40,7 +40,7 @@ from vp_train.planning.choice import (
     with_replicas,
 )
 from vp_train.planning.cluster import MARGIN, limit_of
-from vp_train.planning.compare import Help, helps_of, larger_batch_of, rivals_of
+from vp_train.planning.compare import Help, beside, helps_of, larger_batch_of, rivals_of
 from vp_train.planning.found import Estimate, Limits, Result
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.plan import SEARCHING, read_schedule
@@ -205,8 +205,9 @@ def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help
             comparing.work_on("planning what would help")
             comparing.print(text_of(remedy_lines(config, report, comparing.work_on)))
         comparing.work_on("searching the same split without vocabulary parallelism")
-        shared = Shared(Scales(config, limit_of(config.cluster)))
-        without = without_of(config, report, shared)
+        rest = beside(config, report)
+        shared = Shared(Scales(rest, limit_of(rest.cluster)))
+        without = without_of(rest, report, shared)
         comparing.print(text_of(without_lines(report, without)))
         comparing.work_on("planning with another contention")
         comparing.print(text_of(decides_lines(config, report, rivals, without)))

@@ -320,6 +320,15 @@ def proposing(config: RunConfig) -> RunConfig:
     return replace(config, cluster=with_margin(config.cluster))
 
 
+def beside(config: RunConfig, report: PlanReport) -> RunConfig:
+    """Return `config` with the memory that another plan may use in the place of its own.
+
+    That is what a proposal may use if its own plan leaves as much free, else all.
+    """
+    lean = proposing(config)
+    return lean if replace(report, cluster=lean.cluster).fits else config
+
+
 def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
     dp, pp, tp = degrees.dp, degrees.pp, degrees.tp
     return replace(config, parallel=replace(config.parallel, dp=dp, pp=pp, tp=tp))
