@@ -17,14 +17,14 @@ import pytest
 from schedules.render import duration
 from vp_train.commands import search_words
 from vp_train.commands.plan import main
-from vp_train.commands.plan_words import plan_lines, text_of
+from vp_train.commands.plan_words import plan_lines, short_words, text_of, without_lines
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.choice import Kept, batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.report import make_report
-from vp_train.planning.search import search
+from vp_train.planning.search import search, without_vocabulary
 from vp_train.settings import load_config
 
 AS_TYPED = ["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=32"]
@@ -126,6 +126,33 @@ def test_the_best_without_vocabulary_parallelism_leaves_as_much_memory_free_as_t
         else:
             assert found.startswith("nothing fits: ")
             assert f"than the {0.95 * gib:.4g} GiB that a plan may use" in found
+
+
+@pytest.mark.parametrize("num_open", [0, 3])
+@pytest.mark.parametrize("vocab", ["none", "one_barrier"])
+def test_of_a_plan_without_vocabulary_parallelism_other_ways_of_its_split_are_named(
+    vocab, num_open
+):
+    """Whether another is faster or not, and whether all were looked at."""
+    config = load_config([*NANO, "parallel.pp=2", f"vocab={vocab}"])
+    report = make_report(config)
+    result = replace(without_vocabulary(config, report.degrees), num_open=num_open)
+    for part, compared in ((0.5, "50.0% faster"), (0.99, "1.0% faster"), (1.5, "50.0% slower")):
+        seconds = part * report.step_seconds
+        best = replace(result.without_vocabulary, seconds=seconds)
+        (line,) = without_lines(report, replace(result, without_vocabulary=best))
+        head, _, found = line.partition(": ")
+        other = f"{short_words(best.choice)}: about {duration(seconds)} ({compared}), "
+        assert found.startswith("this plan" if vocab == "none" and part > 1 else other)
+        label, words = head[:10].rstrip(), head[10:]
+        if vocab == "none":
+            assert label == "ways"
+            assert words.startswith("of this split, as this plan without vocabulary parallelism, ")
+        else:
+            assert label == "without"
+            assert words.startswith("vocabulary parallelism, ")
+        all_words = "best of all" if vocab == "none" else "best of this split"
+        assert words.endswith("best found here" if num_open else all_words)
 
 
 def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():

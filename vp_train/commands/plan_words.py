@@ -194,16 +194,21 @@ def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -
 
 
 def without_lines(report: PlanReport, result: Result | None) -> list[str]:
-    """Return a line with the best plan of this split that does not split the vocabulary."""
+    """Return a line with the best plan of this split that does not split the vocabulary.
+
+    Of a plan that does not either, these are other ways to run it, and it may be the best.
+    """
     if result is None:
         return []
-    best, how = result.without_vocabulary, "found here" if result.num_open else "of this split"
-    head = f"without   vocabulary parallelism, best {how}:"
+    best, is_bare = result.without_vocabulary, report.vocab == "none"
+    how = "found here" if result.num_open else "of all" if is_bare else "of this split"
+    what = "ways      of this split, as this plan without" if is_bare else "without  "
+    head = f"{what} vocabulary parallelism, best {how}:"
     if best is None:
         reason = "" if result.leanest is None else f": {result.leanest.reason}"
         return [f"{head} nothing fits{reason}"]
-    if report.vocab == "none" and best.seconds >= 0.995 * report.step_seconds:
-        return [f"{head} this plan, which has none"]
+    if is_bare and best.seconds >= 0.995 * report.step_seconds:
+        return [f"{head} this plan"]
     return [f"{head} {short_words(best.choice)}: {compared_words(best, report.step_seconds)}"]
 
 
