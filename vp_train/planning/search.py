@@ -77,7 +77,7 @@ _ALIKE = 0.97
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
-_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.4, 0.2
+_BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
 _ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
