@@ -235,6 +235,19 @@ def test_another_plan_may_use_what_a_proposal_may_where_the_plan_itself_uses_no_
         assert rest == replace(typed, cluster=with_margin(cluster) if is_lean else cluster)
 
 
+def test_help_does_not_look_for_the_stages_that_recompute_beside_offloading(monkeypatch):
+    seen = []
+
+    def fastest(config, rounds, *rest):
+        seen.extend(choice for choices, _ in rounds for choice in choices)
+
+    monkeypatch.setattr(compare, "_fastest", fastest)
+    config = load_config([*GPT, "parallel.pp=4", "parallel.offload_activations=1"])
+    helps_of(config, make_report(config))
+    assert any(choice.recompute != "none" for choice in seen if choice.offload)
+    assert not any(choice.recompute_where_needed for choice in seen if choice.offload)
+
+
 def test_of_a_long_step_short_ones_tell_what_a_batch_twice_as_large_gains(monkeypatch):
     config = load_config([*GPT, "parallel.pp=8", "parallel.dp=1", "num_microbatches=32"])
     report = make_report(config)
