@@ -710,12 +710,13 @@ def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch
     other.write_text("F0 B0")
     code, out, err = vp_explain(run, "--cost", other)
     assert (code, out) == (EXIT_CONFIG, "")
-    assert "other.yaml is there and holds no costs; give another --cost FILE" in err
+    assert "other.yaml is there and holds no costs; give another --cost FILE.yaml" in err
     assert other.read_text() == "F0 B0"
-    code, out, err = vp_explain(run, "--cost", costs.with_suffix(".txt"))
+    unread = costs.with_name("h100.v2")
+    code, out, err = vp_explain(run, "--cost", unread)
     assert (code, out) == (EXIT_CONFIG, "")
-    assert f"can be read as cost=FILE; write --cost {costs}" in err
-    assert not costs.with_suffix(".txt").exists()
+    assert f"can be read as cost=FILE; write --cost {unread}.yaml" in err
+    assert not unread.exists()
     cost = load_config([f"cost={costs}"]).cost
     assert cost.rank_slowness == (1.0, 1.0, 2.0, 1.0)
     assert cost.is_measured

@@ -155,7 +155,7 @@ class _Weaver:
         self, base: BaseOrder, problem: Problem, network: Network, preference: Preference
     ) -> None:
         self._network, self._preference = network, preference
-        count, size, num_ranks = network.num_microbatches, network.size, network.num_ranks
+        count, size = network.num_microbatches, network.size
         passes = [node for node in network.nodes if isinstance(node, Pass)]
         keys = {(node.stage, node.kind): k for k, node in enumerate(passes)}
         orders = [
@@ -178,10 +178,7 @@ class _Weaver:
         weights = in_flight_weights(network, problem)
         self._change = [weights.get(node.kind, 0.0) for node in passes]
         self._most_in_flight = [LOOSE * most_in_flight(order, weights) for order in base]
-        self._in_flight = [0.0] * num_ranks
-        self._held_shards, self._held_gradients = [0] * num_ranks, [0] * num_ranks
-        self._most_shards = _NEVER if problem.forward_only else preference.max_held
-        self._eager = tuple(_SLOTS[kind] for kind in preference.eager)
+        self._forward_only = problem.forward_only
         self._is_gradient = [node.kind is Kind.G for node in passes]
         self._first_forward = keys[0, Kind.F]
         self._missing = [len(before) for before in network.inputs] * count
@@ -189,14 +186,16 @@ class _Weaver:
 
     def run(self) -> Orders:
         """Place every pass and return the orders. Raises DeadlockError if the base order blocks."""
-        network, push, pop = self._network, heapq.heappush, heapq.heappop
+        network, preference = self._network, self._preference
+        push, pop = heapq.heappush, heapq.heappop
         size, num_passes, num_ranks = network.size, network.num_passes, network.num_ranks
         lanes, seconds, followers = network.lanes, network.seconds, network.followers
         missing, arrived_at, left_of = self._missing, self._arrived_at, self._left
-        changes, in_flight, most_in_flight = self._change, self._in_flight, self._most_in_flight
-        held_shards, held_gradients = self._held_shards, self._held_gradients
-        max_held, patience = self._preference.max_held, self._preference.patience
-        most_shards, eager = self._most_shards, self._eager
+        changes, most_in_flight, in_flight = self._change, self._most_in_flight, [0.0] * num_ranks
+        held_shards, held_gradients = [0] * num_ranks, [0] * num_ranks
+        max_held, patience = preference.max_held, preference.patience
+        most_shards = _NEVER if self._forward_only else max_held
+        eager = [_SLOTS[kind] for kind in preference.eager]
         fillers = [slot for slot in _FILLERS if slot not in eager]
         free_at = [0.0] * network.num_lanes
         orders: Orders = [[] for _ in range(num_ranks)]
@@ -207,8 +206,10 @@ class _Weaver:
             now, rank = pop(wakes)
             if now < free_at[rank]:
                 continue  # the rank has taken a pass since this wake was pushed
-            # Choose the `slot` from which it takes its next pass. If there is none, it chooses
-            # again at `later`, or if that is never, when another rank has made progress.
+            # Choose the `slot` from which it takes its next pass. What is eager goes first, then T
+            # and G where too many wait for theirs, W where too much is in flight, the base order,
+            # and the fillers. If there is none, it chooses again at `later`, or if that is never,
+            # when another rank has made progress.
             left, shards, later = left_of[rank], held_shards[rank], _NEVER
             is_full = shards >= most_shards  # no S before a T
             for slot in eager:

@@ -12,7 +12,7 @@ import pytest
 
 from vp_train.commands.plan_words import help_lines
 from vp_train.commands.search_words import search_lines
-from vp_train.planning import compare
+from vp_train.planning import compare, outlook
 from vp_train.planning import shared as shared_module
 from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.cluster import limit_of, with_margin
@@ -126,8 +126,8 @@ def test_of_a_long_step_a_shorter_one_tells_what_another_contention_does(schedul
     typed = [*GPT, "parallel.pp=4", f"schedule={schedule}", "num_microbatches=96"]
     now, then = (load_config([*typed, f"cluster.contention={part}"]) for part in (0.1, 0.3))
     seconds = make_report(now).step_seconds
-    monkeypatch.setattr(compare, "SHORT", 128)
-    monkeypatch.setattr(compare, "LONG", 512)
+    monkeypatch.setattr(compare, "MOST_AT_ONCE", 128)
+    monkeypatch.setattr(compare, "MOST_PLANNED", 512)
     assert compare._shortened(now).num_microbatches < 96
     found = pipeline_way("it", now, seconds).at(0.3)
     assert found == pytest.approx(make_report(then).step_seconds, rel=5e-4)
@@ -235,11 +235,26 @@ def test_another_plan_may_use_what_a_proposal_may_where_the_plan_itself_uses_no_
         assert rest == replace(typed, cluster=with_margin(cluster) if is_lean else cluster)
 
 
+def test_help_does_not_look_for_the_stages_that_recompute_beside_offloading(monkeypatch):
+    seen = []
+
+    def fastest(config, rounds, *rest):
+        seen.extend(choice for choices, _ in rounds for choice in choices)
+
+    monkeypatch.setattr(compare, "_fastest", fastest)
+    config = load_config([*GPT, "parallel.pp=4", "parallel.offload_activations=1"])
+    helps_of(config, make_report(config))
+    assert any(choice.recompute != "none" for choice in seen if choice.offload)
+    assert not any(choice.recompute_where_needed for choice in seen if choice.offload)
+
+
 def test_of_a_long_step_short_ones_tell_what_a_batch_twice_as_large_gains(monkeypatch):
     config = load_config([*GPT, "parallel.pp=8", "parallel.dp=1", "num_microbatches=32"])
     report = make_report(config)
     planned = larger_batch_of(config, report)
-    monkeypatch.setattr(compare, "SHORT", 0)
+    monkeypatch.setattr(outlook, "MOST_AT_ONCE", 0)
+    assert larger_batch_of(config, report) == planned, "short steps promise it"
+    monkeypatch.setattr(outlook, "MOST_PLANNED", 0)
     found = larger_batch_of(config, report)
     assert (planned.is_planned, found.is_planned) == (True, False)
     assert found.overrides == planned.overrides == "num_microbatches=64"

@@ -414,10 +414,14 @@ def test_what_a_plan_has_is_not_tried_again(monkeypatch):
     typed = ["parallel.pp=4", "optim.name=zero1", "parallel.recompute=full"]
     config = load_config([*LLAMA, *typed, "parallel.offload_activations=1"])
     tried = []
-    monkeypatch.setattr(plan_remedies, "_simulated_bytes", lambda one: tried.append(one) or 0.0)
-    remedies(config, make_report(config))
-    assert all(changes_of(config, one) for one in tried)
-    assert len(tried) == 2, "recomputation, and the optimizer on hosts"
+    real = plan_remedies.outlook_of
+    monkeypatch.setattr(
+        plan_remedies, "outlook_of", lambda one, **of: tried.append(one) or real(one, **of)
+    )
+    found = remedies(config, make_report(config))
+    assert [changes_of(config, one) for one in tried] == ["parallel.recompute=selective"]
+    assert sum("optim.offload=true" in one for one in found) == 1
+    assert not any("zero1" in one for one in found)
 
 
 @pytest.mark.parametrize(
@@ -593,3 +597,17 @@ def test_hosts_without_room_are_not_helped_by_more_recomputation_on_the_gpus():
     tight = Scales(replace(config, cluster=cluster), math.inf, (config.optim,))
     assert tight.weigh(choice).seems_to_fit
     assert not tight.weigh(mixed).seems_to_fit
+
+
+def test_what_is_saved_is_found_whole_where_the_backward_is_split(monkeypatch):
+    """Short steps keep more or less by some percent; another optimizer saves its state."""
+    typed = ["model=gpt_4b", "cluster=a100_80g_node", "parallel.pp=4", "parallel.dp=2"]
+    typed += ["num_microbatches=50", "schedule=zb_v", "parallel.offload_activations=1"]
+    config = load_config([*typed, "cluster.memory_gib=2"])
+    report = make_report(config)
+    monkeypatch.setattr(plan_remedies, "MOST_AT_ONCE", 0)
+    found = remedies(config, report)
+    for words in ("parallel.recompute=full", "optim.name=zero1"):
+        changed = make_report(load_config([*typed, words]))
+        saved = human_bytes(needs_of(report) - needs_of(changed))
+        assert f"{words}: about {saved} less, which is not enough alone" in found

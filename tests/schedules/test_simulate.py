@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from schedules import simulate
@@ -50,6 +52,16 @@ def test_a_sweep_is_asked_only_where_two_collectives_become_ready_at_once(monkey
     for network, orders in networks("gpipe", "naive", 8, 16, None):
         timed(network, orders)
     assert asked, "equal costs"
+    asked.clear()
+    problem = problem_of("gpipe", "naive", 8, 16)
+    cost = costs_of(problem, None)
+    free = replace(cost, barrier_seconds=dict.fromkeys(cost.barrier_seconds, 0.0))
+    network = Network.of(problem, free)
+    orders = weave(base_order("gpipe", problem), problem, network, STARTS[0])
+    found = timed(network, orders)
+    assert not asked, "collectives that take no time"
+    swept = sweep(network, orders)
+    assert (found.start, found.makespan) == (swept.start, swept.makespan)
 
 
 @pytest.mark.parametrize("change", ["deadlock", "missing"])

@@ -308,11 +308,11 @@ def cost_output_of(option: str, word: str) -> Path:
     if path.suffix != ".yaml":
         raise ConfigError(
             f"{option} {path}: only a name that ends with .yaml can be read as cost=FILE; write "
-            f"{option} {path.with_suffix('.yaml')}"
+            f"{option} {path}.yaml"
         )
     if path.is_file() and path.stat().st_size and not has_settings(path, "cost"):
         raise ConfigError(
-            f"{option} {path} is there and holds no costs; give another {option} FILE"
+            f"{option} {path} is there and holds no costs; give another {option} FILE.yaml"
         )
     return path
 

@@ -28,7 +28,15 @@ from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
-from vp_train.planning.outlook import LONG, SHORT, Outlook, num_passes, outlook_of
+from vp_train.planning.outlook import (
+    MOST_AT_ONCE,
+    MOST_PLANNED,
+    Outlook,
+    num_passes,
+    outlook_of,
+    promising,
+)
+from vp_train.planning.peaks import keeps_all
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import PlanReport, brief_report
 from vp_train.planning.search import simulated
@@ -144,7 +152,8 @@ def _shortened(config: RunConfig) -> RunConfig:
     """
     if config.schedule.file is not None:
         return config
-    most = LONG if GENERATORS[config.schedule.name].split_backward else SHORT
+    is_uneven = GENERATORS[config.schedule.name].split_backward
+    most = MOST_PLANNED if is_uneven else MOST_AT_ONCE
     if num_passes(config) <= most:
         return config
     stages = num_passes(config) // config.num_microbatches
@@ -276,8 +285,13 @@ def helps_of(
         if config.run.device == "cuda":
             num_layers = config.model.num_layers
             moving = [choice] if number == 1 else neighbours(choice, choices)
-            found += [moved for one in moving for moved in offloading(one, num_layers)]
-        return [one for one in dict.fromkeys(found) if one != now]
+            found += [other for one in moving for other in offloading(one, num_layers)]
+        # Which stages recompute is dear to find out, the more if they offload.
+        return [
+            one
+            for one in dict.fromkeys(found)
+            if one != now and not (one.offload and one.recompute_where_needed)
+        ]
 
     progress("trying what one other setting would gain")
     of_one, typed = near(now), (config.optim,)
@@ -352,12 +366,15 @@ def _fastest(
 
 
 def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
-    """Return the plan of an estimate, the estimate of a long step, None if it does not fit."""
+    """Return the plan of an estimate, the estimate of a long step, None if it does not fit.
+
+    None also for a long step of which no short ones tell what it keeps.
+    """
     choice = replace(estimate.choice, balance=config.vocab.balance)
     if not choice.redistributes and config.parallel.placement == "balanced":
         choice = replace(choice, placement="balanced")
     chosen, words = choice.applied(config), choice.changes(config)
-    if num_passes(chosen) > LONG:
+    if num_passes(chosen) > MOST_PLANNED and not keeps_all(chosen.schedule.name):
         return Help(words, estimate.seconds, estimate.memory, estimate.host, is_planned=False)
     with suppress(ConfigError):
         found = outlook_of(chosen)
@@ -372,16 +389,19 @@ def _help_of(words: str, found: Outlook) -> Help:
 def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
     """Return a batch twice as large if that gains 1 % of tokens per second.
 
-    Short steps tell, and a step is planned whole unless it is long.  Else None, also where ranks
-    hardly wait.
+    It is planned whole unless it is long: then short steps tell.  None also where ranks hardly
+    wait, and for a schedule from a file or from schedule=auto.
     """
     waiting = 1 - report.ranks[report.busiest].busy / report.step_seconds
     if waiting < _LEAST_WAITING or config.schedule.is_solved or config.schedule.file is not None:
         return None
     count, enough = 2 * config.num_microbatches, 2 * (1 - _LEAST_GAIN) * report.step_seconds
+
+    def gains(found: Outlook) -> bool:
+        return found.seconds < enough
+
     with suppress(ConfigError):
-        larger = replace(proposing(config), num_microbatches=count)
-        found = outlook_of(larger, whole=SHORT)
-        if found.fits and found.seconds < enough:
+        found = promising(replace(proposing(config), num_microbatches=count), gains)
+        if found.fits and gains(found):
             return _help_of(f"num_microbatches={count}", found)
     return None

@@ -56,8 +56,13 @@ def peaks_of(name: str, problem: Problem, *, check: bool = True) -> tuple[Peak, 
 
 
 def enough_microbatches(name: str, num_microbatches: int, layout: Layout) -> int:
-    """Return with how many of the microbatches every rank has its peak: gpipe needs them all."""
-    return num_microbatches if name == "gpipe" else min(num_microbatches, 2 * layout.num_ranks + 4)
+    """Return with how many of the microbatches every rank has its peak."""
+    return num_microbatches if keeps_all(name) else min(num_microbatches, 2 * layout.num_ranks + 4)
+
+
+def keeps_all(name: str) -> bool:
+    """Return whether a rank keeps all microbatches of a step: those of gpipe run forward first."""
+    return name == "gpipe"
 
 
 def _most(

@@ -37,6 +37,7 @@ from vp_train.planning.memory import (
     host_bytes,
     host_state,
     rank_memory,
+    state_of,
 )
 from vp_train.planning.overlap import Exchange, exchange
 from vp_train.planning.plan import StepPlan, plan_step, row_advice
@@ -272,6 +273,14 @@ class PlanReport:
             f"{human_bytes(abs(self.excess))} {how} than {cap:,g} GiB"
         )
 
+    def memory_with(self, optim: OptimConfig) -> float:
+        """Return what the rank that needs most would need with the state of another optimizer."""
+        memories = [rank.memory for rank in self.ranks]
+        return max(
+            one.total - one.state + state_of(self.work, optim, one.parameters).state
+            for one in memories
+        )
+
     def host_with(self, optim: OptimConfig) -> HostUsage:
         """Return what `host` would be with another optimizer."""
         of_rank = [
@@ -370,7 +379,10 @@ def _planned(
 
 
 def with_costs(config: RunConfig) -> RunConfig:
-    """Return `config` with the costs of its cluster.  Raises ConfigError for other degrees."""
+    """Return `config` with the costs of its cluster.
+
+    Raises ConfigError for degrees that do not fill the cluster.
+    """
     try:
         degrees = split_ranks(config.parallel, config.cluster.num_gpus, otherwise=_OTHER_CLUSTER)
     except ConfigError as error:

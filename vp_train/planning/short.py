@@ -29,7 +29,8 @@ def short_step(draft: Draft, name: str) -> tuple[StepPlan, float, int]:
     """Return a step with few microbatches, the seconds of all passes, and the nodes placed.
 
     In its steady state a pipeline takes equally long for every p microbatches.  So the time of two
-    short steps gives that of a long one.  The step that is returned keeps what a long one keeps.
+    short steps gives that of a long one.  The step that is returned keeps what a long one keeps,
+    except with gpipe, where ranks keep every microbatch: it keeps only its own.
 
     Where the backward is split and ranks wait in the steady state, one gap is filled after the
     other, and what a microbatch takes changes slowly.  A third, longer step tells more.  Of 860
