@@ -1261,7 +1261,7 @@ def test_all_that_memory_refused_is_tried_with_offloading(enter):
 
 
 @pytest.mark.parametrize("effort", [10**6, 5_000, 3_000])
-def test_offloading_takes_a_fifth_of_the_effort_or_what_is_left_for_estimates(
+def test_offloading_takes_three_tenths_of_the_effort_or_what_is_left_for_estimates(
     enter, effort, monkeypatch
 ):
     """A schedule whose activations are offloaded takes three times the effort of others."""
@@ -1282,7 +1282,7 @@ def test_offloading_takes_a_fifth_of_the_effort_or_what_is_left_for_estimates(
         if what == "weigh":
             begins = spent
     tried = {number for number in world.asked("short") if number >= 8}
-    enough = max(0.5 * effort, begins + 0.2 * effort)
+    enough = max(0.5 * effort, begins + 0.3 * effort)
     assert events[-2][0] < enough
     assert spent >= enough or len(tried) == 8, "the other part takes as long"
     assert (len(tried) == 8) == (effort > 5_000)
