@@ -83,12 +83,13 @@ def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text, monkeyp
     at_home = replace(stored, tokenizer="~/tokenizer.json")
     assert prepare(at_home, VOCAB, progress=False).path == corpus.path
     other = tmp_path / "other.json"
-    train_tokenizer(["quite another text"], VOCAB).save(str(other))
-    with pytest.raises(
-        ConfigError,
-        match=r"was prepared with another tokenizer than data.tokenizer=.*other.json; drop that",
-    ):
-        prepare(replace(stored, tokenizer=str(other)), VOCAB, progress=False)
+    for size in (VOCAB, VOCAB + 100):
+        train_tokenizer([" ".join(map(str, range(1000)))], size).save(str(other))
+        with pytest.raises(
+            ConfigError,
+            match=r"was prepared with another tokenizer than data.tokenizer=.*other.json; drop",
+        ):
+            prepare(replace(stored, tokenizer=str(other)), VOCAB + 100, progress=False)
     with pytest.raises(
         ConfigError, match=r"end with '<\|endoftext\|>', not with data.end_token=a; drop that"
     ):

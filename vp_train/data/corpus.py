@@ -326,7 +326,7 @@ def _open(path: Path, config: DataConfig) -> Corpus:
         return corpus
     tokenizer = load_tokenizer(corpus.tokenizer, corpus.manifest.vocab_size)
     wanted = corpus.tokenizer if config.tokenizer is None else _given_tokenizer(config.tokenizer)
-    if load_tokenizer(wanted, corpus.manifest.vocab_size).to_str() != tokenizer.to_str():
+    if load_tokenizer(wanted, None).to_str() != tokenizer.to_str():
         raise ConfigError(
             f"{path} was prepared with another tokenizer than data.tokenizer={config.tokenizer}; "
             "drop that, or give the text instead"
