@@ -362,6 +362,19 @@ def test_weights_of_another_model_are_refused_before_data_is_prepared(started, t
             check_start(load_config(given))
 
 
+def test_weights_with_learned_positions_fix_the_sequence(started, tmp_path):
+    learned = ["model.positions=learned"]
+    started(*learned, "model.seq_length=64")
+    given = [*learned, "run.init_from=runs/one", "run.name=two"]
+    check_start(load_config([*given, "model.seq_length=64"]))
+    with pytest.raises(ConfigError) as caught:
+        check_start(load_config([*given, "model.seq_length=32"]))
+    assert str(caught.value) == (
+        "run.init_from=runs/one is with model.seq_length=64, this command line has 32; "
+        "use the same value"
+    )
+
+
 def test_a_run_that_is_not_there_is_said_to_begin(started):
     config = load_config(["run.name=two", "run.resume=true"])
     assert resume_words(config).startswith("runs/two holds no run: NOTHING IS RESUMED, a new ")

@@ -761,7 +761,10 @@ def check_start(config: RunConfig, batch: BatchChange = None) -> None:
         place = Path(os.path.expanduser(run.init_from)).absolute()
         origin_settings, now = _model_of(place), _values_of(config)
         names = (name for name in now if name.startswith("model."))
-        for name in (name for name in names if name.removeprefix("model.") not in FREE_MODEL):
+        fixed = [name for name in names if name.removeprefix("model.") not in FREE_MODEL]
+        if config.model.positions == "learned":  # a row of the weights for each
+            fixed.append("model.seq_length")
+        for name in fixed:
             _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
 
 
