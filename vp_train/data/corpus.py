@@ -8,6 +8,7 @@ directory holds the tokens (Megatron's indexed dataset), the tokenizer and a man
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from vp_train.config import (
     BlendEntry,
@@ -66,6 +68,7 @@ _LONGEST_TRAINED_WORD = 1_000
 _TRAINED_PIECE = 1 << 18  # characters; the trainer keeps hundreds
 _TRAINING_CHARACTERS = 200_000_000  # more text does not change a tokenizer's merges noticeably
 _SOON_HASHED = 1 << 30  # bytes
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a failed write does not name its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +135,20 @@ def printable_lines(lines: Sequence[str]) -> str:
 def _exclusive(cache_dir: Path) -> Iterator[None]:
     """Let one process at a time work in the cache.  The lock ends when its process ends.
 
-    Raises OSError with the way out if nothing can be written there.
+    Raises OSError with the way out if nothing can be written there, or the disk gets full.
     """
     with advising(cache_dir, "set data.cache_dir to a directory where you may write"):
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = (cache_dir / ".lock").open("w")
     with lock as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            words = f"{error.strerror}; make room there, or set data.cache_dir to another place"
+            raise OSError(error.errno, words, error.filename or str(cache_dir)) from None
 
 
 def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Corpus, ...]:
@@ -431,10 +440,16 @@ def _trained(
         tokenizer = train_tokenizer(all_texts(), vocab_size)
     path = own if num_ids(tokenizer) == vocab_size else complete
     written = path.with_suffix(".new")
-    tokenizer.save(str(written))
+    written.write_text(_text_of(tokenizer), encoding="utf-8")
     sync(written)
     written.replace(path)  # complete or absent, whenever the process is killed
     return path
+
+
+def _text_of(tokenizer: Tokenizer) -> str:
+    """Return what `Tokenizer.save` writes; that raises no OSError for a full disk."""
+    text: str = tokenizer.to_str(pretty=True)
+    return text
 
 
 def _digest(values: object) -> str:
@@ -534,7 +549,7 @@ class _Work:
         started, config = time.perf_counter(), self.config
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         end = end_token_id(tokenizer, config.end_token, self.vocab_size)
-        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(_text_of(tokenizer), encoding="utf-8")
         size, reading = num_ids(tokenizer), Reading(self.left_out)
         found = encoded(
             read_documents(self.files, config.jsonl_field, reading=reading),
