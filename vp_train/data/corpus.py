@@ -228,8 +228,13 @@ def _naming_set(entry: ValidationEntry) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        words = str(error).replace("data.path=", "path=")
+        words = _of_entry(error).replace("data.path=", "path=")
         raise ConfigError(f"data.validation, {entry.name}: {words}") from None
+
+
+def _of_entry(error: ConfigError) -> str:
+    """Return the message about an entry of a list, which has a path of its own."""
+    return str(error).replace("set data.path to", "set its path to")
 
 
 def trained_on(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
@@ -274,7 +279,7 @@ def _naming_corpus(number: int) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"data.blend[{number}]: {error}") from None
+        raise ConfigError(f"data.blend[{number}]: {_of_entry(error)}") from None
 
 
 def _stored(config: DataConfig) -> Path | None:
