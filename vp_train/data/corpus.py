@@ -24,7 +24,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from vp_train.config import (
     BlendEntry,
@@ -57,6 +56,7 @@ from vp_train.data.tokenizer import (
     load_tokenizer,
     num_ids,
     require_bytes,
+    save_tokenizer,
     train_tokenizer,
 )
 from vp_train.durable import UnreadableError, advising, read_text, sync
@@ -445,16 +445,10 @@ def _trained(
         tokenizer = train_tokenizer(all_texts(), vocab_size)
     path = own if num_ids(tokenizer) == vocab_size else complete
     written = path.with_suffix(".new")
-    written.write_text(_text_of(tokenizer), encoding="utf-8")
+    save_tokenizer(tokenizer, written)
     sync(written)
     written.replace(path)  # complete or absent, whenever the process is killed
     return path
-
-
-def _text_of(tokenizer: Tokenizer) -> str:
-    """Return what `Tokenizer.save` writes; that raises no OSError for a full disk."""
-    text: str = tokenizer.to_str(pretty=True)
-    return text
 
 
 def _digest(values: object) -> str:
@@ -554,7 +548,7 @@ class _Work:
         started, config = time.perf_counter(), self.config
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         end = end_token_id(tokenizer, config.end_token, self.vocab_size)
-        (directory / "tokenizer.json").write_text(_text_of(tokenizer), encoding="utf-8")
+        save_tokenizer(tokenizer, directory / "tokenizer.json")
         size, reading = num_ids(tokenizer), Reading(self.left_out)
         found = encoded(
             read_documents(self.files, config.jsonl_field, reading=reading),
