@@ -76,6 +76,7 @@ ALLOWED = {
         "vp_train.hf",
         "vp_train.durable",
         "vp_train.tensors.precision",
+        "vp_train.units",
     ),
     "vp_train.preflight": (
         "schedules",

@@ -76,7 +76,9 @@ def test_a_cluster_that_is_given_sets_what_its_file_sets(started):
 
 def test_a_searched_schedule_is_searched_again(started, tmp_path):
     started("schedule=auto", "schedule.file=runs/one/schedule.txt")
-    assert load_config(RESUMED).schedule.is_solved
+    again = load_config(RESUMED)
+    assert again.schedule.is_solved
+    assert resume_words(again) == BEGINS
 
 
 def test_corpora_of_a_blend_are_kept(started):
@@ -109,6 +111,17 @@ def test_changes_are_said(started):
         "  setting        was    now",
         "  schedule.name  gpipe  zb_h1  allowed",
         "  run.steps      90     99     allowed",
+    ]
+
+
+def test_another_file_of_the_schedule_is_said(started, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("")
+    started("schedule.file=a.txt")
+    words = resume_words(load_config([*RESUMED, "schedule.file=b.txt"]))
+    assert words.splitlines()[1:] == [
+        "  setting        was    now",
+        "  schedule.file  a.txt  b.txt  allowed",
     ]
 
 
@@ -360,6 +373,19 @@ def test_weights_of_another_model_are_refused_before_data_is_prepared(started, t
         check_start(load_config([*given, "model.vocab_size=500", "model.seq_length=64"]))
         with pytest.raises(ConfigError, match=r"is with model.vocab_size=500, this command line"):
             check_start(load_config(given))
+
+
+def test_weights_with_learned_positions_fix_the_sequence(started, tmp_path):
+    learned = ["model.positions=learned"]
+    started(*learned, "model.seq_length=64")
+    given = [*learned, "run.init_from=runs/one", "run.name=two"]
+    check_start(load_config([*given, "model.seq_length=64"]))
+    with pytest.raises(ConfigError) as caught:
+        check_start(load_config([*given, "model.seq_length=32"]))
+    assert str(caught.value) == (
+        "run.init_from=runs/one is with model.seq_length=64, this command line has 32; "
+        "use the same value"
+    )
 
 
 def test_a_run_that_is_not_there_is_said_to_begin(started):

@@ -521,10 +521,8 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str]) -> RunConfi
         section, _, key = name.partition(".")
         if name in saved and name not in _NOT_SAVED and section not in chosen:
             (groups.setdefault(section, {}) if key else values)[key or section] = saved[name]
-    schedule = groups.get("schedule", {})
-    file = Path(str(schedule.get("file")))
-    if schedule.get("name") == "auto" and file.parts[-2:] == (path.parent.name, "schedule.txt"):
-        del schedule["file"]  # what a search found; other settings may lead to another one
+    if _is_searched(saved, path):
+        groups.get("schedule", {}).pop("file", None)  # other settings may lead to another one
     defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
     again = [
         entry
@@ -554,6 +552,13 @@ def _sample_length(saved: Mapping[str, object]) -> int | None:
     """Return the length of a run's samples; None if its settings have none that can be used."""
     length = saved.get("data.sample_length") or saved.get("model.seq_length")
     return length if type(length) is int else None
+
+
+def _is_searched(saved: Mapping[str, object], path: Path) -> bool:
+    """Return whether the schedule.file in the settings at `path` is what the search has found."""
+    file = Path(str(saved.get("schedule.file")))
+    is_own = file.parts[-2:] == (path.parent.name, "schedule.txt")
+    return saved.get("schedule.name") == "auto" and is_own
 
 
 def _saved_settings(path: Path) -> dict[str, object]:
@@ -731,8 +736,9 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
         was, value = before[name], now[name]
         if name == "data.sample_length":
             was, value = _sample_length(before), config.sample_length
-        is_solved = name == "vocab.algorithm" and value == "auto"  # what the search found
-        if name in (*_NOT_SAVED, "schedule.file") or _value(was) == _value(value) or is_solved:
+        is_found = name == "vocab.algorithm" and value == "auto"  # by the search of a schedule
+        is_found |= name == "schedule.file" and value is None and _is_searched(before, path)
+        if name in _NOT_SAVED or _value(was) == _value(value) or is_found:
             continue
         is_table = name == "model.seq_length" and config.model.positions == "learned"
         found.append(change(name, was, value, None if is_table else permission_of(name)))
@@ -761,7 +767,10 @@ def check_start(config: RunConfig, batch: BatchChange = None) -> None:
         place = Path(os.path.expanduser(run.init_from)).absolute()
         origin_settings, now = _model_of(place), _values_of(config)
         names = (name for name in now if name.startswith("model."))
-        for name in (name for name in names if name.removeprefix("model.") not in FREE_MODEL):
+        fixed = [name for name in names if name.removeprefix("model.") not in FREE_MODEL]
+        if config.model.positions == "learned":  # a row of the weights for each
+            fixed.append("model.seq_length")
+        for name in fixed:
             _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
 
 

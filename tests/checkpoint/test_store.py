@@ -20,6 +20,7 @@ from vp_train.checkpoint.manifest import Manifest, StoredFile, newest_step, read
 from vp_train.checkpoint.saver import CheckpointError, Saver, save, set_aside
 from vp_train.checkpoint.store import CheckpointTensor, find, latest, load, newest
 from vp_train.checkpoint.stream import Described, write_tensors
+from vp_train.checkpoint.training import latest_of_run
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
 from vp_train.durable import checkpoints_in
@@ -300,9 +301,11 @@ def test_a_manifest_that_is_valid_but_foreign_is_refused(tmp_path):
         read_manifest(tmp_path / "step-00000001")
     with pytest.raises(
         ConfigError,
-        match=r"every checkpoint in .* is damaged or incomplete; restore one, or move them away to",
+        match=r"every checkpoint in .* is damaged or incomplete; restore one$",
     ):
         latest(tmp_path)
+    with pytest.raises(ConfigError, match=r"restore one, or move them away to begin without$"):
+        latest_of_run(tmp_path, None)
     assert latest(tmp_path / "elsewhere") is None
 
 

@@ -145,7 +145,9 @@ def test_a_corpus_that_is_missing_empty_or_too_short_is_named(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
     empty = replace(blend, blend=(BlendEntry(path=f"{tmp_path}/empty"), *blend.blend))
-    with pytest.raises(ConfigError, match=r"data\.blend\[0\]: .*a\.txt holds no text"):
+    with pytest.raises(
+        ConfigError, match=r"data\.blend\[0\]: .*a\.txt holds no text .*set its path to"
+    ):
         open_source(run_config(empty))
     write_letters(tmp_path / "short", [5, 5])
     short = replace(blend, blend=(*blend.blend, BlendEntry(path=f"{tmp_path}/short")))

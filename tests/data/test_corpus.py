@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
+from tests.disk import largest_file
 from vp_train.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunSettings
 from vp_train.data import corpus as corpus_module
 from vp_train.data import describe, indexed, open_source, prepare
@@ -83,12 +85,13 @@ def test_a_stored_corpus_takes_no_other_tokenizer_or_end(tmp_path, text, monkeyp
     at_home = replace(stored, tokenizer="~/tokenizer.json")
     assert prepare(at_home, VOCAB, progress=False).path == corpus.path
     other = tmp_path / "other.json"
-    train_tokenizer(["quite another text"], VOCAB).save(str(other))
-    with pytest.raises(
-        ConfigError,
-        match=r"was prepared with another tokenizer than data.tokenizer=.*other.json; drop that",
-    ):
-        prepare(replace(stored, tokenizer=str(other)), VOCAB, progress=False)
+    for size in (VOCAB, VOCAB + 100):
+        train_tokenizer([" ".join(map(str, range(1000)))], size).save(str(other))
+        with pytest.raises(
+            ConfigError,
+            match=r"was prepared with another tokenizer than data.tokenizer=.*other.json; drop",
+        ):
+            prepare(replace(stored, tokenizer=str(other)), VOCAB + 100, progress=False)
     with pytest.raises(
         ConfigError, match=r"end with '<\|endoftext\|>', not with data.end_token=a; drop that"
     ):
@@ -99,6 +102,22 @@ def test_a_cache_where_nothing_can_be_written_is_told_with_the_way_out(tmp_path,
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OSError, match=r"; set data.cache_dir to a directory where you may write"):
         prepare(config(tmp_path, text), VOCAB, progress=False)
+
+
+@pytest.mark.parametrize("most", [10, 100, 10_000])
+def test_a_full_disk_is_told_with_its_place_and_the_way_out(tmp_path, text, most):
+    (text / "long.txt").write_text(" ".join(map(str, range(5_000))))
+    with largest_file(most), pytest.raises(OSError, match="File too large; make room") as caught:
+        prepare(config(tmp_path, text), VOCAB, progress=False)
+    assert str(caught.value.filename).startswith(str(tmp_path / "cache"))
+    assert "set data.cache_dir to another place" in str(caught.value)
+    assert prepare(config(tmp_path, text), VOCAB, progress=False).fresh
+
+
+def test_a_stored_tokenizer_has_the_bytes_that_its_library_writes(tmp_path, text):
+    corpus = prepare(config(tmp_path, text), VOCAB, progress=False)
+    Tokenizer.from_file(str(corpus.tokenizer)).save(str(tmp_path / "again.json"))
+    assert (tmp_path / "again.json").read_bytes() == corpus.tokenizer.read_bytes()
 
 
 def test_an_interrupted_build_is_not_mistaken_for_a_corpus(tmp_path, text):

@@ -114,11 +114,13 @@ def test_text_that_is_trained_on_is_warned_of(config: RunConfig, tmp_path: Path)
 
 def test_a_set_that_cannot_be_used_is_named(config: RunConfig, tmp_path: Path) -> None:
     write_letters(tmp_path / "short", [4])
+    write_letters(tmp_path / "empty", [0])
     other = prepare(text_config(tmp_path, path=str(tmp_path / "code")), VOCAB_SIZE, progress=False)
     for path, message in (
         ("nowhere", r"data\.validation, bad: path=.*nowhere does not exist"),
         ("short", r"data\.validation, bad: .* too few for one sample of 9; give more text"),
         (other.path, r"data\.validation, bad: .* was prepared with another tokenizer"),
+        ("empty", r"data\.validation, bad: .* holds no text .*; set its path to some that do"),
     ):
         entry = ValidationEntry("bad", str(tmp_path / path))
         data = replace(config.data, validation=(entry,))

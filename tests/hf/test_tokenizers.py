@@ -284,7 +284,10 @@ def test_text_of_another_tokenizer_than_that_of_the_weights_is_refused(imported,
     assert message.startswith(f"the text is tokenized by {other} (hash {tokenizer_hash(other)}), ")
     assert ways_out in message
     (prepared,) = prepare_run(replace(fresh, run=RunSettings()), progress=False)
-    assert ways_out in refused(config_of(imported, prepared.path, tmp_path))
+    # The tokens of a prepared corpus stay, so only its text helps.
+    for given in ({}, {"tokenizer": str(other)}):
+        message = refused(config_of(imported, prepared.path, tmp_path, **given))
+        assert f"; give the text instead of the prepared corpus, with {ways_out}" in message
     wanted = replace(fresh, data=replace(fresh.data, other_tokenizer=True))
     assert prepare_run(wanted, progress=False)
 

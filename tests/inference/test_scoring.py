@@ -81,6 +81,19 @@ def test_what_cannot_be_scored_is_said(trained, tmp_path):
         vp_train.open_run(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["embedding.weight", "output.weight"])
+def test_weights_that_are_not_numbers_are_refused_as_generation_refuses_them(trained, name):
+    run = vp_train.open_run(trained)
+    with torch.no_grad():
+        run.model.parameters[name].fill_(math.nan)
+    said = []
+    for call in (vp_train.score, lambda run, texts: list(vp_train.generate(run, *texts, 1))):
+        with pytest.raises(ConfigError, match="logits are not numbers; take another") as caught:
+            call(run, ["the cat sat"])
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
 def test_the_package_imports_nothing_heavy():
     code = "import sys, vp_train; loaded = sorted({'torch', 'hydra'} & set(sys.modules)); "
     code += "print(loaded, hasattr(vp_train, 'no'))"

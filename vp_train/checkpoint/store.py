@@ -118,12 +118,16 @@ def latest(
 
 
 def newest(
-    directory: Path, group: ControlGroup | None = None, check: Check | None = None
+    directory: Path,
+    group: ControlGroup | None = None,
+    check: Check | None = None,
+    way_out: str = "restore one",
 ) -> tuple[Path | None, list[Damage]]:
     """Return the newest undamaged checkpoint as `latest`, and the damage of the newer ones.
 
     It is reported on stderr.  `check` may find damage in manifests, too.  Collective over
-    `group`.  Raises ConfigError if there are checkpoints but all of them are damaged.
+    `group`.  Raises ConfigError with `way_out` if there are checkpoints but all of them are
+    damaged.
     """
     found = [path.name for _, path in reversed(checkpoints_in(directory))]
     names: list[str] = _gather(found, group)[0]
@@ -136,10 +140,7 @@ def newest(
         if _rank_and_size(group)[0] == 0:
             print(f"checkpoint passed over: {damage.words}", file=sys.stderr, flush=True)
     if names:
-        raise ConfigError(
-            f"every checkpoint in {directory} is damaged or incomplete; "
-            "restore one, or move them away to begin without"
-        )
+        raise ConfigError(f"every checkpoint in {directory} is damaged or incomplete; {way_out}")
     return None, []
 
 

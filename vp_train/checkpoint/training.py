@@ -185,7 +185,7 @@ def latest_of_run(directory: Path, group: ControlGroup) -> tuple[Path | None, li
     def check(manifest: Manifest) -> None:
         _RunState.of(manifest)
 
-    return newest(directory, group, check)
+    return newest(directory, group, check, "restore one, or move them away to begin without")
 
 
 def saved_batch(directory: Path) -> int | None:

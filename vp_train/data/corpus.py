@@ -8,6 +8,7 @@ directory holds the tokens (Megatron's indexed dataset), the tokenizer and a man
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -55,6 +56,7 @@ from vp_train.data.tokenizer import (
     load_tokenizer,
     num_ids,
     require_bytes,
+    save_tokenizer,
     train_tokenizer,
 )
 from vp_train.durable import UnreadableError, advising, read_text, sync
@@ -66,6 +68,7 @@ _LONGEST_TRAINED_WORD = 1_000
 _TRAINED_PIECE = 1 << 18  # characters; the trainer keeps hundreds
 _TRAINING_CHARACTERS = 200_000_000  # more text does not change a tokenizer's merges noticeably
 _SOON_HASHED = 1 << 30  # bytes
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a failed write does not name its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +135,20 @@ def printable_lines(lines: Sequence[str]) -> str:
 def _exclusive(cache_dir: Path) -> Iterator[None]:
     """Let one process at a time work in the cache.  The lock ends when its process ends.
 
-    Raises OSError with the way out if nothing can be written there.
+    Raises OSError with the way out if nothing can be written there, or the disk gets full.
     """
     with advising(cache_dir, "set data.cache_dir to a directory where you may write"):
         cache_dir.mkdir(parents=True, exist_ok=True)
         lock = (cache_dir / ".lock").open("w")
     with lock as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            words = f"{error.strerror}; make room there, or set data.cache_dir to another place"
+            raise OSError(error.errno, words, error.filename or str(cache_dir)) from None
 
 
 def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Corpus, ...]:
@@ -219,8 +228,13 @@ def _naming_set(entry: ValidationEntry) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        words = str(error).replace("data.path=", "path=")
+        words = _of_entry(error).replace("data.path=", "path=")
         raise ConfigError(f"data.validation, {entry.name}: {words}") from None
+
+
+def _of_entry(error: ConfigError) -> str:
+    """Return the message about an entry of a list, which has a path of its own."""
+    return str(error).replace("set data.path to", "set its path to")
 
 
 def trained_on(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
@@ -265,7 +279,7 @@ def _naming_corpus(number: int) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"data.blend[{number}]: {error}") from None
+        raise ConfigError(f"data.blend[{number}]: {_of_entry(error)}") from None
 
 
 def _stored(config: DataConfig) -> Path | None:
@@ -326,7 +340,7 @@ def _open(path: Path, config: DataConfig) -> Corpus:
         return corpus
     tokenizer = load_tokenizer(corpus.tokenizer, corpus.manifest.vocab_size)
     wanted = corpus.tokenizer if config.tokenizer is None else _given_tokenizer(config.tokenizer)
-    if load_tokenizer(wanted, corpus.manifest.vocab_size).to_str() != tokenizer.to_str():
+    if load_tokenizer(wanted, None).to_str() != tokenizer.to_str():
         raise ConfigError(
             f"{path} was prepared with another tokenizer than data.tokenizer={config.tokenizer}; "
             "drop that, or give the text instead"
@@ -431,7 +445,7 @@ def _trained(
         tokenizer = train_tokenizer(all_texts(), vocab_size)
     path = own if num_ids(tokenizer) == vocab_size else complete
     written = path.with_suffix(".new")
-    tokenizer.save(str(written))
+    save_tokenizer(tokenizer, written)
     sync(written)
     written.replace(path)  # complete or absent, whenever the process is killed
     return path
@@ -534,7 +548,7 @@ class _Work:
         started, config = time.perf_counter(), self.config
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         end = end_token_id(tokenizer, config.end_token, self.vocab_size)
-        tokenizer.save(str(directory / "tokenizer.json"))
+        save_tokenizer(tokenizer, directory / "tokenizer.json")
         size, reading = num_ids(tokenizer), Reading(self.left_out)
         found = encoded(
             read_documents(self.files, config.jsonl_field, reading=reading),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, DataConfig, RunConfig
 from vp_train.data.corpus import Corpus, prepare_all
 from vp_train.data.tokenizer import tokenizer_hash
 from vp_train.durable import UnreadableError, checkpoints_in, homes
@@ -20,22 +20,26 @@ def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
     origin = _origin(config)
     kept = None if origin is None else _find(origin, "tokenizer.json")
     wanted = "or data.other_tokenizer=true if another one is wanted"
+    is_prepared = _is_prepared(config.data)
+    give = "give data.tokenizer="
+    if is_prepared:  # its tokens cannot change
+        give = "give the text instead of the prepared corpus, with data.tokenizer="
     if origin is not None and _find(origin, "model.yaml") and config.data.tokenizer is None:
         if kept is None:
             raise ConfigError(
                 f"run.init_from={origin} is an import without a tokenizer.json; "
                 f"give data.tokenizer=FILE, the one that its weights know, {wanted}"
             )
-        if config.data.name != "blend" and not _is_prepared(config):
+        if config.data.name != "blend" and not is_prepared:
             raise ConfigError(
                 f"the weights of run.init_from={origin} do not know a tokenizer that is trained "
                 f"on this text; add data.tokenizer={kept}, {wanted}"
             )
     elif kept is not None and config.data.tokenizer is not None:
-        _require_same(Path(config.data.tokenizer).expanduser(), kept, wanted)
+        _require_same(Path(config.data.tokenizer).expanduser(), kept, f"{give}{kept}, {wanted}")
     corpora = prepare_all(config.data, config.model.vocab_size, progress)
     if kept is not None and corpora:
-        _require_same(corpora[0].tokenizer, kept, wanted)
+        _require_same(corpora[0].tokenizer, kept, f"{give}{kept}, {wanted}")
     return corpora
 
 
@@ -54,12 +58,14 @@ def _find(origin: Path, name: str) -> Path | None:
     return next((path / name for path in homes(origin) if (path / name).is_file()), None)
 
 
-def _is_prepared(config: RunConfig) -> bool:
-    path = config.data.path
-    return path is not None and (Path(path).expanduser() / "tokens.idx").is_file()
+def _is_prepared(data: DataConfig) -> bool:
+    """Return whether the text, or some of a blend, is a corpus that is already prepared."""
+    paths = [data.path] if data.blend is None else [entry.path for entry in data.blend]
+    given = [Path(path).expanduser() for path in paths if path is not None]
+    return any((path / "tokens.idx").is_file() for path in given)
 
 
-def _require_same(ours: Path, kept: Path, wanted: str) -> None:
+def _require_same(ours: Path, kept: Path, way_out: str) -> None:
     try:
         hashes = [tokenizer_hash(path) for path in (ours, kept)]
     except UnreadableError as error:
@@ -67,5 +73,5 @@ def _require_same(ours: Path, kept: Path, wanted: str) -> None:
     if hashes[0] != hashes[1]:
         raise ConfigError(
             f"the text is tokenized by {ours} (hash {hashes[0]}), but the weights of run.init_from "
-            f"know {kept} (hash {hashes[1]}); give data.tokenizer={kept}, {wanted}"
+            f"know {kept} (hash {hashes[1]}); {way_out}"
         )

@@ -80,6 +80,11 @@ def _read(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write what `Tokenizer.save` writes.  Raises OSError for a full disk, which that does not."""
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
 def tokenizer_hash(path: Path) -> str:
     """Return 16 hexadecimal digits that are equal for files of the same tokenizer.
 

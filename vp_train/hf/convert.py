@@ -37,6 +37,7 @@ from vp_train.hf.names import OUTPUT, Entry, Names, entries
 from vp_train.hf.tokenizer import GENERATION, TOKENIZER, RunText, find_text, unusual_end
 from vp_train.hf.values import check
 from vp_train.tensors.precision import DTYPES
+from vp_train.units import human_bytes
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -573,7 +574,7 @@ def _complete(target: Path, num_bytes: int) -> Iterator[Path]:
         at = f" ({error.filename})" if error.filename else ""
         raise OSError(
             f"{target} was not made: {error.strerror or error}{at}; it needs a directory "
-            f"where you may write, and room for {num_bytes / 1e9:.1f} GB"
+            f"where you may write, and room for {human_bytes(num_bytes)}"
         ) from None
     finally:
         shutil.rmtree(writing, ignore_errors=True)

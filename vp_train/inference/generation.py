@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vp_train.config import ConfigError
 from vp_train.inference.opening import OpenRun, encode
-from vp_train.inference.scoring import padded_length
+from vp_train.inference.scoring import padded_length, require_numbers
 from vp_train.vocab.choice import Sampling, choose, nothing, offers
 from vp_train.vocab.shard import require_within
 
@@ -33,8 +33,8 @@ def generate(
     continued from that token.  A token is chosen from at most seq_length tokens before it.  With
     `temperature` 0 it is the most probable one; else one is drawn, among the `top_k` most probable
     ones if that is given.  Draws depend on `seed`, not on the layout.  Collective over the ranks of
-    `run`.  Raises ConfigError for a prompt that the run cannot read, and IndexError for ids that
-    the vocabulary does not have.
+    `run`.  Raises ConfigError for a prompt that the run cannot read and for logits that are
+    NaN, and IndexError for ids that the vocabulary does not have.
     """
     sampling = Sampling(temperature, top_k, seed)
     ids = prompt.tolist() if isinstance(prompt, Tensor) else encode(run, prompt).ids
@@ -70,6 +70,5 @@ def _next(run: OpenRun, ids: list[int], sampling: Sampling) -> int:
         offered = offers(x[0, 0], layer.weight, layer.shard, softcap, sampling, len(ids))
     # All ranks decide by what the first replica offers.
     of_ranks = mesh.steps.all_gather(offered)
-    if of_ranks.isnan().any():
-        raise ConfigError(f"{run.checkpoint}: its logits are not numbers; take another checkpoint")
+    require_numbers(run, of_ranks)
     return choose(of_ranks[: mesh.degrees.pp * mesh.degrees.tp], sampling, len(ids))

@@ -16,6 +16,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from vp_train.config import ConfigError
 from vp_train.inference.layout import check_context
 from vp_train.inference.opening import OpenRun, encode
 from vp_train.tensors.precision import DTYPES, statistics_dtype
@@ -47,8 +48,9 @@ def score(
     tokens.  A token is predicted from at most seq_length tokens before it: a longer text is scored
     in windows.  Every token is scored once, from at least `context` tokens where there are as many;
     with 1 a window begins with the last token of the one before.  Collective over the ranks of
-    `run`.  Raises ConfigError for strings where the run has no tokenizer and for a context outside
-    [1, seq_length], and IndexError for ids that the vocabulary does not have.
+    `run`.  Raises ConfigError for strings where the run has no tokenizer, for a context outside
+    [1, seq_length] and for logits that are NaN, and IndexError for ids that the vocabulary does not
+    have.
     """
     if isinstance(texts, str | Tensor):
         raise TypeError("texts is a list: give [text] for a single text")
@@ -74,7 +76,14 @@ def score(
         for row, window in enumerate(group):
             skipped, size = window.first - window.start, window.stop - window.start
             scores[window.text][window.first : window.stop] = found[row, skipped:size]
+            require_numbers(run, found[row, skipped:size])
     return scores
+
+
+def require_numbers(run: OpenRun, values: Tensor) -> None:
+    """Raise ConfigError if any of the values, which come from logits, is NaN."""
+    if values.isnan().any():
+        raise ConfigError(f"{run.checkpoint}: its logits are not numbers; take another checkpoint")
 
 
 def sequences_of(run: OpenRun) -> int:
