@@ -268,7 +268,7 @@ def test_of_a_long_step_short_ones_tell_what_a_batch_twice_as_large_gains(monkey
     ("part", "recompute"), [(0.5, "none"), (0.94, "[full,7*none]"), (0.97, "none")]
 )
 def test_searches_that_share_what_they_know_simulate_no_step_twice(part, recompute, monkeypatch):
-    """Whether they may use as much memory or not: `part` is what the plan uses."""
+    """Their limits of memory are equal or not: `part` is what the plan uses."""
     simulated = []
 
     def counted(draft, name):

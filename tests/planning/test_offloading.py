@@ -584,7 +584,7 @@ def test_no_more_stages_recompute_where_all_or_none_do_or_a_rank_has_none_left()
 
 
 def test_hosts_without_room_are_not_helped_by_more_recomputation_on_the_gpus():
-    """What is known to recompute counts stage by stage for them, too."""
+    """Hosts hold less of the stages that recompute, and that is counted stage by stage."""
     config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=4"])
     choice = Choice(Degrees(1, 8, 1), 1, 4, "1f1b", "one_barrier", "full", offload=1.0)
     mixed = replace(choice, recompute_per_stage=("full", *("none",) * 7))
