@@ -205,7 +205,9 @@ def test_files_of_a_directory_that_are_not_read_are_counted(tmp_path: Path) -> N
     (tmp_path / "text").mkdir()
     for name in ("a.txt", "b.png", "c", "d.json", ".hidden", "e.parquet.gz"):
         (tmp_path / "text" / name).write_text("x")
+    (tmp_path / "text" / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "text" / "pipe.txt")
     left_out = LeftOut()
     assert [file.name for file in find_files(text_config(tmp_path), left_out)] == ["a.txt"]
-    assert left_out.counts == {"files with other endings": 4}
+    assert left_out.counts == {"files with other endings": 4, "pipes, sockets and devices": 1}
     assert left_out.first["files with other endings"] == str(tmp_path / "text" / "b.png")

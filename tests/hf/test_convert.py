@@ -534,6 +534,18 @@ def test_queries_keys_and_values_of_two_dtypes_are_refused(made, tmp_path):
     assert f"{names} are bfloat16, float32 in {source}; they must have one" in message
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_written(made, tmp_path, value):
+    _, theirs, _ = made("llama")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    weights = weights_in(theirs)
+    weights[name][3, 2] = value
+    source = write_model(tmp_path / "source", theirs, weights)
+    message = refused(import_checkpoint, source, tmp_path / "ours")
+    assert message.startswith(f"{name} in {source / 'model.safetensors'} has values that are not")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_copies_and_buffers_that_some_files_hold_are_passed_over(made, tmp_path):
     _, theirs, imported = made("qwen2")
     weights, buffers = (

@@ -59,12 +59,19 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     refuse_used(replace(settings, name="other"))
 
 
-def test_the_environment_names_versions_and_command(tmp_path):
+@pytest.mark.parametrize(
+    ("program", "shown"),
+    [("/bin/vp-train", "/bin/vp-train"), ("/lib/vp_train/__main__.py", "vp-train")],
+)
+def test_the_environment_names_versions_and_a_command_for_a_shell(
+    tmp_path, monkeypatch, program, shown
+):
+    monkeypatch.setattr(sys, "argv", [program, "run.steps=1"])
     directory = RunDirectory(RunSettings(root=str(tmp_path)))
     directory.write_environment()
     environment = json.loads((directory.path / "env.json").read_text())
     assert environment["packages"]["torch"]
-    assert environment["command"] == sys.argv
+    assert environment["command"] == [shown, "run.steps=1"]
 
 
 def records(path):
@@ -113,6 +120,14 @@ def test_a_log_file_gets_plain_lines_every_few_steps():
         assert part in lines[-1]
     assert "\r" not in out.getvalue()
     assert "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize(("norm", "words"), [(123.4567, "123.457"), (1.5e20, "1.500e+20")])
+def test_a_gradient_norm_stays_short_however_large_it_is(norm, words):
+    out = io.StringIO()
+    progress = Progress(RunSettings(steps=1), 1, Console(file=out, width=80))
+    progress.step(1, StepReport(1, 2.0, norm, 1e-3, 1.0, 1.0).values())
+    assert f"  grad norm {words}  " in out.getvalue()
 
 
 def test_a_terminal_gets_a_live_line():

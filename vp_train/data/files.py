@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data.left_out import LINK_TO_NOTHING, LINKED_DIRECTORY, OTHER_ENDING, LeftOut
+from vp_train.data.left_out import LINK_TO_NOTHING, LINKED_DIRECTORY, NO_FILE, OTHER_ENDING, LeftOut
 from vp_train.durable import PointerError, UnreadableError, open_regular, read_json
 
 _TEXTS = frozenset(
@@ -59,8 +59,8 @@ def _is_known(path: Path) -> bool:
 def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Path, ...]:
     """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none.
 
-    Files of a directory whose endings are not known are counted in `left_out`, and links that lead
-    to a directory or to nothing; hidden files are not.
+    Files of a directory whose endings are not known are counted in `left_out`, and what is no file:
+    links that lead to a directory or to nothing, pipes, devices.  Hidden files are not.
     """
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -119,9 +119,12 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
             found += [path] if path.name in saved else []
         elif path.is_symlink() and not path.is_file():
             left_out.add(LINKED_DIRECTORY if path.is_dir() else LINK_TO_NOTHING, str(path))
+        elif not path.is_file():
+            if not path.is_dir():
+                left_out.add(NO_FILE, str(path))
         elif _is_known(path):
             found.append(path)
-        elif path.is_file() and not path.name.startswith("."):
+        elif not path.name.startswith("."):
             left_out.add(OTHER_ENDING, str(path))
     return found
 

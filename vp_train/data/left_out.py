@@ -16,6 +16,7 @@ NULL = "null texts"
 NOT_TEXT = "text fields that hold no text"
 EMPTY = "empty documents"
 OTHER_ENDING = "files with other endings"
+NO_FILE = "pipes, sockets and devices"
 LINKED_DIRECTORY = "links to directories (name them in data.path or data.blend)"
 LINK_TO_NOTHING = "links to nothing"
 

@@ -83,8 +83,8 @@ def import_checkpoint(
 
     `target` is complete or absent afterwards.  `progress` is called after every tensor with a text
     that says how much is written.  Raises ConfigError for an architecture, feature or file that is
-    not supported, and for tensors that are missing, unexpected, or of another shape.  Raises
-    OSError if `target` cannot be written.
+    not supported, and for tensors that are missing, unexpected, of another shape, or not finite.
+    Raises OSError if `target` cannot be written.
     """
     config_file = file_in(source, "config.json")
     if config_file is None and not source.exists() and len(source.parts) == 2:
@@ -114,7 +114,7 @@ def import_checkpoint(
     ]
     num_bytes = sum(tensor.num_bytes for tensor in ours)
     joined = (
-        entry.join([read_tensor(files[name], name) for name in entry.theirs])
+        entry.join([_read_finite(files[name], name) for name in entry.theirs])
         for entry in everything
     )
     tensors = _counted(joined, num_bytes, progress)
@@ -382,6 +382,20 @@ def _describe(path: Path) -> Mapping[str, Described]:
         return describe_tensors(path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _read_finite(path: Path, name: str) -> Tensor:
+    """Return the tensor `name` of the file at `path`, mapped.
+
+    Raises ConfigError if it holds NaN or an infinity, with which no loss would be a number.
+    """
+    tensor = read_tensor(path, name)
+    if not torch.isfinite(tensor).all():
+        raise ConfigError(
+            f"{plain(name)} in {path} has values that are not finite numbers, so no loss would be "
+            "one; get the file again, or save the model again where it was trained"
+        )
+    return tensor
 
 
 def _checked_tensors(

@@ -87,7 +87,7 @@ def _words_of(key: str) -> Callable[[float], str]:
         return lambda value: f"{name} {human_bytes(value)}"
     return {
         "loss": lambda value: f"loss {value:.4f}",
-        "grad_norm": lambda value: f"grad norm {value:.3f}",
+        "grad_norm": lambda value: f"grad norm {value:{'.3f' if value < 1e6 else '.3e'}}",
         "learning_rate": lambda value: f"lr {value:.2e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
         "interval_tokens_per_second": lambda value: f"{value:,.0f} tokens/s",

@@ -210,8 +210,11 @@ class RunDirectory:
     def write_environment(self) -> None:
         """Write env.json: versions, machine, commit and command line."""
         packages = ("vp_train", "torch", "megatron-core", "hydra-core", "tokenizers", "numpy")
+        program, *words = sys.argv
+        if Path(program).name == "__main__.py":  # as a sweep starts its runs; no shell can
+            program = "vp-train"
         environment = {
-            "command": sys.argv,
+            "command": [program, *words],
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in packages},
             "host": platform.node(),
