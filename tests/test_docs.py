@@ -311,7 +311,7 @@ def test_every_command_parses(text, place, capsys):
 
 def test_the_search_that_is_shown_has_the_figures_of_its_plans():
     """Two short steps give the time of a long one to 1 %, and the bytes of its offloading to 10."""
-    page = (ROOT / "docs/cluster.md").read_text()
+    page = (ROOT / "docs/planning.md").read_text()
     (shown,) = (block for _, block in _FENCE.findall(page) if "vp-plan --search --top" in block)
     (command,) = re.findall(r"^\$ vp-plan --search --top 3 (.*)$", shown, re.MULTILINE)
     (plan,) = re.findall(r"^the first:\s+(.*)$", shown, re.MULTILINE)

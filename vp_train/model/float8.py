@@ -8,7 +8,7 @@ Weights and activations are rounded to e4m3.  So are gradients with a scale for 
 scale for a whole gradient they are rounded to e5m2, which has less precision and more range
 (arXiv 2209.05433).  Products are rounded to bfloat16.  A GPU forms them with the fast accumulation
 of its tensor cores: on an H100 that changes the error of dx by at most 0.4 % of itself
-(docs/cluster.md).
+(docs/memory.md).
 
 dW = dy^T x stays a bfloat16 product that is added to an fp32 gradient (`linear.WeightGradStore`).
 In float8 it would round x and dy a second time, along their tokens, and its sum over microbatches

@@ -193,7 +193,7 @@ def contention_words(config: RunConfig, first: Way, others: Sequence[Way | None]
         return ""
     return (
         f"{setting}={now:g}, by which layers take longer beside collectives: {'; '.join(turns)}; "
-        "the presets have what A100s lost: measure yours (docs/cluster.md) and set it"
+        "the presets have what A100s lost: measure yours (docs/planning.md) and set it"
     )
 
 
