@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # its scripts import each other by th
 
 import gpu_check  # noqa: E402
 import gpu_steps  # noqa: E402
+from gpu import common, layers, runs, setup  # noqa: E402
 from gpu_steps import STEPS  # noqa: E402
 
 from tests.programs import finished, python  # noqa: E402
@@ -129,11 +130,13 @@ def run_forked(command, cwd, stdout=None, **_):
 
 
 def on_the_cpu(rank, number, folder):
-    gpu_steps.subprocess = SimpleNamespace(
+    replaced = SimpleNamespace(
         **{name: getattr(subprocess, name) for name in ("PIPE", "STDOUT", "CompletedProcess")},
         Popen=Forked,
         run=run_forked,
     )
+    for module in (common, layers, runs, setup):
+        module.subprocess = replaced
     gpu_steps.main([str(number), "cpu", str(folder / "result.json")])
 
 
