@@ -20,12 +20,13 @@ from schedules.generators.one_f_one_b import one_f_one_b
 from schedules.generators.refine import refine
 from schedules.generators.v_shape import v_half, v_min
 from schedules.generators.weave import (
-    PREFERENCES,
+    ALONE,
     STARTS,
     BaseOrder,
     Preference,
     in_flight_weights,
     most_in_flight,
+    preferences_of,
     weave,
 )
 from schedules.generators.zero_bubble import zb_h1, zb_v
@@ -200,11 +201,12 @@ def shortened(
             return _rounded(promised(whole, counts, [seconds for _, seconds in tries]))
 
         num_orders = max(_LIKELY, efforts[-1] // (network.size * counts[-1]))
-        num_orders = min(num_orders, len(PREFERENCES))
-        found = min(map(tried, PREFERENCES[:num_orders]), key=seconds_of)
+        preferences = preferences_of(problem)
+        num_orders = min(num_orders, len(preferences))
+        found = min(map(tried, preferences[:num_orders]), key=seconds_of)
         if _is_long(problem) and waits(found):
-            found = min([found, *map(tried, PREFERENCES[num_orders:])], key=seconds_of)
-            num_orders = len(PREFERENCES)
+            found = min([found, *map(tried, preferences[num_orders:])], key=seconds_of)
+            num_orders = len(preferences)
     return Shortened(
         tuple(near.schedule(name, orders) for near, (orders, _) in zip(nears, found, strict=True)),
         tuple(seconds for _, seconds in found),
@@ -268,11 +270,17 @@ def _woven(
     """Return the best orders found of `base` with the vocabulary passes, and their makespan."""
     effort = _EFFORT if effort is None else effort
     nodes = network.size * network.num_microbatches
+
+    def tried(preference: Preference) -> tuple[Orders, float]:
+        orders = weave(base, problem, network, preference)
+        return orders, timed(network, orders).makespan
+
+    def seconds_of(found: tuple[Orders, float]) -> float:
+        return _rounded(found[1])
+
     if keep_order or not problem.split_backward:
         preferences = _preferred(base, problem, network, max(1, effort // nodes))
-        woven = (weave(base, problem, network, preference) for preference in preferences)
-        swept = ((orders, timed(network, orders).makespan) for orders in woven)
-        return min(swept, key=lambda found: _rounded(found[1]))
+        return min(map(tried, preferences), key=seconds_of)
     counted, caps = _in_flight(network, problem, base)
     starts = [
         weave(base, problem, network, preference)
@@ -280,16 +288,17 @@ def _woven(
     ]
     refined = [refine(counted, orders, caps, max(2 * nodes, effort // 2)) for orders in starts]
     best = min(refined, key=lambda found: found.quality)
-    return best.orders, best.makespan
+    found = best.orders, best.makespan
+    return found if problem.layout.num_ranks > 1 else min(tried(ALONE), found, key=seconds_of)
 
 
 def _preferred(
     base: BaseOrder, problem: Problem, network: Network, count: int
 ) -> tuple[Preference, ...]:
     """Return `count` of the preferences, of a long step those that are best in a short one."""
-    few = _SHORT * problem.layout.num_ranks
-    if count >= len(PREFERENCES) or not _is_long(problem):
-        return PREFERENCES[:count]
+    few, preferences = _SHORT * problem.layout.num_ranks, preferences_of(problem)
+    if count >= len(preferences) or not _is_long(problem):
+        return preferences[:count]
     short = replace(problem, num_microbatches=few)
     near = replace(network, num_microbatches=few)
     cut = tuple(tuple(item for item in order if item.microbatch < few) for order in base)
@@ -297,7 +306,7 @@ def _preferred(
     def seconds(preference: Preference) -> float:
         return _rounded(timed(near, weave(cut, short, near, preference)).makespan)
 
-    return tuple(sorted(PREFERENCES, key=seconds)[:count])
+    return tuple(sorted(preferences, key=seconds)[:count])
 
 
 def _is_long(problem: Problem) -> bool:

@@ -60,9 +60,18 @@ STARTS = (
     Preference(_S_FIRST, 2, 0.5),
 )
 
+# A rank alone sends nothing that others wait for, so each pass may come when it is needed, which
+# keeps least. Where collectives of tensor-parallel ranks take time, another one may be faster.
+ALONE = Preference((Kind.S, Kind.T), 1, 0.0)
+
 _RECOMPUTES = 2  # times as much as from F to I is kept from I to W where most is computed again
 
 BaseOrder = tuple[tuple[Pass, ...], ...]
+
+
+def preferences_of(problem: Problem) -> tuple[Preference, ...]:
+    """Return the preferences to try; of equally fast orders that of the first is to be taken."""
+    return (ALONE, *PREFERENCES) if problem.layout.num_ranks == 1 else PREFERENCES
 
 
 def waits_for_weights(kept: float, for_weights: float) -> bool:

@@ -200,6 +200,19 @@ def test_other_layouts_and_split_backward_passes_fit_the_same_rules(layout, spli
             assert simulate(schedule, case, costs).makespan >= 5 * 3 * layout.num_chunks
 
 
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb_h1", "zb_v", "v_half"])
+def test_a_rank_alone_holds_one_shard_and_one_embedding(name):
+    """Nobody waits for what it computes, so nothing is computed before it is needed."""
+    family = GENERATORS[name]
+    layout, algorithm = family.layout_of(1), VOCAB_ALGORITHMS["none"]
+    case = Problem(layout, 6, algorithm, split_backward=family.split_backward)
+    times = {"F": 1, "B": 2, "I": 1, "W": 1, "S": 0.5, "T": 0.3, "E": 0.1, "G": 0.1}
+    (order,) = generate(name, case, CostModel.uniform(layout.num_stages, 1, **times)).ranks
+    for first, last in ((Kind.S, Kind.T), (Kind.E, Kind.F)):
+        changes = {(first, 0): 1, (last, 0): -1}
+        assert peak(changes.get((item.kind, item.stage), 0) for item in order) == 1, (first, order)
+
+
 @pytest.mark.parametrize("algorithm", sorted(VOCAB_ALGORITHMS))
 def test_receives_are_issued_for_no_more_microbatches_than_are_in_flight(algorithm):
     case, costs = (

@@ -79,6 +79,8 @@ _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
+# What needs at most so many times the memory may fit in more stages; how many such are tried.
+_NEARLY, _TRIES_NEARLY = 1.1, 8
 _ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
@@ -194,6 +196,7 @@ class _Search:
         self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
+        self._almost: dict[Choice, float] = {}  # seconds of what almost fits, see `_nearly`
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
@@ -470,10 +473,13 @@ class _Search:
         until = self._spent + part
         while self._spent < until and self._in_time():
             new = [choice for choice in self._firsts() if choice not in self._looked_around]
-            if not new:
+            nearly = [choice for choice in self._nearly() if choice not in self._looked_around]
+            if not new and not nearly:
                 break
-            self._looked_around.update(new)
-            found = list(dict.fromkeys(other for one in new for other in self._around(one)))
+            self._looked_around.update(new, nearly)
+            around = [other for one in new for other in self._around(one)]
+            around += [other for one in nearly for other in self._in_more_stages(one)]
+            found = list(dict.fromkeys(around))
             for splits in (True, False):
                 queue = _Queue()
                 of_kind = [choice for choice in found if choice.splits_vocabulary is splits]
@@ -496,6 +502,22 @@ class _Search:
             kind = choice.splits_vocabulary, moves, moves and choice.recomputes_partly
             found.setdefault(kind, estimate)
         return [estimate.candidate.choice for estimate in found.values()]
+
+    def _nearly(self) -> list[Choice]:
+        """Return what would be the fastest of its kind if it needed a little less memory."""
+        _, first_of = self._to_beat(1)
+        found = [
+            (counted(choice, seconds), place, choice)
+            for place, (choice, seconds) in enumerate(self._almost.items())
+            if counted(choice, seconds) < first_of[choice.splits_vocabulary]
+        ]
+        return [choice for _, _, choice in heapq.nsmallest(_TRIES_NEARLY, found)]
+
+    def _in_more_stages(self, choice: Choice) -> list[Choice]:
+        """Return the choice with one more stage on every rank, if there may be."""
+        stages = choice.num_chunks or 1
+        found = [one for one in beside(choice, self._num_layers) if (one.num_chunks or 1) > stages]
+        return [one for one in found if self._space.kept.against(one) is None]
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
@@ -649,6 +671,8 @@ class _Search:
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
+                if needs <= _NEARLY * self._scales.limit and candidate.choice.num_chunks:
+                    self._almost[candidate.choice] = passes + self._scales.after(step, optim)
                 continue
             try:
                 host = self._host_bytes(step, optim)
