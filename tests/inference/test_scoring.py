@@ -94,6 +94,16 @@ def test_weights_that_are_not_numbers_are_refused_as_generation_refuses_them(tra
     assert said[0] == said[1]
 
 
+def test_a_gpu_that_is_not_there_is_named(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="torch finds no GPU here"):
+        vp_train.open_run(trained, device="cuda")
+    (tmp_path / "a.txt").write_text("the cat sat")
+    code, _, said = score_command(capsys, trained, tmp_path / "a.txt", "--device", "cuda")
+    assert code == 78
+    assert "torch finds no GPU here" in said
+
+
 def test_the_package_imports_nothing_heavy():
     code = "import sys, vp_train; loaded = sorted({'torch', 'hydra'} & set(sys.modules)); "
     code += "print(loaded, hasattr(vp_train, 'no'))"

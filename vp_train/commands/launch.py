@@ -266,9 +266,10 @@ def _num_gpus(config: RunConfig, place: Place) -> int | None:
         return None
     import torch
 
-    if count := torch.cuda.device_count():
-        return count
-    raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
+    from vp_train.communication.nccl import require_gpu
+
+    require_gpu(config.run)
+    return torch.cuda.device_count()
 
 
 def _checked(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from vp_train.assembly import RankModel, build_rank
 from vp_train.checkpoint.store import find
 from vp_train.checkpoint.training import load_weights
-from vp_train.communication.nccl import require_float8
+from vp_train.communication.nccl import require_float8, require_gpu
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.tokenizer import LARGEST_TOKENIZER, beyond, end_token_id, load_tokenizer
 from vp_train.durable import UnreadableError, read_json
@@ -73,10 +73,11 @@ def opened(opening: Opening) -> OpenRun:
     """Load the model with these settings.  Collective over the default group of their ranks.
 
     A single process makes that group itself.  `opening.compiles` is left to the caller, because
-    `compiling.turn_off` counts for a whole process.  Raises ConfigError like `open_run`, and for a
-    run in float8 on a GPU without it.
+    `compiling.turn_off` counts for a whole process.  Raises ConfigError like `open_run`, without
+    the GPU to compute on, and for a run in float8 on a GPU without it.
     """
     config = opening.config
+    require_gpu(config.run)
     require_float8(config.run)
     plan = make_plan(config, opening.degrees.num_ranks)
     if not dist.is_initialized():
