@@ -17,7 +17,7 @@ from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
 from vp_train.planning.choice import Choice, Kept, changes_of, choice_of, offloading, space_of
-from vp_train.planning.cluster import MARGIN, host_bytes_per_second, with_margin
+from vp_train.planning.cluster import MARGIN, host_bytes_per_second, limit_of, with_margin
 from vp_train.planning.compare import helps_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
@@ -528,6 +528,26 @@ def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
     assert known.fits
     assert known.host.total == 0
     assert first.report.step_seconds <= known.step_seconds
+
+
+def test_no_number_of_stages_is_faster_than_what_is_found_where_memory_is_tight():
+    """With 5 stages on a rank no stage is smaller than with 4, but what a rank keeps is less."""
+    words = ["model=qwen2_5_7b", "model.num_layers=46", "cluster=a100_80g_node"]
+    words += ["cluster.memory_gib=24", "parallel.pp=4", "parallel.tp=2", "vocab=none"]
+    words += ["parallel.placement=redistribute", "parallel.sequence_parallel=true"]
+    words += ["parallel.recompute=none", "micro_batch_size=2", "schedule=interleaved"]
+    config = load_config([*words, "num_microbatches=20"])
+    space = space_of(config, Kept.of(config, [word.partition("=")[0] for word in words[4:]]))
+    (best,) = search(config, Limits(1, margin=0.05), lambda: True, str, space).best
+    limit = limit_of(config.cluster, 0.05)
+    fitting = []
+    for chunks in range(3, 9):
+        choice = replace(best.choice, num_chunks=chunks, offload=1.0)
+        report = make_report(choice.applied(config))
+        if report.ranks[report.worst].memory.total <= limit:
+            fitting.append(report.step_seconds)
+    assert fitting
+    assert best.seconds <= min(fitting) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
