@@ -493,6 +493,18 @@ def test_a_kind_that_differs_in_any_way_is_not_alike():
     assert search_module._alike(same) == search_module._alike(one)
 
 
+def test_with_a_split_backward_what_recomputes_otherwise_is_not_alike():
+    """More microbatches are in flight then, so slow links between stages take less of the step."""
+    one = replace(choice_of(0), schedule="zb_h1")
+    others = [
+        replace(one, recompute="full"),
+        replace(one, recompute="full", recompute_where_needed=True),
+        replace(one, recompute="selective"),
+    ]
+    assert len({search_module._alike(choice) for choice in (one, *others)}) == 4
+    assert search_module._alike(replace(one, micro_batch_size=9)) == search_module._alike(one)
+
+
 @pytest.mark.parametrize("early", [0, 1])
 def test_what_seems_not_to_fit_or_takes_a_tenth_of_the_effort_comes_last(enter, early):
     """Exactly a tenth is not dear yet.  Both are looked at in the end, all the same."""

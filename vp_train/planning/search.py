@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from schedules.generators import GENERATORS
 from schedules.render import duration
 from vp_train.config import ConfigError, OptimConfig, RunConfig
 from vp_train.planning.book import Book
@@ -819,9 +820,15 @@ class _Search:
 
 
 def _alike(choice: Choice) -> tuple[object, ...]:
-    """Return what choices have in common which exceed their bounds by similar factors."""
+    """Return what choices have in common which exceed their bounds by similar factors.
+
+    With a split backward more microbatches are in flight where stages recompute, so less is waited
+    for slow links.
+    """
     degrees, count = choice.degrees, choice.num_microbatches
-    return choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, degrees.tp, count
+    step = choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, degrees.tp, count
+    splits = GENERATORS[choice.schedule].split_backward
+    return (*step, choice.recompute, choice.recomputes_partly) if splits else step
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees, shared: Shared | None = None) -> Result:
