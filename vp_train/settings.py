@@ -261,15 +261,14 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
     for shuffle(...), with which an index would be another run in every process, and for too many
     combinations.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     _check_size(words)
-    parser, choices, total = OverridesParser.create(), [], 1
+    choices, total = [], 1
     for word in words:
         values = [word]
         try:
-            parsed = parser.parse_override(word)
+            parsed = _parsed(word)
         except HydraException:
             parsed = None
         if parsed is not None and parsed.is_sweep_override():
@@ -371,18 +370,38 @@ def group_choices() -> dict[str, list[str]]:
 
 def _composed(primary: str, overrides: Sequence[str]) -> RunConfig:
     """Compose the configuration `primary` and `overrides`; raise ConfigError like `load_config`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    composed = _updated(overrides) if primary == "config" else None
+    composed = composed or _of_hydra(primary, overrides)
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+    except ConfigError as error:
+        for word in overrides:
+            name, _, value = word.partition("=")
+            meant = _choice_of_group(word)
+            if meant is not None and str(error).startswith(f"{name}={value!r} is not known"):
+                raise ConfigError(f"{error}; did you mean {meant}?") from None
+        raise
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _of_hydra(primary: str, overrides: Sequence[str]) -> Any:
+    """Return what hydra composes; raise its errors as ConfigErrors."""
     from hydra.errors import (
         ConfigCompositionException,
         HydraException,
         MissingConfigException,
         OverrideParseException,
     )
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        composed = _updated(overrides) if primary == "config" else None
-        composed = composed or _hydra_composed(primary, overrides)
+        return _hydra_composed(primary, overrides)
     except OverrideParseException as error:
         word = str(error.override)
         way_out = _broken_list(word) or _quoted_words(word)
@@ -407,77 +426,128 @@ def _composed(primary: str, overrides: Sequence[str]) -> RunConfig:
             raise ConfigError(f"{' '.join(groups)}: {words}") from None
         words = " ".join(overrides)
         raise ConfigError(f"{words} cannot be read; write key=value, e.g. run.steps=100") from None
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
-    except ConfigError as error:
-        for word in overrides:
-            name, _, value = word.partition("=")
-            meant = _choice_of_group(word)
-            if meant is not None and str(error).startswith(f"{name}={value!r} is not known"):
-                raise ConfigError(f"{error}; did you mean {meant}?") from None
-        raise
-    assert isinstance(config, RunConfig)
-    return config
 
 
 def _updated(overrides: Sequence[str]) -> Any:
-    """Compose as hydra does, but the groups only once in this process; None if something is wrong.
+    """Compose as hydra does, but each choice of a group once; None for what is left to hydra.
 
-    Hydra reads all files for every call, which takes most of its time.
+    Hydra reads all files for every call, and settings of its own, which takes most of its time.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
-    parser, groups = OverridesParser.create(), group_choices()
+    groups = group_choices()
     chosen: dict[str, str] = {}
+    others = []
     for word in overrides:
         group, _, choice = word.partition("=")
-        if group in groups:
-            if choice not in groups[group]:
-                return None
-            chosen[group] = word
+        if group not in groups:
+            others.append(word)
+        elif choice in groups[group]:
+            chosen[group] = choice
+        else:
+            return None
     try:
-        composed = pickle.loads(_of_groups(tuple(sorted(chosen.values()))))
-        for word in overrides:
-            if word.partition("=")[0] not in chosen:
-                parsed = parser.parse_override(word)
-                if parsed.is_sweep_override():
-                    return None
-                OmegaConf.update(composed, parsed.key_or_group, parsed.value())
+        composed = pickle.loads(_of_choices(tuple(sorted(chosen.items()))))
+        for word in others:
+            parsed = _parsed(word)
+            if parsed.is_sweep_override():
+                return None
+            OmegaConf.update(composed, parsed.key_or_group, parsed.value())
     except Exception:  # hydra's own way will say what is wrong
         return None
     return composed
 
 
 @cache
-def _of_groups(chosen: tuple[str, ...]) -> bytes:
-    """Return the settings of these choices of groups, each a word GROUP=CHOICE, pickled.
+def _of_choices(chosen: tuple[tuple[str, str], ...]) -> bytes:
+    """Return the settings of these choices, each a group and its choice, pickled.
 
-    Reading that takes a seventh of the time of a copy.
+    Reading that takes a seventh of the time of a copy.  Raises ValueError for what is left to
+    hydra: several choices that ask for others, and groups that configs/config.yaml does not have.
     """
-    return pickle.dumps(_hydra_composed("config", chosen))
+    from omegaconf import OmegaConf
+
+    own, (_, *groups, _), _ = _ours("config")  # first the schema, last its own settings
+    defaults = {str(group): choice for entry in groups for group, choice in entry.items()}
+    asked = _asked_by(defaults | dict(chosen))
+    choices = defaults | dict(asked) | dict(chosen)
+    if len(asked) > 1 or asked != _asked_by(choices) or choices.keys() != defaults.keys():
+        raise ValueError(f"{choices} are left to hydra")
+    parts = [_of_choice(*choice)[0] for choice in choices.items()]
+    return pickle.dumps(OmegaConf.merge(_schema(), *parts, own))
+
+
+def _asked_by(choices: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the choices of other groups that these choices ask for, each a group and a choice."""
+    return [asked for choice in choices.items() for asked in _of_choice(*choice)[1]]
+
+
+@cache
+def _of_choice(group: str, choice: str) -> tuple[Any, list[tuple[str, str]]]:
+    """Return the settings of a choice of a group, and the choices of other groups it asks for.
+
+    Its file may build on choices of the same group and the same package.  Raises ValueError for
+    what else hydra knows.
+    """
+    from omegaconf import OmegaConf
+
+    (own, defaults, is_global), parts, asked = _ours(f"{group}/{choice}"), [], []
+    for entry in defaults if "_self_" in defaults else [*defaults, "_self_"]:
+        if entry == "_self_":
+            parts.append(own if is_global else {group: own})
+        elif isinstance(entry, str) and _ours(f"{group}/{entry}")[2] == is_global:
+            settings, others = _of_choice(group, entry)
+            parts.append(settings)
+            asked += others
+        elif is_global and "override /" in str(entry):
+            asked += [(key.removeprefix("override /"), other) for key, other in entry.items()]
+        else:
+            raise ValueError(f"{entry} of {group}/{choice}.yaml is left to hydra")
+    return OmegaConf.merge(*parts), asked
+
+
+@cache
+def _ours(name: str) -> tuple[Any, list[Any], bool]:
+    """Return the settings, the list of defaults, and whether the package is _global_, of a file.
+
+    Raises ValueError for another package.
+    """
+    from importlib.resources import files
+
+    from omegaconf import OmegaConf
+
+    text = files("vp_train.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    is_global = text.startswith("# @package _global_\n")
+    if "@package" in text and not is_global:
+        raise ValueError(f"the package of {name}.yaml is left to hydra")
+    settings: Any = OmegaConf.create(text)
+    return settings, [*settings.pop("defaults", [])], is_global
+
+
+def _parsed(word: str) -> Any:
+    """Return what hydra's grammar reads in an override.  Raises HydraException."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(word)
 
 
 def _hydra_composed(primary: str, overrides: Sequence[str]) -> Any:
     """Return what hydra composes.  Raises its errors."""
     from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
 
-    _schema()
+    ConfigStore.instance().store(name="schema", node=_schema())
     with initialize_config_module("vp_train.configs", version_base="1.3"):
         return compose(primary, overrides=list(overrides))
 
 
 @cache
 def _schema() -> object:
-    """Return the types of all settings, as hydra knows them from now on."""
-    from hydra.core.config_store import ConfigStore
+    """Return the types of all settings."""
     from omegaconf import OmegaConf
 
     schema = OmegaConf.structured(RunConfig)
     _thaw(schema)
-    ConfigStore.instance().store(name="schema", node=schema)
     return schema
 
 
@@ -1139,9 +1209,7 @@ _ENTRIES = {
 
 def _wrong_entry(word: str, entry_type: type) -> str:
     """Return what is wrong with the types in an override of a list of such entries."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    value = OverridesParser.create().parse_override(word).value()
+    value = _parsed(word).value()
     if not isinstance(value, list):
         return f"{word} is not a list of corpora"
     list_name = word.partition("=")[0]
