@@ -19,7 +19,8 @@ from vp_train.commands import start
 from vp_train.commands.train import main, with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
-from vp_train.settings import config_text, load_config
+from vp_train.settings import load_config
+from vp_train.settings.files import config_text
 
 VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
 

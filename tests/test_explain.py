@@ -49,7 +49,8 @@ from vp_train.metrics.step_times import RankTimes, pass_seconds, step_times
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import HostTimer
 from vp_train.planning.plan import make_plan, plan_step
-from vp_train.settings import config_text, load_config
+from vp_train.settings import load_config
+from vp_train.settings.files import config_text
 
 CASES = [
     ("1f1b", "none", GLOO),

@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 from vp_train.checkpoint.training import _require_same
 from vp_train.commands.train import with_origin
 from vp_train.config import CPU_COSTS, ConfigError, LossConfig, ModelConfig, RunConfig
-from vp_train.settings import check_start, config_text, load_config, resume_words
+from vp_train.settings import load_config
+from vp_train.settings.files import config_text
+from vp_train.settings.resume import check_start, resume_words
 
 
 @pytest.fixture

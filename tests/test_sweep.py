@@ -26,7 +26,8 @@ from vp_train.commands.sweep import SWEEP, Result, best_of, is_sweep, runs_of, s
 from vp_train.commands.train import _OPTIONS, main
 from vp_train.config import ConfigError
 from vp_train.durable import checkpoint_name
-from vp_train.settings import config_text, load_config
+from vp_train.settings import load_config
+from vp_train.settings.files import config_text
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from vp_train.config import (
 from vp_train.inference import opening, scoring
 from vp_train.inference.layout import Opening, _evaluating, check_context, opening_of
 from vp_train.planning.degrees import Degrees
-from vp_train.settings import config_text
+from vp_train.settings.files import config_text
 
 TRAINED = RunConfig(
     model=ModelConfig(seq_length=32),

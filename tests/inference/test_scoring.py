@@ -20,7 +20,8 @@ from vp_train.config import ConfigError
 from vp_train.data.tokenizer import train_tokenizer
 from vp_train.inference.layout import opening_of
 from vp_train.inference.opening import open_run, opened
-from vp_train.settings import load_config, override
+from vp_train.settings import load_config
+from vp_train.settings.words import override
 from vp_train.tensors import kernels
 from vp_train.tensors.compiling import has_cpp_compiler
 

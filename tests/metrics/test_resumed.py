@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vp_train.metrics.resumed import rate_words
-from vp_train.settings import config_text, load_config
+from vp_train.settings import load_config
+from vp_train.settings.files import config_text
 
 BEGUN = ("run.name=one", "run.steps=40", "optim.lr=2e-3", "optim.warmup_steps=5")
 

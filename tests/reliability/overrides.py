@@ -24,7 +24,7 @@ from vp_train.config import RunConfig, printable
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK
 from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.plan import make_plan
-from vp_train.settings import sections, setting_names
+from vp_train.settings.tree import sections, setting_names
 
 MOST_SECONDS = 3.0  # of this process, for a refusal
 MOST_SECONDS_OF_A_RUN = 60

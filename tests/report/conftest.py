@@ -14,7 +14,8 @@ from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.pipeline.stopwatch import Part
 from vp_train.planning.plan import make_plan
-from vp_train.settings import config_text, load_config
+from vp_train.settings import load_config
+from vp_train.settings.files import config_text
 
 STEPS = 30
 EVIL = "<script>alert(1)<!--\"'&"

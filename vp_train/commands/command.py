@@ -21,18 +21,11 @@ from typing import NoReturn
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.durable import missing_directories
 from vp_train.failures import EXIT_OK, ending_of_command
-from vp_train.settings import (
-    close_names,
-    config_text,
-    group_choices,
-    has_settings,
-    load_config,
-    section_help,
-    sections,
-    setting_help,
-    setting_names,
-    settings_help,
-)
+from vp_train.settings import load_config
+from vp_train.settings.files import config_text, has_settings
+from vp_train.settings.help import section_help, setting_help, settings_help
+from vp_train.settings.meant import close_names
+from vp_train.settings.tree import group_choices, sections, setting_names
 
 MOST_NUMBER = 1_000_000  # of an option that takes a count, unless it says another
 _HELP = """\

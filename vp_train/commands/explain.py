@@ -44,7 +44,8 @@ from vp_train.explain.remedies import (
 from vp_train.explain.trace import read_traced
 from vp_train.failures import EXIT_OK
 from vp_train.profile.costs import cost_text
-from vp_train.settings import load_config, typed
+from vp_train.settings import load_config
+from vp_train.settings.words import typed
 from vp_train.units import human_bytes
 
 _SECONDS = 20.0  # for the comparison of schedules; the simulation that runs then still ends

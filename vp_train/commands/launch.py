@@ -68,7 +68,8 @@ from vp_train.planning.degrees import check_node, wanted_ranks
 from vp_train.planning.memory import check_host, check_machine, machine_bytes
 from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
-from vp_train.settings import load_config, override
+from vp_train.settings import load_config
+from vp_train.settings.words import override
 from vp_train.supervision.requests import SIGNALS, is_ignored
 
 # What ranks import on their way to the first step, in the order of their needs.

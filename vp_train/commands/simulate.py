@@ -44,7 +44,7 @@ from vp_train.planning.plan import (
     plan_step,
     row_advice,
 )
-from vp_train.settings import config_text
+from vp_train.settings.files import config_text
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import human_bytes
 

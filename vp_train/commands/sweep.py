@@ -40,7 +40,10 @@ from vp_train.config import ConfigError, RunConfig, RunSettings, printable
 from vp_train.durable import UnreadableError, open_regular, read_text
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_OK, EXIT_TIME
-from vp_train.settings import changes, check_start, combinations, load_config, override
+from vp_train.settings import load_config
+from vp_train.settings.resume import changes, check_start
+from vp_train.settings.sweeps import combinations
+from vp_train.settings.words import override
 from vp_train.units import human_bytes
 
 SWEEP = "VP_TRAIN_SWEEP"  # environment variable of runs with the process id of their sweep

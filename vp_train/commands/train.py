@@ -22,13 +22,9 @@ from vp_train.durable import checkpoints_in
 from vp_train.failures import ending_of_command
 from vp_train.metrics.run_directory import refuse_running
 from vp_train.planning.degrees import MOST_ON_A_NODE
-from vp_train.settings import (
-    BatchChange,
-    check_start,
-    config_text,
-    resume_words,
-    started_from,
-)
+from vp_train.settings.files import config_text
+from vp_train.settings.resume import BatchChange, check_start, resume_words
+from vp_train.settings.saved import started_from
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
 

@@ -17,7 +17,8 @@ from vp_train.config import (
 )
 from vp_train.durable import homes, meant_run
 from vp_train.planning.degrees import Degrees, split_ranks
-from vp_train.settings import load_config, override
+from vp_train.settings import load_config
+from vp_train.settings.words import override
 
 _COUNTING = (
     *("parallel.pp", "parallel.dp", "parallel.tp"),

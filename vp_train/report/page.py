@@ -20,7 +20,7 @@ from vp_train.durable import advising, replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
-from vp_train.settings import typed
+from vp_train.settings.words import typed
 from vp_train.units import clock, human_bytes, plural
 
 NAME = "report.html"  # in the directory of a run

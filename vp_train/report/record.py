@@ -30,7 +30,8 @@ from vp_train.explain.causes import Explanation, explain
 from vp_train.explain.trace import read_traced
 from vp_train.report.curves import Curves, finite
 from vp_train.report.traced import Timelines, read_timelines
-from vp_train.settings import default_words, saved_words
+from vp_train.settings.load import default_words
+from vp_train.settings.saved import saved_words
 
 _LARGEST_LINES = 1 << 33  # bytes of metrics.jsonl
 _LONGEST_LINE = 1 << 20  # bytes

@@ -1,0 +1,149 @@
+"""A command line -> RunConfig, also on top of what a resumed run has saved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vp_train.config import ConfigError, RunConfig
+from vp_train.durable import checkpoints_in
+from vp_train.settings.checks import check_size, check_word, refuse_two_choices, refuse_unused
+from vp_train.settings.choices import schema
+from vp_train.settings.compose import composed_config
+from vp_train.settings.files import words_of_file
+from vp_train.settings.meant import instead_of_option, instead_of_word
+from vp_train.settings.saved import NOT_SAVED, REPAIR, is_searched, sample_length, saved_settings
+from vp_train.settings.tree import sections, values_of
+from vp_train.settings.words import as_written, at_home, setting_words
+
+
+def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> RunConfig:
+    """Compose configs/ and `overrides`.
+
+    With run.resume=true the settings that the run has saved take the place of configs/.
+
+    Raises ConfigError with the offending override and the way out.
+    """
+    options = [word for word in overrides if word.startswith("-")]
+    if options:
+        known = ", ".join((*known_options, "--help"))
+        instead = instead_of_option(options[0], known_options)
+        raise ConfigError(
+            f"{options[0]} is not an option; {instead}there are {known} and --print-config, all "
+            "else is key=value"
+        )
+    check_size(overrides)
+    for before, word in itertools.pairwise(("", *overrides)):
+        if word.startswith("="):
+            raise ConfigError(f"{word!r} is not an override; write key=value without blanks")
+        if "=" not in word and not word.startswith(("+", "~")):
+            raise ConfigError(f"{word!r} is not an override; {instead_of_word(word, before)}")
+    refuse_two_choices(overrides)
+    chosen = {word.partition("=")[0] for word in overrides}
+    files = {word: settings for word in overrides if (settings := words_of_file(word)) is not None}
+    try:
+        overrides = [
+            as_written(at_home(word)) for given in overrides for word in files.get(given, [given])
+        ]
+        for word in overrides:
+            check_word(word)
+        if (saved := _saved_by_run(overrides)) is not None:
+            return _resumed(saved, overrides, chosen)
+        config = composed_config("config", overrides)
+        refuse_unused(config.data, overrides)
+        if config.vocab.balance and config.vocab.algorithm == "none":
+            raise ConfigError(
+                "vocab.balance=true needs a sharded vocabulary, but vocab=none; drop one of the two"
+            )
+        return config
+    except ConfigError:
+        for given, settings in files.items():  # is one of the files at fault?
+            try:
+                for word in settings:
+                    check_word(word)
+                composed_config("config", settings)
+            except ConfigError as error:
+                raise ConfigError(f"{given}: {error}") from None
+        raise
+
+
+def default_words() -> dict[str, str]:
+    """Return every setting without any override, as it is written on a command line."""
+    return {name: setting_words(value) for name, value in values_of(load_config([])).items()}
+
+
+def _saved_by_run(overrides: Sequence[str]) -> Path | None:
+    """Return the settings that the run to be resumed has saved; None if there is no such run.
+
+    Only what says where it lies is looked at: the other overrides may fit nothing but its settings.
+    """
+    if not any(word.startswith("run.resume=") for word in overrides):
+        return None
+    names = ("run", "run.name", "run.root", "run.resume")
+    where = [word for word in overrides if word.partition("=")[0] in names]
+    run = composed_config("config", where).run
+    saved = run.directory / "config.yaml"
+    return saved if run.resume and saved.is_file() else None
+
+
+def _resumed(path: Path, overrides: Sequence[str], chosen: set[str]) -> RunConfig:
+    """Return the settings that a run has saved in `path`, with `overrides` on top of them.
+
+    A group among the `chosen` names begins anew with that choice.  Raises ConfigError where the
+    file is broken.
+    """
+    from importlib.resources import files
+
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    saved = saved_settings(path)
+    for section_name in sections():
+        if not any(name.partition(".")[0] == section_name for name in saved):
+            raise ConfigError(f"{path} has no section {section_name}; {REPAIR}")
+    groups: dict[str, dict[str, object]] = {}
+    values: dict[str, object] = {}
+    for name in _keys(schema()):
+        section, _, key = name.partition(".")
+        if name in saved and name not in NOT_SAVED and section not in chosen:
+            (groups.setdefault(section, {}) if key else values)[key or section] = saved[name]
+    if is_searched(saved, path):
+        groups.get("schedule", {}).pop("file", None)  # other settings may lead to another one
+    defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
+    again = [
+        entry
+        for entry in defaults
+        if not isinstance(entry, str) and chosen.intersection(map(str, entry))
+    ]
+    store = ConfigStore.instance()
+    store.store(name="saved", node={**values, **groups})
+    store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
+    try:
+        config = composed_config("resumed", overrides)
+    except ConfigError:
+        try:  # do the saved settings fit without the overrides?
+            composed_config("resumed", [])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}; {REPAIR}") from None
+        raise
+    if any(word.startswith("data.sample_length=") for word in overrides):
+        return config
+    length = sample_length(saved)
+    if length in (None, config.sample_length) or not checkpoints_in(config.run.checkpoints):
+        return config
+    return replace(config, data=replace(config.data, sample_length=length))
+
+
+def _keys(node: object, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings and sections in `node`."""
+    from omegaconf import DictConfig
+
+    assert isinstance(node, DictConfig)
+    for key in node:
+        child = node._get_node(key)
+        name = f"{prefix}{key!s}"
+        yield name
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{name}.")
