@@ -114,10 +114,8 @@ MOST_POSITIONAL = 5  # parameters of a constructor; the others are keywords
 MOST_ROOT_MODULES = 10  # besides __init__ and __main__
 DOORS = {
     "megatron": {"vp_train.model.megatron", "vp_train.data.indexed"},
-    "hydra": {f"vp_train.settings.{name}" for name in ("compose", "load", "sweeps", "words")},
-    "omegaconf": {
-        f"vp_train.settings.{name}" for name in ("choices", "compose", "files", "load", "saved")
-    },
+    "hydra": {f"vp_train.settings.{name}" for name in ("compose", "sweeps", "words")},
+    "omegaconf": {f"vp_train.settings.{name}" for name in ("choices", "compose", "files", "saved")},
     "tokenizers": {"vp_train.data.tokenizer", "vp_train.data.worker"},
     "pyarrow": {"vp_train.data.tables"},
     "zstandard": {"vp_train.data.files"},

@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from vp_train.config import RunConfig
+from vp_train.config import ConfigError, RunConfig
 from vp_train.settings import choices, compose, load_config
 from vp_train.settings.tree import group_choices
 
@@ -43,7 +44,7 @@ def covering_sets():
 
 @pytest.mark.parametrize("words", covering_sets(), ids=" ".join)
 def test_sets_of_choices_give_what_hydra_composes(words):
-    assert compose._updated(words) == compose._hydra_composed("config", words)
+    assert compose._composed_here(words) == compose._hydra_composed(words)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,36 @@ def test_sets_of_choices_give_what_hydra_composes(words):
     ],
 )
 def test_groups_that_are_composed_once_give_what_hydra_composes(words):
-    composed = compose._hydra_composed("config", words)
+    composed = compose._hydra_composed(words)
     for _ in range(2):  # the second time from what was kept
-        assert compose._updated(words) == composed
+        assert compose._composed_here(words) == composed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["run.steps=7", "model.num_layers=3", "parallel.layers_per_stage=[1,2]"],
+        ["optim=wsd", "optim.lr=0.5", "data=pystdlib"],
+        ["cluster=h100_80g_node", "run.dtype=float16"],
+        ["cost=a100", "cluster=h200_141g_node", "schedule=v_half"],
+    ],
+)
+def test_saved_settings_with_choices_on_top_give_what_hydra_composes(words):
+    sections, saved = group_choices(), asdict(load_config(["optim=zero1", "data=synthetic"]))
+    anew = {"model", *(word.partition("=")[0] for word in words)} & sections.keys()
+    settings = {name: value for name, value in saved.items() if name not in anew}
+    resumed = compose.Saved(settings, anew)
+    composed = compose._composed_here(words, resumed)
+    assert composed == compose._hydra_composed(words, resumed)
+    assert composed.num_microbatches == saved["num_microbatches"]
+
+
+def test_saved_settings_that_a_choice_would_choose_anew_are_left_to_hydra():
+    saved = compose.Saved(asdict(load_config([])), {"cost"})
+    assert compose._composed_here(["cost=a100_4b"], saved) is None
+    with pytest.raises(ConfigError, match="Could not override 'model'"):
+        compose.composed_config(["cost=a100_4b"], saved)
 
 
 WHOLE = "# @package _global_\n"
@@ -108,9 +136,9 @@ def test_new_choices_give_what_hydra_composes_or_are_left_to_it(with_new_choices
         ["cost=asks", "optim=wsd"],
         ["cost=asks", "optim=asks_whole"],
     ):
-        if (ours := compose._updated(words)) is not None:
+        if (ours := compose._composed_here(words)) is not None:
             taken.append(" ".join(words))
-            assert ours == compose._hydra_composed("config", words), words
+            assert ours == compose._hydra_composed(words), words
     assert taken == [
         *("optim=twice", "optim=last", "optim=asks_whole"),
         *("cost=asks", "cost=asks_on", "cluster=nodes", "cost=asks optim=wsd"),
@@ -121,7 +149,7 @@ def test_new_choices_give_what_hydra_composes_or_are_left_to_it(with_new_choices
     "word", ["optim.lr=1,2", "optim.lrr=1", "lrr=1", "model=none", "optim.lr='a"]
 )
 def test_what_cannot_be_composed_is_left_to_hydra(word):
-    assert compose._updated(["model=nano", word]) is None
+    assert compose._composed_here(["model=nano", word]) is None
 
 
 def test_choices_alone_do_not_load_hydra():
@@ -135,5 +163,5 @@ assert "hydra" not in sys.modules
 
 
 def test_a_change_of_composed_settings_does_not_reach_the_next(tmp_path):
-    compose._updated(["model=nano"]).optim.lr = 7.0
+    compose._composed_here(["model=nano"]).optim.lr = 7.0
     assert load_config(["model=nano"]).optim.lr == RunConfig().optim.lr

@@ -19,14 +19,31 @@ def of_choices(chosen: tuple[tuple[str, str], ...]) -> bytes:
     """
     from omegaconf import OmegaConf
 
-    own, (_, *groups, _), _ = _ours("config")  # first the schema, last its own settings
-    defaults = {str(group): choice for entry in groups for group, choice in entry.items()}
+    own, defaults = _ours("config")[0], default_choices()
     asked = _asked_by(defaults | dict(chosen))
     choices = defaults | dict(asked) | dict(chosen)
     if len(asked) > 1 or asked != _asked_by(choices) or choices.keys() != defaults.keys():
         raise ValueError(f"{choices} are left to hydra")
     parts = [_of_choice(*choice)[0] for choice in choices.items()]
     return pickle.dumps(OmegaConf.merge(schema(), *parts, own))
+
+
+def on_saved(saved: Mapping[str, object], choices: Mapping[str, str]) -> Any:
+    """Return saved settings with these choices of groups on top of them.
+
+    Raises ValueError for choices that ask for others, which are left to hydra.
+    """
+    from omegaconf import OmegaConf
+
+    if _asked_by(choices):
+        raise ValueError(f"{choices} are left to hydra")
+    return OmegaConf.merge(schema(), saved, *(_of_choice(*one)[0] for one in choices.items()))
+
+
+def default_choices() -> dict[str, str]:
+    """Return the choice of every group in configs/config.yaml, in the order in which they count."""
+    _, *groups, _ = _ours("config")[1]  # first the schema, last its own settings
+    return {str(group): choice for entry in groups for group, choice in entry.items()}
 
 
 def _asked_by(choices: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 from vp_train.config import ConfigError, RunConfig
 from vp_train.settings.checks import one_choice
-from vp_train.settings.choices import of_choices, schema
+from vp_train.settings.choices import default_choices, of_choices, on_saved, schema
 from vp_train.settings.meant import choice_of_group
 from vp_train.settings.messages import bad_override, broken_list, first_line, unknown_choice
 from vp_train.settings.tree import group_choices, sections
 from vp_train.settings.words import parsed_override, quoted_words
 
 
-def composed_config(primary: str, overrides: Sequence[str]) -> RunConfig:
-    """Compose the configuration `primary` and `overrides`; raise ConfigError like `load_config`."""
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a resumed run has saved, which takes the place of configs/.
+
+    settings: top-level settings by name, and those of each section by its name.
+    anew: names of groups that begin with their choice nevertheless.
+    """
+
+    settings: Mapping[str, object]
+    anew: Set[str]
+
+    def choices(self, chosen: Mapping[str, str]) -> dict[str, str]:
+        """Return the choices of the groups that begin anew, `chosen` or the default, in order."""
+        return {
+            group: chosen.get(group, default)
+            for group, default in default_choices().items()
+            if group in self.anew
+        }
+
+
+def composed_config(overrides: Sequence[str], saved: Saved | None = None) -> RunConfig:
+    """Compose configs/, or what is saved, and `overrides`; raise ConfigError like `load_config`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    composed = _updated(overrides) if primary == "config" else None
-    composed = composed or _of_hydra(primary, overrides)
+    composed = _composed_here(overrides, saved) or _of_hydra(overrides, saved)
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -37,7 +57,7 @@ def composed_config(primary: str, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def _of_hydra(primary: str, overrides: Sequence[str]) -> Any:
+def _of_hydra(overrides: Sequence[str], saved: Saved | None) -> Any:
     """Return what hydra composes; raise its errors as ConfigErrors."""
     from hydra.errors import (
         ConfigCompositionException,
@@ -48,7 +68,7 @@ def _of_hydra(primary: str, overrides: Sequence[str]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return _hydra_composed(primary, overrides)
+        return _hydra_composed(overrides, saved)
     except OverrideParseException as error:
         word = str(error.override)
         way_out = broken_list(word) or quoted_words(word)
@@ -75,7 +95,7 @@ def _of_hydra(primary: str, overrides: Sequence[str]) -> Any:
         raise ConfigError(f"{words} cannot be read; write key=value, e.g. run.steps=100") from None
 
 
-def _updated(overrides: Sequence[str]) -> Any:
+def _composed_here(overrides: Sequence[str], saved: Saved | None = None) -> Any:
     """Compose as hydra does, but each choice of a group once; None for what is left to hydra.
 
     Hydra reads all files for every call, and settings of its own, which takes most of its time.
@@ -94,7 +114,10 @@ def _updated(overrides: Sequence[str]) -> Any:
         else:
             return None
     try:
-        composed = pickle.loads(of_choices(tuple(sorted(chosen.items()))))
+        if saved is None:
+            composed = pickle.loads(of_choices(tuple(sorted(chosen.items()))))
+        else:
+            composed = on_saved(saved.settings, saved.choices(chosen))
         for word in others:
             parsed = parsed_override(word)
             if parsed.is_sweep_override():
@@ -105,11 +128,16 @@ def _updated(overrides: Sequence[str]) -> Any:
     return composed
 
 
-def _hydra_composed(primary: str, overrides: Sequence[str]) -> Any:
+def _hydra_composed(overrides: Sequence[str], saved: Saved | None = None) -> Any:
     """Return what hydra composes.  Raises its errors."""
     from hydra import compose, initialize_config_module
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=schema())
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema())
+    if saved is not None:
+        anew = [{group: choice} for group, choice in saved.choices({}).items()]
+        store.store(name="saved", node=dict(saved.settings))
+        store.store(name="resumed", node={"defaults": ["schema", "saved", *anew, "_self_"]})
     with initialize_config_module("vp_train.configs", version_base="1.3"):
-        return compose(primary, overrides=list(overrides))
+        return compose("resumed" if saved else "config", overrides=list(overrides))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import checkpoints_in
 from vp_train.settings.checks import check_size, check_word, refuse_two_choices, refuse_unused
-from vp_train.settings.choices import schema
-from vp_train.settings.compose import composed_config
+from vp_train.settings.compose import Saved, composed_config
 from vp_train.settings.files import words_of_file
 from vp_train.settings.meant import instead_of_option, instead_of_word
 from vp_train.settings.saved import NOT_SAVED, REPAIR, is_searched, sample_length, saved_settings
-from vp_train.settings.tree import sections, values_of
+from vp_train.settings.tree import sections, setting_names, values_of
 from vp_train.settings.words import as_written, at_home, setting_words
 
 
@@ -51,7 +50,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             check_word(word)
         if (saved := _saved_by_run(overrides)) is not None:
             return _resumed(saved, overrides, chosen)
-        config = composed_config("config", overrides)
+        config = composed_config(overrides)
         refuse_unused(config.data, overrides)
         if config.vocab.balance and config.vocab.algorithm == "none":
             raise ConfigError(
@@ -63,7 +62,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
             try:
                 for word in settings:
                     check_word(word)
-                composed_config("config", settings)
+                composed_config(settings)
             except ConfigError as error:
                 raise ConfigError(f"{given}: {error}") from None
         raise
@@ -83,7 +82,7 @@ def _saved_by_run(overrides: Sequence[str]) -> Path | None:
         return None
     names = ("run", "run.name", "run.root", "run.resume")
     where = [word for word in overrides if word.partition("=")[0] in names]
-    run = composed_config("config", where).run
+    run = composed_config(where).run
     saved = run.directory / "config.yaml"
     return saved if run.resume and saved.is_file() else None
 
@@ -94,37 +93,24 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str]) -> RunConfi
     A group among the `chosen` names begins anew with that choice.  Raises ConfigError where the
     file is broken.
     """
-    from importlib.resources import files
-
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
     saved = saved_settings(path)
     for section_name in sections():
         if not any(name.partition(".")[0] == section_name for name in saved):
             raise ConfigError(f"{path} has no section {section_name}; {REPAIR}")
     groups: dict[str, dict[str, object]] = {}
     values: dict[str, object] = {}
-    for name in _keys(schema()):
+    for name in (*sections(), *setting_names()):
         section, _, key = name.partition(".")
         if name in saved and name not in NOT_SAVED and section not in chosen:
             (groups.setdefault(section, {}) if key else values)[key or section] = saved[name]
     if is_searched(saved, path):
         groups.get("schedule", {}).pop("file", None)  # other settings may lead to another one
-    defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
-    again = [
-        entry
-        for entry in defaults
-        if not isinstance(entry, str) and chosen.intersection(map(str, entry))
-    ]
-    store = ConfigStore.instance()
-    store.store(name="saved", node={**values, **groups})
-    store.store(name="resumed", node={"defaults": ["schema", "saved", *again, "_self_"]})
+    base = Saved({**values, **groups}, chosen)
     try:
-        config = composed_config("resumed", overrides)
+        config = composed_config(overrides, base)
     except ConfigError:
         try:  # do the saved settings fit without the overrides?
-            composed_config("resumed", [])
+            composed_config([], base)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}; {REPAIR}") from None
         raise
@@ -134,16 +120,3 @@ def _resumed(path: Path, overrides: Sequence[str], chosen: set[str]) -> RunConfi
     if length in (None, config.sample_length) or not checkpoints_in(config.run.checkpoints):
         return config
     return replace(config, data=replace(config.data, sample_length=length))
-
-
-def _keys(node: object, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all settings and sections in `node`."""
-    from omegaconf import DictConfig
-
-    assert isinstance(node, DictConfig)
-    for key in node:
-        child = node._get_node(key)
-        name = f"{prefix}{key!s}"
-        yield name
-        if isinstance(child, DictConfig):
-            yield from _keys(child, f"{name}.")
