@@ -53,7 +53,8 @@ from schedules.lower import Action, Op, Program, lower
 from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.timeline import Span, Timeline
-from vp_train.config import BUCKETS_PER_STAGE, OptimConfig
+from vp_train.config import OptimConfig
+from vp_train.config.bounds import BUCKETS_PER_STAGE
 from vp_train.mesh import build_mesh
 from vp_train.optim.buckets import FlatLayout, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients

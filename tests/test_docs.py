@@ -379,7 +379,7 @@ def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
     """
     first_pages = (README, ROOT / "docs/quickstart.md", ROOT / "docs/working_day.md")
     for number in range(40):
-        text = (ROOT / "vp_train/config.py").read_text()
+        text = (ROOT / "vp_train/config/model.py").read_text()
         (place / "home/corpus" / f"{number}.txt").write_text(
             text[number * 100 : number * 100 + 3000]
         )

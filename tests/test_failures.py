@@ -242,7 +242,7 @@ def test_a_failure_names_the_last_line_of_this_package():
         RunSettings(steps=0)
     except ConfigError as error:
         ending = ending_of_rank(error, SETTINGS, 0, 1)
-    assert re.search(r" \(in \w+, vp_train/config\.py:\d+\); its traceback", ending.words)
+    assert re.search(r" \(in \w+, vp_train/config/setting\.py:\d+\); its traceback", ending.words)
 
 
 def launch_scripts():

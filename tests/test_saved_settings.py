@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from vp_train.checkpoint.training import _require_same
 from vp_train.commands.train import with_origin
-from vp_train.config import CPU_COSTS, ConfigError, LossConfig, ModelConfig, RunConfig
+from vp_train.config import ConfigError, LossConfig, ModelConfig, RunConfig
+from vp_train.config.cost import CPU_COSTS
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
 from vp_train.settings.resume import check_start, resume_words

@@ -11,7 +11,8 @@ import pytest
 
 from schedules.generators import GENERATORS
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.config import BlendEntry, ConfigError, RunConfig, Setting, setting_of
+from vp_train.config import BlendEntry, ConfigError, RunConfig
+from vp_train.config.setting import Setting, setting_of
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
 from vp_train.settings.help import section_help, setting_help, settings_help, settings_page

@@ -13,13 +13,8 @@ from torch import Tensor, nn
 
 from schedules.ir import Kind, Pass
 from schedules.vocab import End, VocabAlgorithm
-from vp_train.config import (
-    BUCKETS_PER_STAGE,
-    ConfigError,
-    OptimConfig,
-    RunConfig,
-    RunSettings,
-)
+from vp_train.config import ConfigError, OptimConfig, RunConfig, RunSettings
+from vp_train.config.bounds import BUCKETS_PER_STAGE
 from vp_train.mesh import Mesh, starting
 from vp_train.model.elementwise import Fuse, choose_fuse, plain
 from vp_train.model.float8 import Float8Products

@@ -40,7 +40,8 @@ from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
 from vp_train.communication.nccl import require_gpu, take_gpu, watch
 from vp_train.communication.rendezvous import join_world
-from vp_train.config import SETTLED_STEP, ConfigError, RunConfig, RunSettings
+from vp_train.config import ConfigError, RunConfig, RunSettings
+from vp_train.config.run import SETTLED_STEP
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.ahead import Ahead
 from vp_train.data.tokenizer import tokenizer_config

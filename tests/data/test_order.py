@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vp_train.config import BlendEntry, ConfigError, DataConfig, whole_weights
+from vp_train.config import BlendEntry, ConfigError, DataConfig
+from vp_train.config.data import whole_weights
 from vp_train.data.order import Permutation, SampleOrder, Turns, own_starts, pieces_of
 
 

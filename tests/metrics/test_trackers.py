@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vp_train.config import TRACKERS, ConfigError, RunConfig, RunSettings
+from vp_train.config import ConfigError, RunConfig, RunSettings
+from vp_train.config.run import TRACKERS
 from vp_train.durable import UnreadableError
 from vp_train.metrics import trackers
 from vp_train.metrics.log import MetricsLog

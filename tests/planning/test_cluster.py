@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from schedules.ir import Kind
-from vp_train.config import CPU_COSTS, ClusterConfig, ConfigError, CostConfig
+from vp_train.config import ClusterConfig, ConfigError, CostConfig
+from vp_train.config.cost import CPU_COSTS
 from vp_train.model import shape
 from vp_train.planning.cluster import (
     Link,

@@ -10,7 +10,8 @@ from random import Random
 import pytest
 
 from schedules import generators
-from vp_train.config import RECOMPUTE, ConfigError
+from vp_train.config import ConfigError
+from vp_train.config.parallel import RECOMPUTE
 from vp_train.planning import search as search_module
 from vp_train.planning import short, weigh
 from vp_train.planning.choice import (

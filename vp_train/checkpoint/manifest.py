@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.checkpoint.stream import describe_tensors
-from vp_train.config import DTYPES
+from vp_train.config.bounds import DTYPES
 from vp_train.durable import (
     UnreadableError,
     checkpoint_step,

@@ -24,16 +24,8 @@ from vp_train.checkpoint.manifest import (
 from vp_train.checkpoint.saver import Saver
 from vp_train.checkpoint.store import CheckpointTensor, Damage, load, newest
 from vp_train.communication.control import ControlGroup
-from vp_train.config import (
-    FREE_DATA,
-    FREE_MODEL,
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    RunConfig,
-    permission_of,
-)
+from vp_train.config import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
+from vp_train.config.resume import FREE_DATA, FREE_MODEL, permission_of
 from vp_train.durable import checkpoints_in, plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vp_train.commands.command import Parser, guarded, path_argument
-from vp_train.config import DTYPES, ConfigError, RunSettings
+from vp_train.config import ConfigError, RunSettings
+from vp_train.config.bounds import DTYPES
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
 from vp_train.settings.saved import run_of, started_from

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NoReturn
 from vp_train.commands.command import Parser, check_printable, path_argument, prints
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher
 from vp_train.commands.place import is_rank
-from vp_train.config import DTYPES, ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig
+from vp_train.config.bounds import DTYPES
 from vp_train.failures import EXIT_OK, Ending, ending_of_command, peer_failure
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.supervision.ending import PIPE, leave

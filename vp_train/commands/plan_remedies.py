@@ -10,7 +10,8 @@ from itertools import product, takewhile
 
 from schedules.generators import GENERATORS
 from schedules.render import duration
-from vp_train.config import RECOMPUTE, ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig
+from vp_train.config.parallel import RECOMPUTE
 from vp_train.planning.choice import changes_of, most_chunks
 from vp_train.planning.cluster import MARGIN, limit_of
 from vp_train.planning.compare import Help, proposing

@@ -32,7 +32,8 @@ from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
 from vp_train.commands.searching import Searching
-from vp_train.config import ConfigError, RunConfig, unknown
+from vp_train.config import ConfigError, RunConfig
+from vp_train.config.errors import unknown
 from vp_train.failures import EXIT_OK
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import split_ranks, wanted_ranks

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vp_train.config import ConfigError, exact
+from vp_train.config import ConfigError
+from vp_train.config.data import exact
 from vp_train.quiet import quiet_megatron
 
 _BLOCK = 1 << 24  # tokens that are looked at together

@@ -20,7 +20,8 @@ from schedules.problem import Problem
 from schedules.replay import RUNTIMES, Runtime
 from schedules.timeline import Span, Timeline
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.config import SETTLED_STEP, ConfigError, printable
+from vp_train.config import ConfigError, printable
+from vp_train.config.run import SETTLED_STEP
 from vp_train.durable import UnreadableError, meant_run, read_json, shown
 
 SCHEMA = "vp_train step_times 1"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vp_train.communication.control import ControlGroup
-from vp_train.config import OptimConfig, exact
+from vp_train.config import OptimConfig
+from vp_train.config.data import exact
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

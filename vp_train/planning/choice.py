@@ -14,15 +14,15 @@ from schedules.generators import GENERATORS, searched_schedules
 from schedules.layout import Layout
 from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config import (
-    RECOMPUTE,
     ConfigError,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     VocabConfig,
-    unknown,
 )
+from vp_train.config.errors import unknown
+from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.placement import offloaded_layers, redistribute, split_layers

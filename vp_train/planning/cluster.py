@@ -13,7 +13,8 @@ from typing import Any
 
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import CPU_COSTS, ClusterConfig, CostConfig, ModelConfig, OptimConfig
+from vp_train.config import ClusterConfig, CostConfig, ModelConfig, OptimConfig
+from vp_train.config.cost import CPU_COSTS
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import sum_seconds
 from vp_train.planning.workload import Workload

@@ -21,7 +21,8 @@ from typing import Any
 
 from schedules.ir import Kind
 from schedules.render import duration
-from vp_train.config import RECOMPUTE, ClusterConfig, CostConfig, OptimConfig
+from vp_train.config import ClusterConfig, CostConfig, OptimConfig
+from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
 from vp_train.planning.cluster import Link, links_of, on_cluster, peak_flops
 from vp_train.planning.degrees import Degrees

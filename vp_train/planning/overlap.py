@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from schedules.ir import Kind
 from schedules.vocab import End
-from vp_train.config import BUCKETS_PER_STAGE, ClusterConfig, OptimConfig
+from vp_train.config import ClusterConfig, OptimConfig
+from vp_train.config.bounds import BUCKETS_PER_STAGE
 from vp_train.model import shape
 from vp_train.planning.cluster import replica_seconds, tied_on_two_ranks
 from vp_train.planning.plan import StepPlan

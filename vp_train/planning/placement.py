@@ -10,7 +10,8 @@ from functools import cache
 from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import End
-from vp_train.config import ConfigError, CostConfig, ModelConfig, ParallelConfig, exact
+from vp_train.config import ConfigError, CostConfig, ModelConfig, ParallelConfig
+from vp_train.config.data import exact
 from vp_train.model import shape
 from vp_train.planning.estimate import layer_pass_seconds, rank_slowness, row_seconds
 from vp_train.planning.workload import Workload

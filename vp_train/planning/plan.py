@@ -35,8 +35,8 @@ from vp_train.config import (
     RunConfig,
     ScheduleConfig,
     printable,
-    unknown,
 )
+from vp_train.config.errors import unknown
 from vp_train.durable import UnreadableError, read_text
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees, split_ranks

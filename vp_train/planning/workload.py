@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vp_train.config import ModelConfig, RunConfig, VocabConfig, refuse_with_graphs
+from vp_train.config import ModelConfig, RunConfig, VocabConfig
+from vp_train.config.whole import refuse_with_graphs
 from vp_train.model import shape
 from vp_train.planning.degrees import Degrees, check_float8_split, check_tensor_split
 

@@ -8,7 +8,8 @@ from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any
 
-from vp_train.config import RunConfig, Setting, setting_of
+from vp_train.config import RunConfig
+from vp_train.config.setting import Setting, setting_of
 from vp_train.settings.tree import ENTRIES, field_of, group_choices, own_fields, sections
 from vp_train.settings.words import value_words
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
 
-from vp_train.config import RAMP_WORDS, ConfigError, setting_of, unknown
+from vp_train.config import ConfigError
+from vp_train.config.errors import unknown
+from vp_train.config.setting import setting_of
+from vp_train.config.whole import RAMP_WORDS
 from vp_train.settings.checks import LONGEST_KEY
 from vp_train.settings.meant import choice_of_group, close_names
 from vp_train.settings.tree import ENTRIES, FILE_GROUPS, field_of, sections, setting_names

@@ -8,14 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vp_train.config import (
-    FREE_MODEL,
-    ConfigError,
-    RunConfig,
-    keeps_on_resume,
-    permission_of,
-    printable,
-)
+from vp_train.config import ConfigError, RunConfig, printable
+from vp_train.config.resume import FREE_MODEL, keeps_on_resume, permission_of
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
 from vp_train.settings.saved import NOT_SAVED, is_searched, sample_length, saved_settings

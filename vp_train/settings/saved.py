@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vp_train.config import CPU_COSTS, ConfigError, printable
+from vp_train.config import ConfigError, printable
+from vp_train.config.cost import CPU_COSTS
 from vp_train.durable import UnreadableError
 from vp_train.settings.files import leaves, read_yaml
 from vp_train.settings.words import setting_words

@@ -9,7 +9,8 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from vp_train.config import BlendEntry, RunConfig, ValidationEntry, setting_of
+from vp_train.config import BlendEntry, RunConfig, ValidationEntry
+from vp_train.config.setting import setting_of
 
 # Settings that are lists of sections: the type of an entry, and how a list is written.
 ENTRIES = {

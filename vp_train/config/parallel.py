@@ -1,0 +1,89 @@
+"""The section `parallel`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vp_train.config.bounds import MOST_RANKS_OF_A_MODEL, MOST_REPLICAS
+from vp_train.config.errors import ConfigError
+from vp_train.config.setting import check_section, setting
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The degrees of parallelism, and the placement of layers on stages.
+
+    A run has dp x pp x tp ranks: `dp` replicas of the model, each a pipeline of `pp` pipeline
+    ranks, each of which is `tp` ranks that split its matrices.  A degree that is null is inferred
+    from the world size.  If both `pp` and `dp` are null, `dp` is 1.
+    """
+
+    pp: int | None = setting(
+        None,
+        "Ranks of a pipeline; null: inferred from the world size.",
+        least=1,
+        most=MOST_RANKS_OF_A_MODEL,
+    )
+    dp: int | None = setting(
+        None,
+        "Replicas, each with num_microbatches of its own; null: inferred from the world size.",
+        least=1,
+        most=MOST_REPLICAS,
+    )
+    tp: int = setting(1, "Ranks that split each matrix.", least=1, most=MOST_RANKS_OF_A_MODEL)
+    placement: str = setting(
+        "even",
+        "Layers per stage: even; balanced, numbers that differ by at most one; "
+        "redistribute, fewer on the last stage (arXiv 2411.05288).",
+        choices=("even", "balanced", "redistribute"),
+    )
+    layers_per_stage: tuple[int, ...] | None = setting(
+        None, "Number of layers of each stage; overrides placement."
+    )
+    recompute: str = setting(
+        "none",
+        "What the backward recomputes instead of keeping it: nothing, the attention of each layer, "
+        "or whole layers.",
+        choices=RECOMPUTE,
+    )
+    recompute_per_stage: tuple[str, ...] | None = setting(
+        None,
+        "Recomputation of each stage, instead of recompute; 4*full is four of them.",
+        choices=RECOMPUTE,
+    )
+    sequence_parallel: bool = setting(
+        False, "Split norms and residuals over the tensor-parallel ranks too, by tokens."
+    )
+    offload_activations: float = setting(
+        0.0,
+        "Part of each stage's layers, the first ones, whose kept activations wait in host memory "
+        "between forward and backward; 0: none.",
+        least=0,
+        most=1,
+    )
+
+    def __post_init__(self) -> None:
+        if self.recompute_per_stage is not None:
+            whole = tuple(kind for word in self.recompute_per_stage for kind in _run_of(word))
+            object.__setattr__(self, "recompute_per_stage", whole)
+        check_section("parallel.", self)
+        if self.recompute != "none" and self.recompute_per_stage is not None:
+            raise ConfigError(
+                f"parallel.recompute={self.recompute} and "
+                f"parallel.recompute_per_stage={list(self.recompute_per_stage)}: set one of the two"
+            )
+
+    def recompute_of(self, stage: int) -> str:
+        """Return what the backward of `stage` recomputes, one of RECOMPUTE."""
+        return (
+            self.recompute if self.recompute_per_stage is None else self.recompute_per_stage[stage]
+        )
+
+
+def _run_of(word: str) -> tuple[str, ...]:
+    """Return the values that an item of a list stands for: `3*full` for three."""
+    count, times, value = str(word).partition("*")
+    return (value,) * int(count) if times and re.fullmatch("[0-9]{1,4}", count) else (word,)
