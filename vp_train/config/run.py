@@ -41,7 +41,7 @@ class RunSettings:
     linear_dtype: str = setting(
         "compute",
         "Dtype of the products y and dx of the decoder's linear layers; compute: run.dtype; "
-        "float8 needs run.dtype=bfloat16 (see cluster.md).",
+        "float8 needs run.dtype=bfloat16 (see memory.md).",
         choices=LINEAR_DTYPES,
     )
     float8_scales: str = setting(
