@@ -58,9 +58,20 @@ def unknown_choice(error: BaseException) -> str:
         return f"{missing.removesuffix('/')}= names no preset; give one, or drop the word"
     if group == "data" and len(choice) < LONGEST_KEY and Path(os.path.expanduser(choice)).exists():
         return f"data={choice} is not known; for text of your own: data=text data.path={choice}"
+    if group == "model" and (file := _model_file(choice)) is not None:
+        return f"{group}={choice} is a directory; give the file of settings in it: model={file}"
     is_path = group in FILE_GROUPS and "/" in choice
     way_out = ", or give a file of settings whose name ends with .yaml" if is_path else ""
     return unknown(f"{group}={choice}", choice, options) + way_out
+
+
+def _model_file(choice: str) -> Path | None:
+    """Return the file of settings in a directory that vp-import has written, if that is one."""
+    file = Path(choice) / "model.yaml"
+    try:
+        return file if Path(os.path.expanduser(file)).is_file() else None
+    except OSError:  # a name that no file can have
+        return None
 
 
 def bad_override(error: BaseException, overrides: Sequence[str]) -> str:
