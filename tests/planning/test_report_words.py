@@ -186,7 +186,7 @@ def test_a_rank_that_computes_a_tenth_longer_than_the_average_binds(report, rank
 )
 def test_a_fifth_of_the_step_binds_and_no_less(report, layers, tensor, gradients, passes, words):
     ranks = (rank_of(layers=layers, tensor=tensor),) * 2
-    found = replace(report, ranks=ranks, gradients=gradients, passes=passes)
+    found = replace(report, ranks=ranks, gradients=gradients, passes=passes, messages=0.0)
     assert found.step_seconds == pytest.approx(20)
     assert found.binds.startswith(words), found.binds
 
@@ -198,6 +198,25 @@ def test_what_binds_comes_with_its_way_out(report):
     assert summed.binds.endswith("; inside a node; more microbatches, or optim.name=zero1")
     waiting = replace(report, passes=30.0)
     assert waiting.binds.endswith("; more than 8 microbatches, or a smaller pp")
+    sent = replace(waiting, messages=10.0)
+    assert sent.binds.endswith("; inside a node; fewer stages")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (4.01, "communication, hops and barriers: 20% of the step; inside a node; fewer stages"),
+        (3.99, "its layers: rank 0 computes 1.67 times as long as the average rank"),
+        (0.0, "its layers: rank 0 computes 1.67 times"),
+    ],
+)
+def test_links_between_stages_bind_where_ranks_wait_for_them_longer_than_for_a_slow_one(
+    report, messages, words
+):
+    ranks = (rank_of(layers=8.0), rank_of(layers=0.0))
+    found = replace(report, ranks=ranks, passes=18.0, gradients=0.0, messages=messages)
+    assert found.step_seconds == pytest.approx(20)
+    assert found.binds.startswith(words), found.binds
 
 
 @pytest.mark.parametrize(
@@ -218,6 +237,7 @@ def test_the_optimizer_binds_where_it_takes_more_than_all_else_but_computation(
         report,
         ranks=tuple(rank_of(layers=seconds) for seconds in layers),
         passes=passes,
+        messages=0.0,
         gradients=0.0,
         optimizer=optimizer,
         host=HostUsage(optimizer=1.0),

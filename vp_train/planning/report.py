@@ -224,15 +224,24 @@ class PlanReport:
     @property
     def binds(self) -> str:
         """The words for what limits the run."""
-        rank, parts, step = self.ranks[self.busiest], self.parts, self.step_seconds
+        rank, step = self.ranks[self.busiest], self.step_seconds
         if self.excess > 0:
             return f"memory: {self.memory_words}"
         if self.host_excess > 0:
             return f"host memory: {self.host.excess_words(self.cluster.host_limit)}"
         mean = sum(other.busy for other in self.ranks) / len(self.ranks)
-        after = ("tensor-parallel sums", "gradient sum", "waiting", "optimizer")
+        waiting = self.parts["waiting"]
+        messages = min(waiting, self.messages or 0.0)
+        parts = self.parts | {"hops and barriers": messages, "waiting": waiting - messages}
+        after = (
+            "tensor-parallel sums",
+            "gradient sum",
+            "hops and barriers",
+            "waiting",
+            "optimizer",
+        )
         rest = max(rank.busy - mean, *(parts[name] for name in after))
-        if rank.busy > 1.1 * mean and parts["optimizer"] < rest:
+        if rank.busy > 1.1 * mean and max(parts["optimizer"], messages) < rest:
             share = sum(other.vocabulary for other in self.ranks) / len(self.ranks)
             what = (
                 "its part of the vocabulary"
@@ -299,6 +308,8 @@ class PlanReport:
             case "optimizer":
                 without = ", or optim.offload=false where that fits"
                 return f"a larger batch{without * (self.host.optimizer > 0)}"
+            case "hops and barriers":
+                return f"{links.pipeline.where}; fewer stages"
             case "gradient sum":
                 return f"{links.data.where}; more microbatches, or optim.name=zero1"
             case _:
