@@ -182,6 +182,10 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
             ["--device", "rates.yaml", "run.dtype=bfloat16", "run.linear_dtype=float8"],
             "--device measures products in run.dtype",
         ),
+        (
+            ["--cost", "one.yaml", "--device", "./one.yaml"],
+            "--cost, --device and --json name one file twice; give each its own",
+        ),
     ],
 )
 def test_refusals_name_the_value_and_the_way_out(vp_profile, arguments, message, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,24 @@ def test_file_that_is_not_utf8_is_left_out_and_named(
         file.write_bytes(content)
     assert [document.text for document in read_documents(files, "text", warn=True)] == ["good"]
     assert f"texts that are not UTF-8: 2; first {files[0]}" in capsys.readouterr().err
+
+
+def test_a_directory_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text/below").mkdir(parents=True)
+    (tmp_path / "text/a.txt").write_text("x")
+    (tmp_path / "text/below/b.txt").write_text("x")
+    listed = os.scandir
+
+    def denied(path: str) -> Iterator[os.DirEntry[str]]:  # root may read all of them
+        if str(path).endswith("below"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="text/below"):
+        find_files(text_config(tmp_path))
 
 
 def test_files_of_a_directory_that_are_not_read_are_counted(tmp_path: Path) -> None:

@@ -188,6 +188,19 @@ def test_an_export_may_have_another_dtype(made, tmp_path):
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_values_that_another_dtype_cannot_hold_are_refused_by_name(made, tmp_path):
+    _, theirs, _ = made("llama")
+    name, weights = "model.layers.1.mlp.down_proj.weight", weights_in(theirs)
+    weights[name][0, 3] = 1e6  # the largest of float16 is 65,504
+    source = write_model(tmp_path / "source", theirs, weights)
+    imported = import_checkpoint(source, tmp_path / "ours")
+    message = refused(export_checkpoint, imported.checkpoint, tmp_path / "half", dtype="float16")
+    assert message.startswith(f"{name} has values that float16 cannot hold")
+    assert not (tmp_path / "half").exists()
+    export_checkpoint(imported.checkpoint, tmp_path / "whole", dtype="bfloat16")
+    assert weights_in(tmp_path / "whole")[name][0, 3] == torch.tensor(1e6).bfloat16()
+
+
 def test_tokenizer_files_go_along(made, tmp_path):
     _, theirs, _ = made("llama")
     shutil.copytree(theirs, tmp_path / "theirs")

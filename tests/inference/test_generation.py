@@ -92,6 +92,7 @@ def test_vp_generate_prints_text_as_python_generates_tokens(trained, tmp_path, c
         (["--seed", "-1"], "--seed -1 is not a whole number in [0, "),
         (["--seed", "x"], "write for example --seed 1"),
         (["--file", "nowhere"], "--file nowhere is not a file"),
+        (["--prompt", "a\udcff"], "the prompt a\\udcff is not UTF-8; give a text in UTF-8"),
         (["run.steps=3"], "run.steps does not count here"),
         (["Once upon"], "'Once upon' is not key=value; give a prompt as --prompt TEXT"),
     ],

@@ -17,7 +17,7 @@ from rich.console import Console
 from vp_train.config import ConfigError, RunSettings
 from vp_train.metrics.log import MetricsLog
 from vp_train.metrics.progress import Progress, StepReport
-from vp_train.metrics.run_directory import RunDirectory, refuse_used
+from vp_train.metrics.run_directory import RunDirectory, make_directory, refuse_used
 from vp_train.metrics.summary import RankSummary, rank_table
 from vp_train.units import human_bytes
 
@@ -45,6 +45,20 @@ def test_a_directory_in_use_is_refused_and_free_again_when_its_process_is_killed
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert RunDirectory(settings).path == tmp_path / "default"
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "logs"])
+def test_a_directory_of_a_run_that_takes_no_file_is_named_with_the_way_out(
+    tmp_path, monkeypatch, name
+):
+    settings = RunSettings(root=str(tmp_path), resume=True)
+    place = settings.directory / name
+    place.mkdir(parents=True)
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != place and access(path, mode))
+    with pytest.raises(OSError, match="let this user write there, or set run.root") as caught:
+        make_directory(settings)
+    assert caught.value.filename == str(place)
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):

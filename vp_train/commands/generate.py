@@ -13,7 +13,7 @@ from vp_train.commands.command import Parser, guarded, number, path_of, whole_nu
 from vp_train.commands.opened import Work, parser_of, run_opened
 from vp_train.commands.place import is_rank
 from vp_train.commands.score import documents_of
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, printable
 
 if TYPE_CHECKING:
     from vp_train.inference.opening import OpenRun
@@ -98,13 +98,23 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.file == "-":
         if is_rank(os.environ):
             raise ConfigError("--file -: ranks of torchrun share no input; give --file FILE")
-        prompts += [line for line in sys.stdin.read().splitlines() if line.strip()]
+        try:
+            lines = sys.stdin.read().splitlines()
+        except UnicodeDecodeError:
+            raise ConfigError("--file -: the input is not UTF-8; give a text in UTF-8") from None
+        prompts += [line for line in lines if line.strip()]
     elif options.file is not None:
         path = path_of(options.file)
         if not path.is_file():
             raise ConfigError(f"--file {options.file} is not a file; give one with a prompt a line")
         found = documents_of(path, "text", by_line=True, warn=True)
         prompts += [document.text for document in found]
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            words = printable(prompt[:60])
+            raise ConfigError(f"the prompt {words} is not UTF-8; give a text in UTF-8") from None
     if not prompts and options.file is not None:
         raise ConfigError(f"--file {options.file} holds no prompt")
     return prompts or [""]

@@ -62,6 +62,9 @@ def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, 
         for name in ("--cost", "--device")
     )
     record = output_of("--json", options["--json"]) if "--json" in options else None
+    files = [path.resolve() for path in (cost, device, record) if path is not None]
+    if len(set(files)) < len(files):
+        raise ConfigError("--cost, --device and --json name one file twice; give each its own")
     show_profile(config, options.get("--ranks"), steps, cost, record, device_file=device)
     return EXIT_OK
 

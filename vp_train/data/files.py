@@ -107,7 +107,7 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
         )
     found = []
     shards: dict[Path, frozenset[str] | None] = {}
-    for path in sorted(root.rglob("*")):
+    for path in sorted(_below(root)):
         folder = path.parent
         if path.name == "dataset_dict.json":
             raise ConfigError(_splits_words(path))
@@ -127,6 +127,19 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
         elif not path.name.startswith("."):
             left_out.add(OTHER_ENDING, str(path))
     return found
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """Yield everything below a directory; links are not followed.
+
+    Raises OSError for a directory that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        yield from (Path(folder, name) for name in (*folders, *names))
 
 
 def _saved_shards(folder: Path) -> frozenset[str] | None:

@@ -161,7 +161,8 @@ def export_checkpoint(
 
     `target` is complete or absent afterwards.  `progress` is called after every tensor with a text
     that says how much is written.  Raises ConfigError if no supported architecture has this model,
-    or if the checkpoint lacks tensors of it.  Raises OSError if `target` cannot be written.
+    if the checkpoint lacks tensors of it, or for values that `dtype` cannot hold.
+    Raises OSError if `target` cannot be written.
     """
     place = _checked_target(target)
     path = store.find(source)
@@ -494,8 +495,15 @@ def _exported(
         name = f"parameter:{entry.ours}"
         whole = torch.empty(entry.shape, dtype=DTYPES[held[name][0].dtype])
         store.load(path, manifest, {name: CheckpointTensor(whole)})
-        for part in entry.split(whole):
-            yield part.to(kinds[entry.ours])
+        kind = kinds[entry.ours]
+        for theirs, part in zip(entry.theirs, entry.split(whole), strict=True):
+            converted = part.to(kind)
+            if kind is not part.dtype and not torch.isfinite(converted).all():
+                raise ConfigError(
+                    f"{theirs} has values that {str(kind).removeprefix('torch.')} cannot hold, or "
+                    "that are not finite; export as bfloat16 or float32"
+                )
+            yield converted
 
 
 def _write_shards(

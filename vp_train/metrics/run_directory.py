@@ -99,9 +99,17 @@ def _remove_unused(path: Path, new: Sequence[Path]) -> None:
 
 
 def make_directory(settings: RunSettings) -> None:
-    """Make the directory of a run if it is not there.  Raises OSError with the way out."""
-    with advising(settings.directory, _WAY_OUT):
-        settings.directory.mkdir(parents=True, exist_ok=True)
+    """Make the directory of a run if it is not there.
+
+    Raises OSError with the way out, also where no file can be made in what is there.
+    """
+    directory = settings.directory
+    with advising(directory, _WAY_OUT):
+        directory.mkdir(parents=True, exist_ok=True)
+    for place in (directory, *(directory / name for name in _DIRECTORIES)):
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            words = f"{os.strerror(errno.EACCES)}; let this user write there, or {_WAY_OUT}"
+            raise OSError(errno.EACCES, words, str(place))
 
 
 class _InUseError(ConfigError):

@@ -468,6 +468,7 @@ def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> lis
     These things are the degrees, the size of a microbatch, the schedule with its chunks, the
     vocabulary algorithm, the placement, what is recomputed, and sequence parallelism.  With the
     degrees the chunks and sequence parallelism may change, and with the algorithm the placement.
+    One pipeline rank leaves no choice of the schedule, the algorithm and the placement.
     """
     return [
         other if other.offload == choice.offload else replace(other, offload=choice.offload)
@@ -504,15 +505,18 @@ def _even(num_layers: int, num_stages: int) -> str:
 def _differences(choice: Choice, other: Choice) -> int:
     """Return in how many things two choices differ, see `neighbours`."""
     splits, moves = choice.degrees != other.degrees, choice.vocab != other.vocab
+    schedules = choice.schedule != other.schedule or (
+        choice.num_chunks != other.num_chunks and not splits
+    )
+    places = choice.redistributes != other.redistributes and not moves
+    if splits and other.degrees.pp == 1:
+        moves = schedules = places = False
     return (
         splits
         + moves
         + (choice.micro_batch_size != other.micro_batch_size)
-        + (
-            choice.schedule != other.schedule
-            or (choice.num_chunks != other.num_chunks and not splits)
-        )
-        + (choice.redistributes != other.redistributes and not moves)
+        + schedules
+        + places
         + (
             choice.recompute != other.recompute
             or choice.recomputes_partly != other.recomputes_partly
