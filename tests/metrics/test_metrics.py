@@ -56,7 +56,7 @@ def test_a_directory_of_a_run_that_takes_no_file_is_named_with_the_way_out(
     place.mkdir(parents=True)
     access = os.access  # root may write everywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != place and access(path, mode))
-    with pytest.raises(OSError, match="let this user write there, or set run.root") as caught:
+    with pytest.raises(OSError, match="let this user write there, or set") as caught:
         make_directory(settings)
     assert caught.value.filename == str(place)
 
