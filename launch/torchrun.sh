@@ -5,7 +5,10 @@ set -euo pipefail
 : "${PORT:=29500}" "${NODES:=1}" "${GPUS:=4}"
 place=()
 if [ "$NODES" != 1 ]; then
-  : "${HEAD:?is the address of node 0}" "${NODE:?is the number of this node, from 0}"
+  if [ -z "${HEAD:-}" ] || [ -z "${NODE:-}" ]; then
+    echo "vp_train: NODES=$NODES needs HEAD, the address of node 0, and NODE, 0 on that one" >&2
+    exit 78
+  fi
   place=(--nodes "$NODES" --node "$NODE" --head "$HEAD:$PORT")
 fi
 here=$(dirname "${BASH_SOURCE[0]}")

@@ -155,6 +155,7 @@ def trained(monkeypatch):
     class Names(list):
         def __init__(self):
             self.codes = {}
+            self.words = []
 
     names = Names()
     load = cache(load_config)  # it takes a good part of a second
@@ -164,6 +165,7 @@ def trained(monkeypatch):
         config = load(arguments)
         directory, code = config.run.directory, names.codes.get(config.run.name, 0)
         names.append(config.run.name)
+        names.words.append(arguments)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(config_text(config))
         lines = [
@@ -253,6 +255,20 @@ def test_a_sweep_that_leaves_goes_on_without_the_finished_runs(trained, place, c
         swept(*SMALL, "optim.lr=0.1", "run.resume=true")
     with pytest.raises(ConfigError, match=r"has run with optim.lr=0.1, so it is of another sweep"):
         swept(*SMALL, "optim.lr=0.2,0.3", "run.resume=true")
+
+
+def test_a_run_that_failed_without_a_checkpoint_is_mended_and_the_others_stay(trained, place):
+    trained.codes = {"sweep-1": 1, "sweep-2": 75}
+    assert swept(*SMALL, "optim.lr=0.1,0.3,0.2,0.4") == 75
+    assert trained == ["sweep-0", "sweep-1", "sweep-2"]
+    trained.clear()
+    trained.codes = {}
+    assert swept(*SMALL, "optim.lr=0.1,0.5,0.2,0.4", "run.resume=true") == 0
+    assert trained == ["sweep-1", "sweep-2", "sweep-3"]
+    begun = [any(word.startswith("run.resume=") for word in words) for words in trained.words[-3:]]
+    assert begun == [True, True, False], "one that never started has nothing to resume"
+    with pytest.raises(ConfigError, match=r"has run with optim.lr=0.5, so it is of another sweep"):
+        swept(*SMALL, "optim.lr=0.1,0.3,0.2,0.4", "run.resume=true")
 
 
 @pytest.mark.parametrize(

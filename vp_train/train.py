@@ -199,11 +199,13 @@ def traced_step(trace_step: int, done: int, steps: int) -> int:
     """Return the step that a run of `steps` times after it has `done` some, 0 for none.
 
     A resumed run that has done run.trace_step, or would begin with it, times step `SETTLED_STEP` of
-    its own, or its last one.  Its first step also warms up, so with one step left it times none.
+    its own.  Steps before that also warm up, so with fewer left it times none, and what it traced
+    before stays.
     """
     if not trace_step or not done or trace_step > done + 1:
         return trace_step
-    return min(done + SETTLED_STEP, steps) if steps > done + 1 else 0
+    later = done + SETTLED_STEP
+    return later if later <= steps else 0
 
 
 def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:

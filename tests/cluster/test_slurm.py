@@ -57,7 +57,8 @@ def stub(slurm, tmp_path):
     program.write_text(STUB)
     program.chmod(0o755)
     setup = tmp_path / "setup.sh"
-    setup.write_text(f"export PATH={program.parent}:$PATH STUB_SETUP=modules\n")
+    hooks = 'echo "$NOBODY_SETS_THIS" >/dev/null; false'  # as those of modules and of conda do
+    setup.write_text(f"export PATH={program.parent}:$PATH STUB_SETUP=modules\n{hooks}\n")
 
     def submit(*options, **variables):
         job = slurm.submit(

@@ -42,6 +42,21 @@ def sweep(tmp_path):
     return start
 
 
+@pytest.mark.parametrize(
+    ("script", "variables", "said"),
+    [
+        ("slurm.sbatch", {}, "vp_train: no Slurm job; submit this script: sbatch "),
+        ("torchrun.sh", {"NODES": "2", "NODE": "0"}, "vp_train: NODES=2 needs HEAD, the address"),
+        ("torchrun.sh", {"NODES": "2", "HEAD": "a"}, "and NODE, 0 on that one"),
+    ],
+)
+def test_what_a_script_lacks_is_one_line(tmp_path, script, variables, said):
+    done = run(["bash", str(LAUNCH / script), "model=nano"], tmp_path, **variables)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_the_folder_of_the_scripts_may_have_a_blank(tmp_path):
     """Slurm runs a copy of a script, and names the original with its arguments."""
     folder, copy = tmp_path / "my scripts", tmp_path / "spool"

@@ -257,11 +257,14 @@ _OVERRIDE = r"[+~]{0,2}[a-z_]+(\.[a-z_0-9]+)*=.*"
 
 
 def path_of(word: str) -> Path:
-    """Return the path that was typed, with ~ expanded.  Raises ConfigError if it is unprintable.
+    """Return the path that was typed, with ~ expanded.
 
-    The home of somebody who is not known stays as it was typed.
+    The home of somebody who is not known stays as it was typed.  Raises ConfigError if the word is
+    empty or unprintable.
     """
     check_printable(word)
+    if not word:
+        raise ConfigError("an empty path; is a variable of the shell not set?")
     return Path(os.path.expanduser(word))
 
 

@@ -37,7 +37,7 @@ from vp_train.commands.command import (
 from vp_train.commands.local_ranks import search_options
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of
 from vp_train.config import ConfigError, RunConfig, RunSettings, printable
-from vp_train.durable import UnreadableError, open_regular, read_text
+from vp_train.durable import UnreadableError, checkpoints_in, open_regular, read_text
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_OK, EXIT_TIME
 from vp_train.settings import load_config
@@ -256,7 +256,7 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
                 code, said = EXIT_OK, None
             else:
                 print(": ".join(filter(None, (where, _said(run)))), flush=True)
-                code, said = _trained((*run.words, *_options_again(options)), signals)
+                code, said = _trained((*_words_of(run, config), *_options_again(options)), signals)
             result = result_of(run, config, code)
             results[index] = replace(result, reason=said) if code else result
             _write(place, results)
@@ -277,6 +277,13 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
         )
         return code or EXIT_TIME
     return next((result.exit_code for result in results if result.exit_code), EXIT_OK)
+
+
+def _words_of(run: SweptRun, config: RunConfig) -> Sequence[str]:
+    """Return the overrides of a run, of one that never started without those to resume."""
+    if config.run.resume and not config.run.directory.exists():
+        return [word for word in run.words if not word.startswith("run.resume=")]
+    return run.words
 
 
 def _checked(runs: Sequence[SweptRun], options: Mapping[str, str]) -> list[RunConfig]:
@@ -325,7 +332,9 @@ def _checked_run(run: SweptRun, num_ranks: int) -> RunConfig:
     config = load_config(run.words)
     refuse_used(config.run)
     check_start(config)
-    if config.run.resume and (config.run.directory / "config.yaml").is_file():
+    # One that failed before its first checkpoint has nothing to lose, and may be mended.
+    saved = config.run.directory / "config.yaml"
+    if config.run.resume and checkpoints_in(config.run.checkpoints) and saved.is_file():
         for change in changes(config):
             if any(f"{change.name}.".startswith(f"{name}.") for name in run.chosen):
                 raise ConfigError(

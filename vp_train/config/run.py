@@ -141,7 +141,7 @@ class RunSettings:
     trace_step: int = setting(
         SETTLED_STEP,
         "Step whose passes are timed and written as a trace; a resumed run that has done it times "
-        f"step {SETTLED_STEP} of its own; 0: none.",
+        f"step {SETTLED_STEP} of its own, if it gets there; 0: none.",
         least=0,
     )
     trackers: tuple[str, ...] = setting(

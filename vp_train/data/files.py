@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data.left_out import LINK_TO_NOTHING, LINKED_DIRECTORY, NO_FILE, OTHER_ENDING, LeftOut
+from vp_train.data.left_out import (
+    HIDDEN,
+    LINK_TO_NOTHING,
+    LINKED_DIRECTORY,
+    NO_FILE,
+    OTHER_ENDING,
+    LeftOut,
+)
 from vp_train.durable import PointerError, UnreadableError, open_regular, read_json
 
 _TEXTS = frozenset(
@@ -60,7 +67,7 @@ def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Pat
     """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none.
 
     Files of a directory whose endings are not known are counted in `left_out`, and what is no file:
-    links that lead to a directory or to nothing, pipes, devices.  Hidden files are not.
+    links that lead to a directory or to nothing, pipes, devices; and what is hidden.
     """
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -107,7 +114,7 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
         )
     found = []
     shards: dict[Path, frozenset[str] | None] = {}
-    for path in sorted(_below(root)):
+    for path in sorted(_below(root, left_out)):
         folder = path.parent
         if path.name == "dataset_dict.json":
             raise ConfigError(_splits_words(path))
@@ -124,22 +131,30 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
                 left_out.add(NO_FILE, str(path))
         elif _is_known(path):
             found.append(path)
-        elif not path.name.startswith("."):
+        else:
             left_out.add(OTHER_ENDING, str(path))
     return found
 
 
-def _below(root: Path) -> Iterator[Path]:
-    """Yield everything below a directory; links are not followed.
+def _below(root: Path, left_out: LeftOut) -> Iterator[Path]:
+    """Yield everything below a directory but what is hidden; links are not followed.
 
-    Raises OSError for a directory that may not be read.
+    What is hidden is the work of tools, such as .git and .ipynb_checkpoints.  Raises OSError for a
+    directory that may not be read.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
     for folder, folders, names in os.walk(root, onerror=refuse):
-        yield from (Path(folder, name) for name in (*folders, *names))
+        folders.sort()
+        for name in sorted((*folders, *names)):
+            path = Path(folder, name)
+            if name.startswith("."):
+                left_out.add(HIDDEN, str(path))
+            else:
+                yield path
+        folders[:] = [name for name in folders if not name.startswith(".")]
 
 
 def _saved_shards(folder: Path) -> frozenset[str] | None:
