@@ -92,6 +92,13 @@ def meant_run(path: Path) -> str:
     return "" if close is None else f" (did you mean {plain(str(close))}?)"
 
 
+def other_place(path: Path, way_out: str) -> str:
+    """Return the way out for a directory that is no run: that of a model is to be imported."""
+    if (path / "config.json").is_file():
+        return f"it looks like a model of Hugging Face: vp-import {path} DIRECTORY, and give that"
+    return way_out
+
+
 def missing_directories(path: Path) -> list[Path]:
     """Return which of directory `path` and those above it are not there, the deepest first."""
     return [place for place in (path, *path.parents) if not os.path.lexists(place)]

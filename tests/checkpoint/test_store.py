@@ -515,6 +515,9 @@ def test_a_checkpoint_is_found_by_its_run_its_directory_a_link_or_itself(tmp_pat
     for place in (tmp_path / "empty", tmp_path / "missing"):
         with pytest.raises(ConfigError, match=f"{place} holds no checkpoint; give the directory"):
             find(place)
+    (tmp_path / "empty" / "config.json").touch()
+    with pytest.raises(ConfigError, match="a model of Hugging Face: vp-import .*/empty DIRECTORY"):
+        find(tmp_path / "empty")
     assert capsys.readouterr().err == ""
 
 

@@ -350,6 +350,7 @@ def test_a_gpu_without_float8_is_refused(monkeypatch):
     refused = r"8\.9 or later, such as an H100, and A100 has 8\.0; drop .*--dtype bfloat16"
     with pytest.raises(ConfigError, match=refused):
         nccl.require_float8(settings)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     opening = layout.Opening(RunConfig(run=settings), Path(), Degrees(1, 1, 1))
     with pytest.raises(ConfigError, match=refused):  # one process that scores
         opened(opening)

@@ -28,7 +28,7 @@ from vp_train.checkpoint.manifest import (
 )
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError
-from vp_train.durable import checkpoints_in
+from vp_train.durable import checkpoints_in, other_place
 from vp_train.tensors.slices import TensorSlice
 
 Check = Callable[[Manifest], None]  # raises ValueError for a manifest that cannot be used
@@ -157,10 +157,8 @@ def find(path: Path, group: ControlGroup | None = None) -> Path:
         return path
     found = latest(path / "checkpoints", group) or latest(path, group)
     if found is None:
-        raise ConfigError(
-            f"{path} holds no checkpoint; "
-            "give the directory of a run, of vp-import, or of one checkpoint"
-        )
+        way_out = "give the directory of a run, of vp-import, or of one checkpoint"
+        raise ConfigError(f"{path} holds no checkpoint; {other_place(path, way_out)}")
     return found
 
 

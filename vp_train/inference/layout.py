@@ -15,7 +15,7 @@ from vp_train.config import (
     ScheduleConfig,
     VocabConfig,
 )
-from vp_train.durable import homes, meant_run
+from vp_train.durable import homes, meant_run, other_place
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.settings import load_config
 from vp_train.settings.words import override
@@ -80,7 +80,8 @@ def opening_of(
         raise ConfigError(f"{run} is not a directory{meant_run(run)}; give that of a run")
     is_import = not (run / "config.yaml").is_file()
     if is_import and not (run / _MODEL).is_file():
-        raise ConfigError(f"{run} has no config.yaml; give the directory of a run, or of vp-import")
+        way_out = other_place(run, "give the directory of a run, or of vp-import")
+        raise ConfigError(f"{run} has no config.yaml; {way_out}")
     names = {word.partition("=")[0] for word in overrides}
     for name in sorted(names - set(_COUNTING)):
         raise ConfigError(f"{name} does not count here; {_counting_words(name)}")
