@@ -516,7 +516,7 @@ def test_a_checkpoint_is_found_by_its_run_its_directory_a_link_or_itself(tmp_pat
         with pytest.raises(ConfigError, match=f"{place} holds no checkpoint; give the directory"):
             find(place)
     (tmp_path / "empty" / "config.json").touch()
-    with pytest.raises(ConfigError, match="a model of Hugging Face: vp-import .*/empty DIRECTORY"):
+    with pytest.raises(ConfigError, match=r"a model of Hugging Face: vp-import .*/empty DIRECTORY"):
         find(tmp_path / "empty")
     assert capsys.readouterr().err == ""
 
