@@ -271,6 +271,13 @@ def test_a_run_that_failed_without_a_checkpoint_is_mended_and_the_others_stay(tr
         swept(*SMALL, "optim.lr=0.1,0.3,0.2,0.4", "run.resume=true")
 
 
+def test_a_sweep_that_saves_nothing_does_not_take_the_results_of_another(trained, place):
+    words = (*SMALL, "run.checkpoint_every=0")
+    assert swept(*words, "optim.lr=0.1,0.3") == 0
+    with pytest.raises(ConfigError, match=r"has run with optim.lr=0.1, so it is of another sweep"):
+        swept(*words, "optim.lr=0.2,0.4", "run.resume=true")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

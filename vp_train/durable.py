@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,7 +96,8 @@ def meant_run(path: Path) -> str:
 def other_place(path: Path, way_out: str) -> str:
     """Return the way out for a directory that is no run: that of a model is to be imported."""
     if (path / "config.json").is_file():
-        return f"it looks like a model of Hugging Face: vp-import {path} DIRECTORY, and give that"
+        words = "it looks like a model of Hugging Face: vp-import"
+        return f"{words} {shlex.quote(str(path))} DIRECTORY, and give that"
     return way_out
 
 

@@ -199,8 +199,8 @@ def traced_step(trace_step: int, done: int, steps: int) -> int:
     """Return the step that a run of `steps` times after it has `done` some, 0 for none.
 
     A resumed run that has done run.trace_step, or would begin with it, times step `SETTLED_STEP` of
-    its own.  Steps before that also warm up, so with fewer left it times none, and what it traced
-    before stays.
+    its own.  With fewer left it times none: a step of a process that still warms up would replace
+    the one that was timed.
     """
     if not trace_step or not done or trace_step > done + 1:
         return trace_step

@@ -230,12 +230,13 @@ def test_files_of_a_directory_that_are_not_read_are_counted(tmp_path: Path) -> N
         (tmp_path / "text" / name).mkdir()
         (tmp_path / "text" / name / "a.txt").write_text("x")
     os.mkfifo(tmp_path / "text" / "pipe.txt")
+    (tmp_path / "text" / "link.txt").symlink_to("pipe.txt")
     left_out = LeftOut()
     assert [file.name for file in find_files(text_config(tmp_path), left_out)] == ["a.txt"]
     assert left_out.counts == {
         "hidden files and directories": 3,
         "files with other endings": 4,
-        "pipes, sockets and devices": 1,
+        "pipes, sockets and devices": 2,
     }
     assert left_out.first["hidden files and directories"] == str(tmp_path / "text" / ".git")
     assert left_out.first["files with other endings"] == str(tmp_path / "text" / "b.png")

@@ -97,7 +97,7 @@ def test_weights_that_are_not_numbers_are_refused_as_generation_refuses_them(tra
 
 def test_a_gpu_that_is_not_there_is_named(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="torch finds no GPU here"):
+    with pytest.raises(ConfigError, match="no GPU here; compute on the device cpu"):
         vp_train.open_run(trained, device="cuda")
     (tmp_path / "a.txt").write_text("the cat sat")
     code, _, said = score_command(capsys, trained, tmp_path / "a.txt", "--device", "cuda")

@@ -46,6 +46,11 @@ def sweep(tmp_path):
     ("script", "variables", "said"),
     [
         ("slurm.sbatch", {}, "vp_train: no Slurm job; submit this script: sbatch "),
+        (
+            "slurm.sbatch",
+            {"SLURM_JOB_ID": "7", "SETUP": "/nowhere"},
+            "vp_train: SETUP=/nowhere cannot",
+        ),
         ("torchrun.sh", {"NODES": "2", "NODE": "0"}, "vp_train: NODES=2 needs HEAD, the address"),
         ("torchrun.sh", {"NODES": "2", "HEAD": "a"}, "and NODE, 0 on that one"),
     ],

@@ -205,6 +205,19 @@ def test_what_binds_comes_with_its_way_out(report):
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
+        (3.6, "communication, hops and barriers: 17% of the step; inside a node; fewer stages"),
+        (3.4, "filling and draining the pipeline: 33% of the step; more than 8 microbatches"),
+    ],
+)
+def test_waiting_is_named_by_its_larger_half(report, messages, words):
+    found = replace(report, passes=19.0, gradients=0.0, messages=messages)
+    assert found.step_seconds == pytest.approx(21)
+    assert found.binds.startswith(words), found.binds
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
         (4.01, "communication, hops and barriers: 20% of the step; inside a node; fewer stages"),
         (3.99, "its layers: rank 0 computes 1.67 times as long as the average rank"),
         (0.0, "its layers: rank 0 computes 1.67 times"),

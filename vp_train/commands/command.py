@@ -256,15 +256,15 @@ class Parser(argparse.ArgumentParser):
 _OVERRIDE = r"[+~]{0,2}[a-z_]+(\.[a-z_0-9]+)*=.*"
 
 
-def path_of(word: str) -> Path:
-    """Return the path that was typed, with ~ expanded.
+def path_of(word: str, name: str = "a path") -> Path:
+    """Return the path that was typed, with ~ expanded; `name` says what it is the path of.
 
     The home of somebody who is not known stays as it was typed.  Raises ConfigError if the word is
     empty or unprintable.
     """
     check_printable(word)
     if not word:
-        raise ConfigError("an empty path; is a variable of the shell not set?")
+        raise ConfigError(f"{name} is empty; is a variable of the shell not set?")
     return Path(os.path.expanduser(word))
 
 
@@ -335,7 +335,7 @@ def _target_of(option: str, word: str) -> Path:
             f"{option} {word}: that looks like an override, not like a path; write {option} PATH "
             f"{word}, or {option} ./{word} for a path of that name"
         )
-    return path_of(word)
+    return path_of(word, option)
 
 
 @contextmanager

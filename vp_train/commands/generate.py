@@ -104,7 +104,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             raise ConfigError("--file -: the input is not UTF-8; give a text in UTF-8") from None
         prompts += [line for line in lines if line.strip()]
     elif options.file is not None:
-        path = path_of(options.file)
+        path = path_of(options.file, "--file")
         if not path.is_file():
             raise ConfigError(f"--file {options.file} is not a file; give one with a prompt a line")
         found = documents_of(path, "text", by_line=True, warn=True)

@@ -157,7 +157,10 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
     if not words:
         raise ConfigError("give lists such as optim.lr=1e-3,3e-4, or a file of overrides")
     _refuse_twice([word for word in words if "=" in word])
-    base, lines = "sweep", [[]] if "=" in words[0] else _lines_of(path_of(words[0]))
+    base, lines = (
+        "sweep",
+        [[]] if "=" in words[0] else _lines_of(path_of(words[0], "the first word")),
+    )
     if "=" not in words[0]:
         base, words = Path(words[0]).stem, words[1:]
     base = next((_value_of(word) for word in reversed(words) if _is_name(word)), base)
@@ -333,8 +336,8 @@ def _checked_run(run: SweptRun, num_ranks: int) -> RunConfig:
     refuse_used(config.run)
     check_start(config)
     # One that failed before its first checkpoint has nothing to lose, and may be mended.
-    saved = config.run.directory / "config.yaml"
-    if config.run.resume and checkpoints_in(config.run.checkpoints) and saved.is_file():
+    done = bool(checkpoints_in(config.run.checkpoints)) or _is_finished(config)
+    if config.run.resume and done and (config.run.directory / "config.yaml").is_file():
         for change in changes(config):
             if any(f"{change.name}.".startswith(f"{name}.") for name in run.chosen):
                 raise ConfigError(

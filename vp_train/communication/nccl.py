@@ -21,10 +21,15 @@ _POLL_SECONDS = 0.2
 _FLOAT8_CAPABILITY = (8, 9)  # the first with products of float8
 
 
-def require_gpu(settings: RunSettings) -> None:
-    """Raise ConfigError if run.device=cuda finds no GPU here.  It does not start CUDA."""
+def require_gpu(
+    settings: RunSettings, typed: str = "run.device=cuda", instead: str = "use run.device=cpu"
+) -> None:
+    """Raise ConfigError if run.device=cuda finds no GPU here.  It does not start CUDA.
+
+    typed, instead: how it was asked for, and the way out.
+    """
     if settings.device == "cuda" and not torch.cuda.device_count():
-        raise ConfigError("run.device=cuda, but torch finds no GPU here; use run.device=cpu")
+        raise ConfigError(f"{typed}, but torch finds no GPU here; {instead}")
 
 
 def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> str:

@@ -125,7 +125,10 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
             # Beside the shards of a saved data set lie its description and files of a cache.
             found += [path] if path.name in saved else []
         elif path.is_symlink() and not path.is_file():
-            left_out.add(LINKED_DIRECTORY if path.is_dir() else LINK_TO_NOTHING, str(path))
+            kind = (
+                LINKED_DIRECTORY if path.is_dir() else NO_FILE if path.exists() else LINK_TO_NOTHING
+            )
+            left_out.add(kind, str(path))
         elif not path.is_file():
             if not path.is_dir():
                 left_out.add(NO_FILE, str(path))

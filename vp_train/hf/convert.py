@@ -391,7 +391,7 @@ def _read_finite(path: Path, name: str) -> Tensor:
     Raises ConfigError if it holds NaN or an infinity, with which no loss would be a number.
     """
     tensor = read_tensor(path, name)
-    if not torch.isfinite(tensor).all():
+    if not _is_finite(tensor):
         raise ConfigError(
             f"{plain(name)} in {path} has values that are not finite numbers, so no loss would be "
             "one; get the file again, or save the model again where it was trained"
@@ -497,13 +497,25 @@ def _exported(
         store.load(path, manifest, {name: CheckpointTensor(whole)})
         kind = kinds[entry.ours]
         for theirs, part in zip(entry.theirs, entry.split(whole), strict=True):
-            converted = part.to(kind)
-            if kind is not part.dtype and not torch.isfinite(converted).all():
+            if not _is_finite(part):
                 raise ConfigError(
-                    f"{theirs} has values that {str(kind).removeprefix('torch.')} cannot hold, or "
-                    "that are not finite; export as bfloat16 or float32"
+                    f"{theirs} in {path} has values that are not finite numbers; export an earlier "
+                    "checkpoint"
+                )
+            converted = part.to(kind)
+            if kind is not part.dtype and not _is_finite(converted):
+                raise ConfigError(
+                    f"{theirs} has values that {str(kind).removeprefix('torch.')} cannot hold; "
+                    "export as float32, or as bfloat16 if it was trained so"
                 )
             yield converted
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite numbers.  It takes no memory of its own."""
+    if not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def _write_shards(

@@ -77,7 +77,7 @@ def opened(opening: Opening) -> OpenRun:
     the GPU to compute on, and for a run in float8 on a GPU without it.
     """
     config = opening.config
-    require_gpu(config.run)
+    require_gpu(config.run, "device cuda", "compute on the device cpu")
     require_float8(config.run)
     plan = make_plan(config, opening.degrees.num_ranks)
     if not dist.is_initialized():

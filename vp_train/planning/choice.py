@@ -468,7 +468,8 @@ def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> lis
     These things are the degrees, the size of a microbatch, the schedule with its chunks, the
     vocabulary algorithm, the placement, what is recomputed, and sequence parallelism.  With the
     degrees the chunks and sequence parallelism may change, and with the algorithm the placement.
-    One pipeline rank leaves no choice of the schedule, the algorithm and the placement.
+    Towards one pipeline rank, which leaves no choice of them, the schedule, the algorithm and the
+    placement change with the degrees.
     """
     return [
         other if other.offload == choice.offload else replace(other, offload=choice.offload)

@@ -230,18 +230,11 @@ class PlanReport:
         if self.host_excess > 0:
             return f"host memory: {self.host.excess_words(self.cluster.host_limit)}"
         mean = sum(other.busy for other in self.ranks) / len(self.ranks)
-        waiting = self.parts["waiting"]
-        messages = min(waiting, self.messages or 0.0)
-        parts = self.parts | {"hops and barriers": messages, "waiting": waiting - messages}
-        after = (
-            "tensor-parallel sums",
-            "gradient sum",
-            "hops and barriers",
-            "waiting",
-            "optimizer",
-        )
+        parts, messages = self.parts, min(self.parts["waiting"], self.messages or 0.0)
+        after = ("tensor-parallel sums", "gradient sum", "waiting", "optimizer")
         rest = max(rank.busy - mean, *(parts[name] for name in after))
-        if rank.busy > 1.1 * mean and max(parts["optimizer"], messages) < rest:
+        sent = messages > max(0.2 * step, rank.busy - mean)  # links bind, not a slow rank
+        if rank.busy > 1.1 * mean and parts["optimizer"] < rest and not sent:
             share = sum(other.vocabulary for other in self.ranks) / len(self.ranks)
             what = (
                 "its part of the vocabulary"
@@ -253,11 +246,14 @@ class PlanReport:
         # What takes a fifth: the optimizer if it takes most, else communication before waiting.
         for name in sorted(after, key=lambda name: name != "optimizer" or parts[name] < rest):
             if parts[name] > 0.2 * step:
+                seconds = parts[name]
+                if name == "waiting" and messages > seconds / 2:
+                    name, seconds = "hops and barriers", messages
                 words = {
                     "waiting": "filling and draining the pipeline",
                     "optimizer": f"the optimizer{' on the host' * (self.host.optimizer > 0)}",
                 }.get(name, f"communication, {name}")
-                return f"{words}: {parts[name] / step:.0%} of the step; {self._advice(name)}"
+                return f"{words}: {seconds / step:.0%} of the step; {self._advice(name)}"
         return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
 
     @property

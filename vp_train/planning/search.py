@@ -197,7 +197,8 @@ class _Search:
         self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
-        self._almost: dict[Choice, float] = {}  # seconds of what almost fits, see `_nearly`
+        # What almost fits, with the seconds of its step.
+        self._almost: dict[Choice, tuple[float, Candidate]] = {}
 
     def run(self, firsts: Sequence[Choice] = (), *, plans: bool = True) -> Result:
         offloads = self._is_on_gpus and plans
@@ -509,16 +510,21 @@ class _Search:
         _, first_of = self._to_beat(1)
         found = [
             (counted(choice, seconds), place, choice)
-            for place, (choice, seconds) in enumerate(self._almost.items())
-            if counted(choice, seconds) < first_of[choice.splits_vocabulary]
+            for place, (choice, (seconds, _)) in enumerate(self._almost.items())
+            if choice.num_chunks is not None
+            and counted(choice, seconds) < first_of[choice.splits_vocabulary]
         ]
         return [choice for _, _, choice in heapq.nsmallest(_TRIES_NEARLY, found)]
 
     def _in_more_stages(self, choice: Choice) -> list[Choice]:
-        """Return the choice with one more stage on every rank, if there may be."""
-        stages = choice.num_chunks or 1
-        found = [one for one in beside(choice, self._num_layers) if (one.num_chunks or 1) > stages]
-        return [one for one in found if self._space.kept.against(one) is None]
+        """Return the choice with one more stage on every rank, if there may be one."""
+        assert choice.num_chunks is not None
+        more = [
+            one
+            for one in beside(choice, self._num_layers)
+            if one.num_chunks == choice.num_chunks + 1
+        ]
+        return [one for one in more if self._space.kept.against(one) is None]
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
@@ -668,12 +674,13 @@ class _Search:
         self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
         refusal: ConfigError | None = None
         found: list[Estimate] = []
+        almost: list[float] = []
         totals = self._scales.needs(step, candidate.optimizers)
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
-                if needs <= _NEARLY * self._scales.limit and candidate.choice.num_chunks:
-                    self._almost[candidate.choice] = passes + self._scales.after(step, optim)
+                if needs <= _NEARLY * self._scales.limit and not candidate.choice.balance:
+                    almost.append(passes + self._scales.after(step, optim))
                 continue
             try:
                 host = self._host_bytes(step, optim)
@@ -682,7 +689,10 @@ class _Search:
                 continue
             seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs, host))
-        if not found:
+        best = min(found, key=lambda estimate: estimate.seconds, default=None)
+        if almost and (best is None or min(almost) < best.seconds):
+            self._almost[candidate.choice] = min(almost), candidate
+        if best is None:
             assert refusal is not None
             with suppress(ConfigError):
                 more = self._scales.with_more_recompute(candidate, step) if rounds else None
@@ -691,7 +701,7 @@ class _Search:
                     if self._may_be_first(more):
                         return self._estimate_of(more, rounds - 1)
             raise refusal
-        return min(found, key=lambda estimate: estimate.seconds)
+        return best
 
     def _may_be_first(self, candidate: Candidate) -> bool:
         """Return whether a candidate may be faster than all of its kind."""
@@ -707,15 +717,18 @@ class _Search:
         return needs
 
     def _balance(self) -> None:
-        """Estimate vocab.balance in the place of estimates that may be among the best with it.
+        """Estimate vocab.balance in the place of what may be among the best with it.
 
-        It gives rows to ranks with less other work.  Two bounds say about how much that saves.
+        It gives rows to ranks with less other work.  Two bounds say about how much that saves.  The
+        busiest rank then keeps less, too, so what almost fits has its turn as well.
         """
         if "vocab.balance" in self._space.kept.values:
             return
-        promising: list[tuple[float, int, Candidate]] = []
-        for place, estimate in enumerate(self._book.estimates):
-            choice = estimate.candidate.choice
+        found = {one.candidate.choice: one for one in self._book.estimates}
+        tried = {choice: (one.seconds, one.candidate) for choice, one in found.items()}
+        tried |= self._almost  # with an optimizer that is faster than the one that fits
+        promising: list[tuple[float, int, Candidate, Estimate | None]] = []
+        for place, (choice, (seconds, candidate)) in enumerate(tried.items()):
             if not choice.splits_vocabulary or choice in self._balanced or not self._in_time():
                 continue
             self._balanced.add(choice)
@@ -724,23 +737,24 @@ class _Search:
             except ConfigError:
                 continue
             self._spent += draft_nodes(item)
-            saved = estimate.candidate.passes - item.passes
-            if saved > _LEAST_BALANCED * estimate.candidate.passes:
-                promising.append((counted(choice, estimate.seconds - saved), place, item))
-        estimates = list(self._book.estimates)
+            saved = candidate.passes - item.passes
+            if saved > _LEAST_BALANCED * candidate.passes:
+                least = counted(choice, seconds - saved)
+                promising.append((least, place, item, found.get(choice)))
         enough = self._spent + _FOR_BALANCE * self._limits.effort
-        for seconds, place, item in sorted(promising, key=lambda found: found[:2]):
+        for seconds, _, item, estimate in sorted(promising, key=lambda one: one[:2]):
             last, first_of = self._to_beat(self._limits.top)
             if seconds >= max(last, first_of[True]) or self._spent >= enough or not self._in_time():
                 return
             try:
-                found = self._estimate_of(item)
+                balanced = self._estimate_of(item)
             except ConfigError:
                 continue
-            estimate = estimates[place]
-            self._balanced.add(found.candidate.choice)
-            if found.seconds < (1 - _LEAST_BALANCED) * estimate.seconds:
-                self._book.replace(estimate, replace(found, unbalanced=estimate))
+            self._balanced.add(balanced.candidate.choice)
+            if estimate is None:
+                self._book.add(balanced)
+            elif balanced.seconds < (1 - _LEAST_BALANCED) * estimate.seconds:
+                self._book.replace(estimate, replace(balanced, unbalanced=estimate))
             self._progress(self._words())
 
     def _plan(self) -> None:
