@@ -592,6 +592,27 @@ def test_where_the_link_carries_too_little_one_more_round_of_stages_recomputes(
     assert "none" in candidate.choice.recompute_per_stage
 
 
+def test_stages_stop_recomputing_where_a_rank_has_as_much_to_spare():
+    """Without offloading what they save is exact, so the step still fits."""
+    config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"])
+    choice = Choice(*(Degrees(1, 8, 1), 1, 16, "interleaved", "one_barrier", "full"), num_chunks=4)
+    kinds = ("full",) * 16 + ("none",) * 16
+    optim, mixed = config.optim, replace(choice, recompute_per_stage=kinds)
+    roomy = Scales(config, math.inf, (optim,))
+    candidate = roomy.draft(mixed)
+    step, *_ = short_step(candidate.draft, "interleaved")
+    needs = [rank_memory(step, optim, rank).total for rank in range(8)]
+    assert roomy.with_fewer_recompute(candidate, step, optim) is None, "none would recompute"
+    tight = Scales(config, 1.3 * max(needs), (optim,))
+    fewer = tight.with_fewer_recompute(candidate, step, optim)
+    stopped = [s for s in range(32) if fewer.choice.recompute_per_stage[s] != kinds[s]]
+    assert stopped
+    assert set(stopped) <= set(range(16))
+    step, *_ = short_step(fewer.draft, "interleaved")
+    assert max(rank_memory(step, optim, rank).total for rank in range(8)) <= tight.limit
+    assert fewer.passes < candidate.passes
+
+
 def test_no_more_stages_recompute_where_all_or_none_do_or_a_rank_has_none_left():
     config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=4"])
     choice = Choice(Degrees(1, 8, 1), 1, 4, "1f1b", "one_barrier", "full", offload=1.0)

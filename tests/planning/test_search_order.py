@@ -51,7 +51,8 @@ class Facts:
     seconds, memory: those of the whole step.
     placed, whole: the effort of a short step and of a whole one.
     fails: the errors of weighing and of drafting it.
-    more: the number of the same choice of which more stages recompute, if there is one.
+    more, fewer: the number of the same choice of which more, or fewer, stages recompute, if there
+        is one.
     """
 
     bound: float
@@ -73,6 +74,7 @@ class Facts:
     leanest: float = 0.0
     fails: dict[str, Exception] = field(default_factory=dict)
     more: int | None = None
+    fewer: int | None = None
 
     def __post_init__(self):
         self.drafted = self.bound if self.drafted is None else self.drafted
@@ -162,6 +164,10 @@ class World:
     def with_more_recompute(self, candidate, step):
         more = self.facts[step.choice].more
         return None if more is None else self.draft(self.choices[more])
+
+    def with_fewer_recompute(self, candidate, step, optim):
+        fewer = self.facts[step.choice].fewer
+        return None if fewer is None else self.draft(self.choices[fewer])
 
     def leanest(self, choice):
         return self.facts[choice].leanest
@@ -1174,6 +1180,29 @@ def test_of_what_needs_too_much_more_stages_recompute_while_it_may_be_the_fastes
     assert numbers(world, found.best) == [number + 1 if is_found else 0]
     tried = {0: [], 2: [1, 2, 3], 4: [1, 2, 3, 4, 5], 6: [1, 2, 3, 4, 5]}
     assert [n for n in world.asked("short") if n] == tried[number]
+
+
+@pytest.mark.parametrize(
+    ("last", "best", "tried"),
+    [
+        (Facts(4.0, 7.0), 4, [1, 2, 3, 4]),
+        (Facts(4.0, 8.5), 3, [1, 2, 3, 4]),
+        (Facts(4.0, 7.0, short_bytes={"adamw": GIB + 1.0}), 3, [1, 2, 3, 4]),
+        (Facts(10.5, 10.5), 3, [1, 2, 3]),
+    ],
+)
+def test_of_what_fits_fewer_stages_recompute_while_that_is_faster(enter, last, best, tried):
+    """What cannot be the fastest of its kind is not simulated."""
+    facts = [Facts(10.0, 10.0), Facts(1.0, 9.0, short_bytes={"adamw": GIB + 1.0}, more=2)]
+    facts += [Facts(2.0, 9.0, fewer=3), Facts(3.0, 8.0, fewer=4), last]
+    world = World(facts)
+    world.choices, others = world.choices[:2], world.choices[2:]
+    enter(world)
+    world.choices += others
+    space = Space(tuple(world.choices[:2]), Counter(), (ADAMW,))
+    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    assert numbers(world, found.best) == [best]
+    assert [n for n in world.asked("short") if n] == tried
 
 
 @pytest.mark.parametrize("stage", ["weigh", "short", "doubtful"])

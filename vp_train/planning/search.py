@@ -25,7 +25,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from schedules.generators import GENERATORS
@@ -659,14 +658,56 @@ class _Search:
                 return number
         return None
 
-    def _estimate_of(self, candidate: Candidate, rounds: int = _ROUNDS) -> Estimate:
+    def _estimate_of(self, candidate: Candidate) -> Estimate:
         """Return the estimate for the fastest optimizer that fits.
 
-        Where stages that recompute offload, more of them recompute until one fits, at most so many
-        `rounds`, and only while that may be the fastest of its kind.  Raises TooLargeError if none
-        does, and HostMemoryError if only the hosts lack memory.
+        Where some stages recompute, and offload, more of them do until one fits; then fewer of
+        them do as long as that is faster.  Each goes on for at most `_ROUNDS`, and only while it
+        may be the fastest of its kind.  Raises TooLargeError if none fits, and HostMemoryError if
+        only the hosts lack memory.
         """
-        self._num_estimated += rounds == _ROUNDS
+        self._num_estimated += 1
+        step, best, refusal = self._tried(candidate)
+        for _ in range(_ROUNDS):
+            if best is not None:
+                break
+            more = self._other(self._scales.with_more_recompute, candidate, step)
+            if more is None:
+                break
+            candidate = more
+            step, best, _ = self._tried(candidate)
+        if best is None:
+            assert refusal is not None
+            raise refusal
+        for _ in range(_ROUNDS):
+            which = best.candidate, step, best.optim
+            fewer = self._other(self._scales.with_fewer_recompute, *which)
+            if fewer is None:
+                break
+            fewer_step, other, _ = self._tried(fewer)
+            if other is None or other.seconds >= best.seconds:
+                break
+            step, best = fewer_step, other
+        return best
+
+    def _other(
+        self, drafted: Callable[..., Candidate | None], *arguments: object
+    ) -> Candidate | None:
+        """Return a candidate in which other stages recompute if it may be the first of its kind."""
+        try:
+            other = drafted(*arguments)
+        except ConfigError:
+            return None
+        if other is None:
+            return None
+        self._spent += draft_nodes(other)
+        return other if self._may_be_first(other) else None
+
+    def _tried(self, candidate: Candidate) -> tuple[StepPlan, Estimate | None, ConfigError | None]:
+        """Return a short step, and the estimate for the fastest optimizer that fits, else why not.
+
+        What almost fits is noted.
+        """
         step, passes, placed = self._shared.short_step(candidate)
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
@@ -692,16 +733,7 @@ class _Search:
         best = min(found, key=lambda estimate: estimate.seconds, default=None)
         if almost and (best is None or min(almost) < best.seconds):
             self._almost[candidate.choice] = min(almost), candidate
-        if best is None:
-            assert refusal is not None
-            with suppress(ConfigError):
-                more = self._scales.with_more_recompute(candidate, step) if rounds else None
-                if more is not None:
-                    self._spent += draft_nodes(more)
-                    if self._may_be_first(more):
-                        return self._estimate_of(more, rounds - 1)
-            raise refusal
-        return best
+        return step, best, refusal
 
     def _may_be_first(self, candidate: Candidate) -> bool:
         """Return whether a candidate may be faster than all of its kind."""

@@ -61,6 +61,28 @@ class Savings:
                     break
         return tuple(found)
 
+    def with_fewer(
+        self, kinds: Sequence[str], spare: Mapping[int, float], *, tries: bool
+    ) -> tuple[str, ...]:
+        """Return `kinds` with fewer stages that recompute on each rank that has `spare` bytes.
+
+        Those that save least stop, as long as what they saved is spare.  With `tries` at least one
+        stops, on the rank with most to spare: what a link carries away no rank has to keep.
+        """
+        found, recompute = list(kinds), self.saving.recompute
+        for rank, left in spare.items():
+            for stage in reversed(self.orders[rank]):
+                if found[stage] == recompute[stage] and self.of_stage[stage] <= left:
+                    found[stage] = "none"
+                    left -= self.of_stage[stage]
+        if tries and found == list(kinds):
+            for rank in sorted(spare, key=spare.__getitem__, reverse=True):
+                stages = [s for s in reversed(self.orders[rank]) if found[s] == recompute[s]]
+                if stages:
+                    found[stages[0]] = "none"
+                    break
+        return tuple(found)
+
 
 @dataclass(frozen=True, slots=True)
 class SomeRecompute:

@@ -557,6 +557,29 @@ class Scales:
             return None
         return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
 
+    def with_fewer_recompute(
+        self, candidate: Candidate, step: StepPlan, optim: OptimConfig
+    ) -> Candidate | None:
+        """Return a candidate of which fewer stages recompute on the ranks with memory to spare.
+
+        None if the candidate does not have some that recompute and some that do not, or if no fewer
+        may.  Raises TooLargeError like `draft`.
+
+        step: that of the candidate, which fits with `optim`.
+        """
+        choice = candidate.choice
+        if choice.recompute_per_stage is None:
+            return None
+        spare = {
+            rank: self.limit - total_bytes(step, [optim], rank)[0] for rank in range(step.num_ranks)
+        }
+        drafts = self._without_and_saving(replace(choice, recompute_per_stage=None))
+        savings = Savings.of(*drafts, self._peaks_of(choice, choice.layout))
+        kinds = savings.with_fewer(choice.recompute_per_stage, spare, tries=choice.offload > 0)
+        if kinds == choice.recompute_per_stage or len(set(kinds)) == 1:
+            return None
+        return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
+
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
         count = enough_microbatches(choice.schedule, choice.num_microbatches, layout)
         algorithm = VOCAB_ALGORITHMS[choice.vocab]
