@@ -82,6 +82,12 @@ def bad_override(error: BaseException, overrides: Sequence[str]) -> str:
         if first.startswith((f"Could not override '{name}'", f"Error merging override {name}=")):
             given = [word for word in overrides if word.startswith(f"{name}=")]
             return f"{_wrong_entry(given[-1], kind)}; {example}" if given else f"{name}{reason}"
+    if (other := re.match(r"In '(\w+)/(\w+)': Could not override '(\w+)'", first)) is not None:
+        group, choice, chosen = other.groups()
+        return (
+            f"{group}={choice} chooses a {chosen}, and a resumed run keeps its own; give its settings "
+            f"one by one (vp-train --print-config {group}={choice})"
+        )
     if first.startswith("Ambiguous value"):
         word = first[first.index("'") + 1 : first.rindex("'")]
         way_out = quoted_words(word) or _one_value(word)
