@@ -85,8 +85,8 @@ def bad_override(error: BaseException, overrides: Sequence[str]) -> str:
     if (other := re.match(r"In '(\w+)/(\w+)': Could not override '(\w+)'", first)) is not None:
         group, choice, chosen = other.groups()
         return (
-            f"{group}={choice} chooses a {chosen}, and a resumed run keeps its own; give its settings "
-            f"one by one (vp-train --print-config {group}={choice})"
+            f"{group}={choice} chooses a {chosen}, and a resumed run keeps its own; give its "
+            f"settings one by one (vp-train --print-config {group}={choice})"
         )
     if first.startswith("Ambiguous value"):
         word = first[first.index("'") + 1 : first.rindex("'")]
