@@ -195,6 +195,8 @@ def test_what_binds_comes_with_its_way_out(report):
     slow = replace(report, ranks=(rank_of(tensor=9.0),) * 2)
     assert slow.binds.endswith("; inside a node; a smaller tp")
     summed = replace(report, gradients=9.0)
+    assert summed.binds.endswith("; inside a node; more microbatches")
+    summed = replace(summed, exchange=replace(summed.exchange, gathers=0.0))
     assert summed.binds.endswith("; inside a node; more microbatches, or optim.name=zero1")
     waiting = replace(report, passes=30.0)
     assert waiting.binds.endswith("; more than 8 microbatches, or a smaller pp")

@@ -307,7 +307,10 @@ class PlanReport:
             case "hops and barriers":
                 return f"{links.pipeline.where}; fewer stages"
             case "gradient sum":
-                return f"{links.data.where}; more microbatches, or optim.name=zero1"
+                shards = self.exchange.gathers > 0  # it has zero1 already
+                return (
+                    f"{links.data.where}; more microbatches{', or optim.name=zero1' * (not shards)}"
+                )
             case _:
                 return f"{links.tensor.where}; a smaller tp"
 
