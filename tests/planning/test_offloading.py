@@ -613,6 +613,23 @@ def test_stages_stop_recomputing_where_a_rank_has_as_much_to_spare():
     assert fewer.passes < candidate.passes
 
 
+def test_where_nothing_recomputes_and_a_little_is_missing_the_first_stages_recompute_selectively():
+    config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"])
+    choice = Choice(Degrees(1, 8, 1), 1, 16, "1f1b", "one_barrier", "none")
+    candidate = Scales(config, math.inf, (config.optim,)).draft(choice)
+    step, *_ = short_step(candidate.draft, "1f1b")
+    needs = [rank_memory(step, config.optim, rank).total for rank in range(8)]
+    scarce, far_too_little = (
+        Scales(config, part * max(needs), (config.optim,)) for part in (0.99, 0.85)
+    )
+    more = scarce.with_more_recompute(candidate, step)
+    excess = {rank for rank in range(8) if needs[rank] > scarce.limit}
+    kinds = more.choice.recompute_per_stage
+    assert {rank for rank in range(8) if kinds[rank] == "selective"} == excess
+    assert {kinds[rank] for rank in range(8) if rank not in excess} == {"none"}
+    assert far_too_little.with_more_recompute(candidate, step) is None
+
+
 def test_no_more_stages_recompute_where_all_or_none_do_or_a_rank_has_none_left():
     config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=4"])
     choice = Choice(Degrees(1, 8, 1), 1, 4, "1f1b", "one_barrier", "full", offload=1.0)

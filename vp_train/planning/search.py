@@ -54,6 +54,7 @@ from vp_train.planning.report import report_of
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import draft_nodes, effort_of, placed_by_short, plan_nodes
 from vp_train.planning.weigh import (
+    NEARLY,
     SIMULATED,
     Candidate,
     HostMemoryError,
@@ -79,8 +80,7 @@ _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
-# What needs at most so many times the memory may fit in more stages; how many such are tried.
-_NEARLY, _TRIES_NEARLY = 1.1, 8
+_TRIES_NEARLY = 8  # of what almost fits, in more stages
 _ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
@@ -661,14 +661,14 @@ class _Search:
     def _estimate_of(self, candidate: Candidate) -> Estimate:
         """Return the estimate for the fastest optimizer that fits.
 
-        Where some stages recompute, and offload, more of them do until one fits; then fewer of
-        them do as long as that is faster.  Each goes on for at most `_ROUNDS`, and only while it
+        Where some stages may recompute, more of them do until one fits; then fewer of them do as
+        long as that is faster.  Each goes on for at most `_ROUNDS`, and only while it
         may be the fastest of its kind.  Raises TooLargeError if none fits, and HostMemoryError if
         only the hosts lack memory.
         """
         self._num_estimated += 1
         step, best, refusal = self._tried(candidate)
-        for _ in range(_ROUNDS):
+        for _ in range(_ROUNDS if candidate.choice.offload else 1):
             if best is not None:
                 break
             more = self._other(self._scales.with_more_recompute, candidate, step)
@@ -698,7 +698,7 @@ class _Search:
             other = drafted(*arguments)
         except ConfigError:
             return None
-        if other is None:
+        if other is None or self._space.kept.against(other.choice) is not None:
             return None
         self._spent += draft_nodes(other)
         return other if self._may_be_first(other) else None
@@ -720,7 +720,7 @@ class _Search:
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
-                if needs <= _NEARLY * self._scales.limit and not candidate.choice.balance:
+                if needs <= NEARLY * self._scales.limit and not candidate.choice.balance:
                     almost.append(passes + self._scales.after(step, optim))
                 continue
             try:

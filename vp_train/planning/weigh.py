@@ -68,6 +68,8 @@ _SURE = 0.9
 # Times the seconds that a step has for a microbatch, for which a link carries at most what is
 # offloaded of it.
 _LINK_TIME = 1.2
+# What needs at most so many times the limit in a simulation almost fits.
+NEARLY = 1.1
 # Times what a link carries during the forwards, which counts before a simulation.  In 193 of the
 # ranks of 100 random plans what was away from the device at the peak was once that in the median,
 # and in one of 20 more than 1.9 times.
@@ -530,16 +532,20 @@ class Scales:
     def with_more_recompute(self, candidate: Candidate, step: StepPlan) -> Candidate | None:
         """Return a candidate of which more stages recompute on the ranks without enough memory.
 
-        None if the candidate does not have some that recompute and some that do not, or if no more
-        may, or if only hosts lack memory.  What the link to the host carries, and so how many
-        recompute, only a simulation says.  Raises TooLargeError like `draft`.
+        None if all of its stages recompute, if no more may, or if only hosts lack memory; also if
+        it needs far more than there is, unless some stages recompute beside offloading: what a link
+        to the host carries, only a simulation says.  Where no stage recomputes, the first ones
+        recompute selectively.  Raises TooLargeError like `draft`.
 
         step: one of the candidate that was simulated, for what ranks need with the optimizer that
         leaves most memory.
         """
-        choice = candidate.choice
-        if choice.recompute_per_stage is None or not choice.offload:
+        choice, kinds = candidate.choice, candidate.choice.recompute_per_stage
+        if kinds is None and choice.recompute != "none":
             return None
+        if kinds is None:
+            kinds = ("none",) * choice.layout.num_stages
+            choice = replace(choice, recompute="selective")
         ranks = range(step.num_ranks)
         needs = zip(*(total_bytes(step, candidate.optimizers, rank) for rank in ranks), strict=True)
         least = min(needs, key=max)
@@ -548,11 +554,12 @@ class Scales:
             for rank, num_bytes in enumerate(least)
             if num_bytes > self.limit
         }
-        if not excess:
+        moves = choice.offload and candidate.choice.recompute_per_stage is not None
+        if not excess or not (moves or max(least) <= NEARLY * self.limit):
             return None
         drafts = self._without_and_saving(replace(choice, recompute_per_stage=None))
         savings = Savings.of(*drafts, self._peaks_of(choice, choice.layout))
-        kinds = savings.with_more(choice.recompute_per_stage, excess)
+        kinds = savings.with_more(kinds, excess)
         if kinds is None or len(set(kinds)) == 1:
             return None
         return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
