@@ -1165,12 +1165,12 @@ def test_what_recomputes_is_tried_with_offloaded_activations_in_its_place(enter)
 
 @pytest.mark.parametrize("number", [0, 2, 4, 6])
 def test_of_what_needs_too_much_more_stages_recompute_while_it_may_be_the_fastest(enter, number):
-    """At most four times.  What more rounds would give is never simulated."""
+    """At most four times beside offloading.  What more would give is never simulated."""
     large = {"adamw": GIB + 1.0}
     facts = [Facts(10.0, 10.0)]
     facts += [Facts(1.0 + n, 9.0, short_bytes=large, more=n + 1) for n in range(1, 8)]
     facts[number + 1] = Facts(3.0, 5.0) if number else Facts(10.0, 10.0)
-    world = World(facts)
+    world = World(facts, [choice_of(n, offload=float(n > 0)) for n in range(len(facts))])
     world.choices, others = world.choices[:2], world.choices[2:]
     enter(world)
     world.choices += others

@@ -661,10 +661,10 @@ class _Search:
     def _estimate_of(self, candidate: Candidate) -> Estimate:
         """Return the estimate for the fastest optimizer that fits.
 
-        Where some stages may recompute, more of them do until one fits; then fewer of them do as
-        long as that is faster.  Each goes on for at most `_ROUNDS`, and only while it
-        may be the fastest of its kind.  Raises TooLargeError if none fits, and HostMemoryError if
-        only the hosts lack memory.
+        Where some stages may recompute, more of them do until one fits, beside offloading up to
+        `_ROUNDS` times, else once; then fewer of them do, up to `_ROUNDS` times, as long as that is
+        faster.  That goes on only while it may be the fastest of its kind.  Raises TooLargeError if
+        none fits, and HostMemoryError if only the hosts lack memory.
         """
         self._num_estimated += 1
         step, best, refusal = self._tried(candidate)
