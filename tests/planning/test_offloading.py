@@ -531,7 +531,7 @@ def test_offloading_that_hosts_cannot_hold_costs_no_plan_that_needs_none():
 
 
 def test_no_number_of_stages_is_faster_than_what_is_found_where_memory_is_tight():
-    """With 5 stages on a rank no stage is smaller than with 4, but what a rank keeps is less."""
+    """No stage is smaller with 5 stages on a rank than with 4, but a rank keeps less."""
     words = ["model=qwen2_5_7b", "model.num_layers=46", "cluster=a100_80g_node"]
     words += ["cluster.memory_gib=24", "parallel.pp=4", "parallel.tp=2", "vocab=none"]
     words += ["parallel.placement=redistribute", "parallel.sequence_parallel=true"]
@@ -593,7 +593,7 @@ def test_where_the_link_carries_too_little_one_more_round_of_stages_recomputes(
 
 
 def test_stages_stop_recomputing_where_a_rank_has_as_much_to_spare():
-    """Without offloading what they save is exact, so the step still fits."""
+    """What they save is exact without offloading, so the step still fits."""
     config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"])
     choice = Choice(*(Degrees(1, 8, 1), 1, 16, "interleaved", "one_barrier", "full"), num_chunks=4)
     kinds = ("full",) * 16 + ("none",) * 16

@@ -157,12 +157,10 @@ def runs_of(words: Sequence[str]) -> tuple[list[SweptRun], str]:
     if not words:
         raise ConfigError("give lists such as optim.lr=1e-3,3e-4, or a file of overrides")
     _refuse_twice([word for word in words if "=" in word])
-    base, lines = (
-        "sweep",
-        [[]] if "=" in words[0] else _lines_of(path_of(words[0], "the first word")),
-    )
+    base, lines = "sweep", [list[str]()]
     if "=" not in words[0]:
-        base, words = Path(words[0]).stem, words[1:]
+        base, lines = Path(words[0]).stem, _lines_of(path_of(words[0], "the first word"))
+        words = words[1:]
     base = next((_value_of(word) for word in reversed(words) if _is_name(word)), base)
     words = [word for word in words if not _is_name(word)]
     runs: list[SweptRun] = []

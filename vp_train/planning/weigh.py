@@ -557,9 +557,7 @@ class Scales:
         moves = choice.offload and candidate.choice.recompute_per_stage is not None
         if not excess or not (moves or max(least) <= NEARLY * self.limit):
             return None
-        drafts = self._without_and_saving(replace(choice, recompute_per_stage=None))
-        savings = Savings.of(*drafts, self._peaks_of(choice, choice.layout))
-        kinds = savings.with_more(kinds, excess)
+        kinds = self._savings_of(choice).with_more(kinds, excess)
         if kinds is None or len(set(kinds)) == 1:
             return None
         return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
@@ -580,12 +578,16 @@ class Scales:
         spare = {
             rank: self.limit - total_bytes(step, [optim], rank)[0] for rank in range(step.num_ranks)
         }
-        drafts = self._without_and_saving(replace(choice, recompute_per_stage=None))
-        savings = Savings.of(*drafts, self._peaks_of(choice, choice.layout))
-        kinds = savings.with_fewer(choice.recompute_per_stage, spare, tries=choice.offload > 0)
+        savings, tries = self._savings_of(choice), choice.offload > 0
+        kinds = savings.with_fewer(choice.recompute_per_stage, spare, tries=tries)
         if kinds == choice.recompute_per_stage or len(set(kinds)) == 1:
             return None
         return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
+
+    def _savings_of(self, choice: Choice) -> Savings:
+        """Return what every stage of a choice saves if it recomputes as the choice says."""
+        drafts = self._without_and_saving(replace(choice, recompute_per_stage=None))
+        return Savings.of(*drafts, self._peaks_of(choice, choice.layout))
 
     def _peaks_of(self, choice: Choice, layout: Layout) -> tuple[Peak, ...]:
         count = enough_microbatches(choice.schedule, choice.num_microbatches, layout)
