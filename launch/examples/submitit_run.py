@@ -36,13 +36,16 @@ class Train:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def __call__(self) -> int:
-        """Train, and return the exit code.  Raises RuntimeError unless it is 0 or 75."""
+        """Train, and return the exit code: 0, 75, or that of SIGTERM before it could save.
+
+        Raises RuntimeError for any other code.
+        """
         self.process = subprocess.Popen([*self.command, *self.overrides, "run.resume=true"])
         # submitit calls `checkpoint` in a signal handler, in the midst of this call.  `wait` would
         # keep a lock here that `checkpoint` needs to see the end.
         while (code := self.process.poll()) is None:
             time.sleep(_POLL_SECONDS)
-        if code not in (0, _STOPPED):
+        if code not in (0, _STOPPED, -signal.SIGTERM):
             raise RuntimeError(f"vp-train left with {code}; its last lines say why")
         return code
 

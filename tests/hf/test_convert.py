@@ -87,7 +87,7 @@ def evaluate(rank, num_ranks, config, path):
     return loss.item(), logprobs.flatten(0, 1)
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(models.CONFIGS))
+@pytest.mark.parametrize(("number", "name"), list(enumerate(models.CONFIGS)))
 def test_our_evaluation_of_an_imported_model_is_that_of_transformers(made, ranks, number, name):
     """Every other model is split over its layers, the others over their matrices if they can be."""
     _, directory, imported = made(name)
@@ -126,7 +126,7 @@ def weights_in(directory):
     }
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(models.CONFIGS))
+@pytest.mark.parametrize(("number", "name"), list(enumerate(models.CONFIGS)))
 def test_there_and_back_is_exact_in_the_same_dtype(number, name, tmp_path):
     """Every other model is in 16 bits."""
     dtype = (torch.float32, torch.bfloat16)[number % 2]

@@ -148,20 +148,21 @@ def test_submitit_runs_the_task_and_queues_what_goes_on(example, tmp_path):
     assert again.function.process is None
 
 
-def test_a_task_that_is_waiting_saves_when_submitit_interrupts_it(example, monkeypatch):
+@pytest.mark.parametrize(("handler", "code"), [("lambda *_: sys.exit(75)", 75), ("SIG_DFL", -15)])
+def test_a_waiting_task_ends_when_submitit_interrupts_it(example, monkeypatch, handler, code):
     again = SimpleNamespace(DelayedSubmission=lambda task: task)
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(helpers=again))
     monkeypatch.setattr(example, "_SAVE_SECONDS", 40)
-    waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); "
-    task = example.Train(["a=1"], command_that(waits + "print('x', flush=True); time.sleep(60)"))
+    # The run interrupts us once it would save, or dies as it does before it is ready to.
+    waits = f"import os, sys, time; from signal import *; signal(SIGTERM, {handler}); "
+    waits += "os.kill(os.getppid(), SIGUSR1); time.sleep(60)"
+    task = example.Train(["a=1"], command_that(waits))
     queued = []
-    before = signal.signal(signal.SIGALRM, lambda *_: queued.append(task.checkpoint()))
-    signal.setitimer(signal.ITIMER_REAL, 1.0)  # python starts in much less
+    before = signal.signal(signal.SIGUSR1, lambda *_: queued.append(task.checkpoint()))
     began = time.monotonic()
     try:
-        assert task() in (75, -signal.SIGTERM)
+        assert task() == code
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGUSR1, before)
     assert time.monotonic() - began < 30
     assert queued[0].overrides == ["a=1"]
