@@ -716,8 +716,8 @@ def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_p
         (["--search", "--seconds", "0"], "--seconds 0 is not a whole number"),
         (
             ["cluster=moon"],
-            "cluster=moon is not known; choose one of a100_80g_node, h100_80g_node, "
-            "h200_141g_node, laptop",
+            "cluster=moon is not known; choose one of a100_40g_node, a100_80g_node, "
+            "h100_80g_node, h200_141g_node, laptop",
         ),
         (["schedule.num_chunks=5", "schedule=zb_v"], "; add schedule.num_chunks=null"),
         (["parallel.pp=3"], "the cluster has 4 CPU ranks (cluster=laptop): parallel.pp=3 needs"),

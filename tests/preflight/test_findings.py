@@ -128,6 +128,15 @@ def test_settings_are_named_and_what_follows_from_them_is_not():
     )
 
 
+def test_nodes_with_other_gpus_are_told_to_type_one_cluster():
+    presets = [{"cluster.memory_gib": "75.0"}] * 4 + [{"cluster.memory_gib": "135.0"}] * 4
+    (error,) = compare(ranks(settings="beef"), presets).errors
+    assert error == (
+        "node b: cluster.memory_gib=135.0 instead of 75.0 on node a; give the command of all nodes "
+        "the same overrides, here cluster=NAME: what is not typed is that of each node"
+    )
+
+
 def test_the_minority_is_named_and_at_a_draw_rank_0_is_right():
     first_differs = [facts(0, code="f00d"), *map(facts, range(1, 8))]
     assert compare(first_differs).errors[0].startswith("node a: the code of vp_train (f00d)")

@@ -17,11 +17,12 @@ from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
 from vp_train.commands.place import Place, is_rank, is_slurm_rank, place_of, slurm_rank
 from vp_train.commands.sweep import SWEEP, is_sweep, sweep
 from vp_train.commands.titles import entitle
-from vp_train.config import ConfigError, RunConfig, RunSettings
+from vp_train.config import ConfigError, RunConfig, RunSettings, printable
 from vp_train.durable import checkpoints_in
 from vp_train.failures import ending_of_command
 from vp_train.metrics.run_directory import refuse_running
 from vp_train.planning.degrees import MOST_ON_A_NODE
+from vp_train.settings import load_config
 from vp_train.settings.files import config_text
 from vp_train.settings.resume import BatchChange, check_start, resume_words
 from vp_train.settings.saved import started_from
@@ -90,6 +91,8 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
     num_ranks = whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE)
     # Ranks that our agent has started need not read again what it has read.
+    if config.run.device == "cuda" and not has_launcher():
+        config, overrides = _on_its_machines(config, overrides, place, num_ranks, says=is_first)
     batch = None if has_launcher() else _batch_change(config, place, num_ranks)
     if is_first and not has_launcher():
         if words := resume_words(config, batch, _step_done(config.run)):
@@ -112,6 +115,29 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
         num_restarts=whole_number(options, "--max-restarts", 0, least=0),
         only_preflight=_PREFLIGHT in options,
     )
+
+
+def _on_its_machines(
+    config: RunConfig, overrides: Sequence[str], place: Place | None, num_ranks: int, *, says: bool
+) -> tuple[RunConfig, Sequence[str]]:
+    """Return `config` and `overrides` with the cluster of the launch and of the GPUs here.
+
+    `num_ranks` is the value of --ranks, 0 if it is not given.  A line says which cluster that is if
+    this process `says` it.
+    """
+    from vp_train.commands.launch import num_local_ranks
+    from vp_train.commands.machine import gpu_name, machine_words
+
+    if place is None:
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        num_nodes = -(-int(os.environ["WORLD_SIZE"]) // num_local)
+    else:
+        num_nodes, num_local = place.num_nodes, num_local_ranks(config, place, num_ranks)
+    words, line = machine_words(config, overrides, num_nodes, num_local, gpu_name())
+    if line and says:
+        print(f"cluster   {printable(line)}", flush=True)
+    overrides = [*overrides, *words]
+    return load_config(overrides), overrides
 
 
 def check_steps(settings: RunSettings) -> None:

@@ -261,9 +261,11 @@ def _settings(ranks: Sequence[RankFacts], settings: Sequence[Mapping[str, str]])
     own = settings[found.ranks[0].rank]
     names = [name for name in {**usual, **own} if usual.get(name) != own.get(name)]
     words = [f"{name}={own.get(name)} instead of {usual.get(name)}" for name in names]
+    of_machines = all(name.startswith("cluster.") for name in names)
+    typed = ", here cluster=NAME: what is not typed is that of each node" if of_machines else ""
     return [
         f"{found.nodes}: {_some(words)} on node {found.where}; give the command of all nodes the "
-        "same overrides"
+        f"same overrides{typed}"
     ]
 
 
