@@ -229,12 +229,12 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_pa
     # Later tests start processes, which must not inherit this environment.
     monkeypatch.setattr("vp_train.communication.nccl.set_environment", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for local_rank in "01":
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for local_rank in "012":
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(
-            ConfigError, match=r"2 ranks but 1 GPU\(s\) on this node, .* run.comm_backend=gloo"
+            ConfigError, match=r"3 ranks but 2 GPU\(s\) on this node, .* run.comm_backend=gloo"
         ):
             _connect(config, make_plan(config, 2))
 

@@ -75,7 +75,7 @@ from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.cluster import known_peak_flops
 from vp_train.planning.plan import RunPlan, make_plan, replan
-from vp_train.preflight.nodes import Preflight, spans_nodes
+from vp_train.preflight.nodes import Preflight, must_compare, spans_nodes
 from vp_train.supervision import requests as asked
 from vp_train.supervision.ending import leave
 from vp_train.supervision.heartbeat import Heartbeat, Place
@@ -149,7 +149,7 @@ def run_rank(
             else:
                 directory = RunDirectory(config.run)
                 unused.callback(directory.forsake)
-        if only_preflight or spans_nodes(os.environ):
+        if only_preflight or must_compare(os.environ, config.run):
             preflight = Preflight(
                 config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
             )

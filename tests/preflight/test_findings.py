@@ -84,7 +84,10 @@ def test_a_variable_of_nccl_that_differs_is_a_warning_with_both_values(value, wo
             ["node b:", "torch 2.12.0 instead of 2.13.0", "install the same version"],
         ),
         ({"versions": {"Python": "3.11.2", "torch": "2.13.0"}}, ["NCCL none instead of 2.28.3"]),
-        ({"gpu": replace(H100, uuid="GPU-7")}, ["node b: ranks 4 and 5 have the same GPU"]),
+        (
+            {"gpu": replace(H100, uuid="GPU-7")},
+            ["node b: ranks 4 and 5 have the same GPU", "comm_backend=gloo"],
+        ),
     ],
 )
 def test_what_makes_a_run_wrong_is_one_error_with_node_and_remedy(changed, words):
@@ -163,6 +166,12 @@ def test_many_nodes_are_counted_and_nodes_of_one_name_are_told_apart():
     assert len(node_lines(twins)) == 2
     both = [replace(one, unshared="gone") for one in twins]
     assert compare(both).errors[0].startswith("nodes a (ranks 0-3), a (ranks 4-7): ")
+
+
+def test_a_node_has_all_gpus_that_its_ranks_are_bound_to():
+    bound = [replace(one, gpu=replace(one.gpu, count=1)) for one in ranks()]
+    assert all(" 4 x NVIDIA H100" in line for line in node_lines(bound))
+    assert compare(bound, one_gpu_per_rank=True) == Findings((), ())
 
 
 def test_each_node_has_one_line():

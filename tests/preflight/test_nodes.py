@@ -14,11 +14,17 @@ from tests.programs import finished
 from tests.training import config_of, laid_out
 from vp_train.commands.train import main
 from vp_train.communication.control import ControlGroup
-from vp_train.config import RunConfig
+from vp_train.config import RunConfig, RunSettings
 from vp_train.mesh import build_mesh
 from vp_train.planning.plan import make_plan
 from vp_train.preflight import nodes
-from vp_train.preflight.nodes import Preflight, PreflightError, settings_by_name, spans_nodes
+from vp_train.preflight.nodes import (
+    Preflight,
+    PreflightError,
+    must_compare,
+    settings_by_name,
+    spans_nodes,
+)
 
 
 def refused(rank, num_ranks, configs, texts):
@@ -118,6 +124,21 @@ def test_ranks_with_other_degrees_are_refused_before_their_groups_differ(ranks, 
 def test_a_run_spans_nodes_if_its_launcher_has_started_some_of_its_ranks(local, world, several):
     given = {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": world}
     assert spans_nodes({name: value for name, value in given.items() if value}) is several
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("local", ["1", "2"])
+@pytest.mark.parametrize("world", ["2", "4"])
+def test_ranks_compare_notes_on_several_nodes_and_where_each_may_be_bound_to_one_gpu(
+    monkeypatch, device, backend, num_devices, local, world
+):
+    monkeypatch.setattr(nodes.torch.cuda, "device_count", lambda: num_devices)
+    settings = RunSettings(device=device, comm_backend=backend)
+    bound = (device, backend, num_devices, local) == ("cuda", "nccl", 1, "2")
+    environment = {"LOCAL_WORLD_SIZE": local, "WORLD_SIZE": world}
+    assert must_compare(environment, settings) is (local != world or bound)
 
 
 def test_settings_are_compared_by_their_dotted_names():

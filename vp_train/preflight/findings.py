@@ -150,7 +150,10 @@ def node_lines(ranks: Sequence[RankFacts]) -> list[str]:
         first = own[0]
         parts = [f"{first.host}, {_numbers([facts.rank for facts in own])}"]
         if first.gpu is not None:
-            parts.append(f"{first.gpu.count} x {first.gpu.name} ({_gib(first.gpu)})")
+            # A rank that is bound to a GPU sees no other.
+            bound = {facts.gpu.uuid for facts in own if facts.gpu is not None}
+            count = max(first.gpu.count, len(bound))
+            parts.append(f"{count} x {first.gpu.name} ({_gib(first.gpu)})")
         parts.append(" ".join(f"{name} {first.versions[name]}" for name in _shown(first.versions)))
         offset = sum(first.clock) / 2
         exact = (first.clock[1] - first.clock[0]) / 2
@@ -322,8 +325,9 @@ def _same_gpu(ranks: Sequence[RankFacts]) -> list[str]:
         other = owners.setdefault(facts.gpu.uuid, facts)
         if other is not facts:
             return [
-                f"node {facts.host}: ranks {other.rank} and {facts.rank} have the same GPU; start "
-                "one launcher per node, with one rank per GPU"
+                f"node {facts.host}: ranks {other.rank} and {facts.rank} have the same GPU, and "
+                "NCCL needs one GPU per rank; start one launcher per node, with one rank per GPU, "
+                "or let ranks share GPUs with run.comm_backend=gloo"
             ]
     return []
 

@@ -26,8 +26,8 @@ import torch.distributed as dist
 import schedules
 from vp_train.communication.communicators import NCCL
 from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import communicator_options
-from vp_train.config import RunConfig
+from vp_train.communication.nccl import communicator_options, sees_one_gpu
+from vp_train.config import RunConfig, RunSettings
 from vp_train.failures import EXIT_CONFIG, SharedFailure
 from vp_train.planning.cluster import Link
 from vp_train.planning.estimate import sum_seconds
@@ -61,6 +61,11 @@ def spans_nodes(environment: Mapping[str, str]) -> bool:
     """Return whether a run has ranks on other nodes, from what its launcher has set."""
     num_ranks = int(environment.get("WORLD_SIZE", "1"))
     return int(environment.get("LOCAL_WORLD_SIZE", num_ranks)) < num_ranks
+
+
+def must_compare(environment: Mapping[str, str], settings: RunSettings) -> bool:
+    """Return whether the ranks of a run compare notes before step 1, whatever the user wants."""
+    return spans_nodes(environment) or sees_one_gpu(environment, settings)
 
 
 class Preflight:
