@@ -66,6 +66,13 @@ def test_a_variable_of_nccl_that_differs_is_a_warning_with_both_values(value, wo
     assert warning.startswith(f"node b: {words}")
 
 
+def test_a_name_of_any_characters_is_shown_as_it_is():
+    name = "NCCL_{X}{0}{value}{"
+    found = compare([replace(one, environment={name: "1"} if one.rank else {}) for one in ranks()])
+    assert found.errors == ()
+    assert found.warnings[0].startswith(f"node a: {name} is not set, but 1 on node a; ")
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

@@ -219,14 +219,17 @@ def nodes_in_words(ranks: Sequence[RankFacts]) -> str:
 
 
 def _differ(
-    ranks: Sequence[RankFacts], value_of: Callable[[RankFacts], str], words: str
+    ranks: Sequence[RankFacts], value_of: Callable[[RankFacts], str], words: str, **names: str
 ) -> list[str]:
-    """Return an error about ranks whose value is not that of most ranks, [] if all are equal."""
+    """Return an error about ranks whose value is not that of most ranks, [] if all are equal.
+
+    `words` are a template of value, usual, where and `names`.
+    """
     if (found := _difference(ranks, value_of)) is None:
         return []
     return [
         f"{found.nodes}: "
-        + words.format(value=found.value, usual=found.usual, where=f"node {found.where}")
+        + words.format(value=found.value, usual=found.usual, where=f"node {found.where}", **names)
     ]
 
 
@@ -283,8 +286,8 @@ def _versions(ranks: Sequence[RankFacts]) -> list[str]:
         errors += _differ(
             ranks,
             version,
-            f"{name} {{value}} instead of {{usual}} on {{where}}; install the same version on all "
-            "nodes",
+            "{name} {value} instead of {usual} on {where}; install the same version on all nodes",
+            name=name,
         )
     return errors
 
@@ -311,8 +314,9 @@ def _environment(ranks: Sequence[RankFacts]) -> list[str]:
         warnings += _differ(
             ranks,
             value,
-            f"{name} is {{value}}, but {{usual}} on {{where}}; that is right only if the nodes "
-            "have other interfaces, else set it alike",
+            "{name} is {value}, but {usual} on {where}; that is right only if the nodes have other "
+            "interfaces, else set it alike",
+            name=name,
         )
     return warnings
 
