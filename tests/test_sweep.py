@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -338,7 +339,11 @@ def test_without_validation_the_loss_decides_and_nothing_that_is_not_finite_does
     low, high = result(1.0, None), result(2.0, 0.5)
     assert best_of([high, low]) is low
     assert best_of([result(1.0, 3.0), high]) is high
-    assert best_of([result(float("nan"), None), low]) is None
+    for value in (math.nan, math.inf):
+        assert best_of([result(value, None), low]) is low
+        assert best_of([result(1.0, value), high, result(value, value)]) is high
+        assert best_of([result(value, value)]) is None
+    assert best_of([result(None, None), low]) is low
     assert best_of([result(1.0, 3.0, 70)]) is None
 
 

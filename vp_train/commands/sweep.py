@@ -440,12 +440,19 @@ def _numbers_of(line: bytes) -> dict[str, float]:
 def best_of(results: Sequence[Result]) -> Result | None:
     """Return the finished run with the lowest validation loss, or with the lowest loss.
 
-    The loss decides if a finished run has no validation loss.
+    A run that has diverged, so that one of them is not finite, does not count.  The loss decides if
+    another one has no validation loss.
     """
-    finished = [result for result in results if result.exit_code == EXIT_OK]
+    finished = [
+        result
+        for result in results
+        if result.exit_code == EXIT_OK
+        and result.loss is not None
+        and all(map(math.isfinite, (result.loss, result.validation_loss or 0.0)))
+    ]
     for name in ("validation_loss", "loss"):
         values = [getattr(result, name) for result in finished]
-        if values and all(value is not None and math.isfinite(value) for value in values):
+        if values and None not in values:
             return finished[values.index(min(values))]
     return None
 
