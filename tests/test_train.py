@@ -239,7 +239,7 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_pa
             _connect(config, make_plan(config, 2))
 
 
-def test_a_nan_loss_stops_a_float16_run_whatever_its_scale():
+def test_a_nan_loss_stops_a_float16_run_whatever_its_scale_and_an_overflow_is_a_skipped_step():
     scale = LossScale.of("float16")
     run = SimpleNamespace(
         model=SimpleNamespace(loss_scale=scale),
@@ -251,6 +251,7 @@ def test_a_nan_loss_stops_a_float16_run_whatever_its_scale():
     overflow = StepHealth(1.0, math.inf, ((1, "gradient"),), 0.0)
     assert Run._update(run, 3, overflow, 1.0, None)
     assert scale.value == 2.0**15, "an overflow"
+    assert run._judge.skipped == 1
     with pytest.raises(DivergenceError, match="step 3: non-finite loss on rank 1"):
         Run._update(run, 3, StepHealth(math.nan, math.inf, ((1, "loss"),), 0.0), 1.0, None)
     assert scale.value == 2.0**15

@@ -553,6 +553,7 @@ class Run:
         loss_scale = self.model.loss_scale
         if health.culprits and math.isfinite(health.loss) and loss_scale.failed():
             words = f"gradients overflow float16; the loss scale is {loss_scale.value:,.0f} now"
+            self._judge.overflowed()
             self._say(f"step {step} skipped: {words}", reporter)
             return True
         can_go_back = self._saved_step > 0 or self.first_step > 1

@@ -77,6 +77,10 @@ class Judge:
             self._furthest, self._returns = step, 0
         return Judgement(Verdict.APPLY, what)
 
+    def overflowed(self) -> None:
+        """Count a step that is skipped because its gradients overflow float16."""
+        self.skipped += 1
+
     def _names(self, culprits: Sequence[tuple[int, str]]) -> str:
         """Return what is not finite and on which ranks, for example `gradient on ranks 0 and 1`."""
         found: dict[str, list[str]] = {}
