@@ -101,7 +101,7 @@ class DataConfig:
         most=_MOST_WORKERS,
     )
     validation_fraction: float = setting(
-        0.05, "Part of the samples that is kept for validation.", least=0, below=1
+        0.05, "Part of the tokens that is held out for validation.", least=0, below=1
     )
     validation: tuple[ValidationEntry, ...] | None = setting(
         None, "Named validation sets, beside the text that is held out: names and paths."
