@@ -309,6 +309,19 @@ def test_every_command_parses(text, place, capsys):
         assert name in PLAIN, f"{text}: nothing here knows how to check it"
 
 
+def test_the_run_of_the_readme_is_the_one_that_its_plan_is_of():
+    commands = [Command.parse(line).words for line in shell_lines(README)]
+    (plan,) = (words for words in commands if words[0] == "vp-plan")
+    (run,) = (words for words in commands if "--nodes" in words)
+    count = f"cluster.num_nodes={option_of(run, '--nodes')}"
+    planned, trained = (
+        load_config([word for word in words if "=" in word]) for words in (plan, (*run, count))
+    )
+    same = {name: getattr(trained, name) for name in ("data", "optim")}
+    same["run"] = replace(planned.run, steps=trained.run.steps, name=trained.run.name)
+    assert replace(planned, **same) == trained
+
+
 def test_the_search_that_is_shown_has_the_figures_of_its_plans():
     """Two short steps give the time of a long one to 1 %, and the bytes of its offloading to 10."""
     page = (ROOT / "docs/planning.md").read_text()

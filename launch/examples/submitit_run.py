@@ -1,7 +1,8 @@
 """A run on Slurm from Python, with submitit (pip install submitit).
 
     python launch/examples/submitit_run.py --nodes 4 --gpus-per-node 8 --folder logs \
-        model=llama3_8b parallel.tp=2 parallel.pp=4 run.device=cuda run.name=first
+        model=llama3_8b parallel.tp=2 parallel.pp=4 run.device=cuda run.dtype=bfloat16 \
+        data=text data.path=text optim.lr=1e-4 run.steps=10000 run.name=first
 
 Every node runs one task, and the task is `vp-train`, which reads its place from SLURM_*.  Before
 the time limit and at a preemption submitit calls `checkpoint`, which asks vp-train to save and

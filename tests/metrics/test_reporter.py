@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 
 from schedules.vocab import End
+from vp_train.config.optim import usual_rate
 from vp_train.metrics import reporter as reporter_module
-from vp_train.metrics.header import introduce
+from vp_train.metrics.header import header, introduce
 from vp_train.metrics.progress import StepReport, Validation
 from vp_train.metrics.reporter import Reporter
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.summary import SUMMARY
+from vp_train.model.shape import num_parameters
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 
@@ -115,6 +117,21 @@ def test_before_the_first_step_everything_known_is_said_and_written(started, cap
     assert "advice" not in words
     assert "rows" not in words
     assert line_of(words, "run") == f"{directory.path}, steps 3 to 4"
+
+
+def test_a_large_model_with_the_default_rate_is_warned_of_with_that_of_an_import(started):
+    for name, given, warned in (
+        ("llama3_8b", [], "optim.lr=0.0001 for this size"),
+        ("gpt_30b", [], "optim.lr=6e-05 for this size"),
+        ("gpt_30b", ["optim.lr=1e-3"], None),
+        ("small", [], None),
+    ):
+        config = load_config([f"model={name}", *given])
+        plan = make_plan(load_config(["model=nano"]), 2)
+        lines = [line for line in header(config, plan, SOURCE) if line.startswith("warning")]
+        assert len(lines) == (warned is not None)
+        assert all(line.endswith(warned) for line in lines)
+        assert usual_rate(num_parameters(config.model)) < config.optim.lr
 
 
 def test_it_is_said_what_waits_in_host_memory(started, capsys):

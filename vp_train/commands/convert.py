@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vp_train.commands.command import Parser, guarded, path_argument
 from vp_train.config import ConfigError, RunSettings
 from vp_train.config.bounds import DTYPES
+from vp_train.config.optim import usual_rate
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
 from vp_train.settings.saved import run_of, started_from
@@ -92,17 +93,11 @@ def _import(arguments: Sequence[str]) -> int:
 
 
 _OWN_TOKENIZER = "TOKENIZER.json"
-# Parameters and the learning rate that GPT-3 models of that size had (arXiv 2005.14165, table 2.1).
-_RATES = (
-    *((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4)),
-    *((2.7e9, 1.6e-4), (6.7e9, 1.2e-4), (13e9, 1e-4), (175e9, 0.6e-4)),
-)
 
 
 def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> list[str]:
     """Return the overrides that train an import further, with a rate for its size."""
-    size = imported.num_parameters
-    rate = next((rate for most, rate in _RATES if size <= most), _RATES[-1][1])
+    rate = usual_rate(imported.num_parameters)
     tokenizer = _OWN_TOKENIZER if imported.tokenizer is None else str(imported.tokenizer)
     text = ["data=pystdlib"] if data is None else ["data=text", typed("data.path", str(data))]
     end = [] if imported.end_token is None else [typed("data.end_token", imported.end_token)]

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from vp_train.config.errors import ConfigError
 from vp_train.config.setting import check_section, setting
 
+# Parameters and the learning rate that GPT-3 models of that size had (arXiv 2005.14165, table 2.1).
+_RATES = (
+    *((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4)),
+    *((2.7e9, 1.6e-4), (6.7e9, 1.2e-4), (13e9, 1e-4), (175e9, 0.6e-4)),
+)
+_LARGE = 1e9  # parameters of a model that the default rate is too high for
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -93,3 +100,18 @@ class OptimConfig:
     def final_lr(self) -> float:
         """The learning rate that the decay ends at: min_lr, or a tenth of lr."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
+
+
+def usual_rate(num_parameters: int) -> float:
+    """Return the learning rate that GPT-3 models of about this size had."""
+    return next((rate for most, rate in _RATES if num_parameters <= most), _RATES[-1][1])
+
+
+def rate_advice(optim: OptimConfig, num_parameters: int) -> str | None:
+    """Return that a large model has the default learning rate, in words, else None."""
+    if optim.lr != OptimConfig().lr or num_parameters <= _LARGE:
+        return None
+    return (
+        f"optim.lr={optim.lr:g} is the default, which is for small models; GPT-3 had about "
+        f"optim.lr={usual_rate(num_parameters):g} for this size"
+    )

@@ -8,6 +8,7 @@ from contextlib import suppress
 from schedules.render import facts
 from schedules.vocab import End
 from vp_train.config import RunConfig, printable
+from vp_train.config.optim import rate_advice
 from vp_train.data import Source
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
@@ -28,9 +29,11 @@ def introduce(config: RunConfig, plan: RunPlan, source: Source) -> None:
 def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
     """Return the lines about data, model, ranks and schedule of a run."""
     model = config.model
+    advice = rate_advice(config.optim, num_parameters(model))
+    warnings = [*source.warnings, *([] if advice is None else [advice])]
     return [
         f"data      {source.description}",
-        *(f"warning   {words}" for words in source.warnings),
+        *(f"warning   {words}" for words in warnings),
         f"model     {num_parameters(model) / 1e6:.1f} M parameters, vocabulary "
         f"{model.vocab_size:,} (ln V = {math.log(model.vocab_size):.2f}), "
         f"{config.run.dtype} on {config.run.device}",
