@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_the_image_has_rdma_and_a_user_without_root_s_rights():
     assert user not in ("root", "0")
     assert names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
     assert any(command[:1] == ["useradd"] and user in command for command in commands_of())
+
+
+@pytest.mark.skipif(shutil.which("useradd") is None or os.getuid() != 0, reason="needs useradd")
+@pytest.mark.parametrize("others", ["", "ubuntu:x:1000:1000::/home/ubuntu:/bin/sh\n"])
+def test_the_user_is_made_whether_or_not_the_base_has_one_of_its_number(tmp_path, others):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text(f"root:x:0:0::/root:/bin/sh\n{others}")
+    (tmp_path / "etc/group").write_text("root:x:0:\n")
+    (command,) = (command for command in commands_of() if command[0] == "useradd")
+    subprocess.run(["useradd", "--prefix", tmp_path, *command[1:]], check=True, timeout=60)
+    added = (tmp_path / "etc/passwd").read_text().splitlines()[-1]
+    assert added.split(":")[0:3:2] == ["vp", "1000"]
+    assert (tmp_path / "home/vp").is_dir()
 
 
 def commands_of(**values):
