@@ -44,6 +44,8 @@ pictures: $(VENV)/installed
 	cp build/pictures/schedule.svg build/pictures/comparison.png benchmarks/results/
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; found = sys.version_info[:2]; sys.exit(found < (3, 11) and \
+	  "$(PYTHON) is Python %d.%d, and vp_train needs 3.11 or later: make PYTHON=python3.12 ..." % found)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -355,6 +356,26 @@ def test_python_on_pages_compiles_and_finds_its_names(page):
             exec("\n".join(imports), {})
 
 
+def test_make_refuses_another_python_than_the_package_takes_before_it_makes_anything(tmp_path):
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    least = tuple(map(int, needed.removeprefix(">=").split(".")))
+    make = ["make", "-C", ROOT, f"VENV={tmp_path}/venv", f"{tmp_path}/venv/installed"]
+    for version in ((2, 7), (3, least[1] - 1), least, (3, least[1] + 1), (4, 0)):
+        python = tmp_path / "python"
+        python.write_text(
+            f"#!/bin/sh\n[ $1 = -c ] || {{ echo made; exit 9; }}\n"
+            f'exec {sys.executable} -c "import sys; sys.version_info = {version}; $2"\n'
+        )
+        python.chmod(0o755)
+        done = subprocess.run(
+            [*make, f"PYTHON={python}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode != 0
+        assert ("made" in done.stdout) is (version >= least)
+        words = f"{python} is Python {version[0]}.{version[1]}, and vp_train needs {needed[2:]} or"
+        assert (words in done.stderr) is (version < least)
+
+
 # The first pages, run
 
 
@@ -387,7 +408,8 @@ def run_typed(line: str, programs: Path) -> subprocess.CompletedProcess[str]:
 def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
     """Every line, one after the other in one directory, each distinct line once.
 
-    `make`, and a line for four nodes, are asked what they would do; pip would need a network.
+    `make`, and lines for several nodes or a GPU, are asked what they would do; pip would need a
+    network.
     tests/test_plan_command.py runs AS_TYPED.
     """
     first_pages = (README, ROOT / "docs/quickstart.md", ROOT / "docs/working_day.md")
@@ -404,7 +426,8 @@ def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
         if line.startswith("pip ") or line.split() == ["vp-plan", *AS_TYPED]:
             continue
         typed = re.sub(r"^make ", "make -n ", line)
-        typed = f"{typed} --print-config" if " --nodes " in typed else typed
+        if {"--nodes", "run.device=cuda"} & set(typed.split()):
+            typed = f"{typed} --print-config"
         done = run_typed(typed, programs)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     with contextlib.suppress(FileNotFoundError):
