@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
+from vp_train.settings.meant import close_names, instead_of_option
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -321,6 +323,20 @@ def test_the_run_of_the_readme_is_the_one_that_its_plan_is_of():
     same = {name: getattr(trained, name) for name in ("data", "optim")}
     same["run"] = replace(planned.run, steps=trained.run.steps, name=trained.run.name)
     assert replace(planned, **same) == trained
+
+
+def test_options_of_megatron_are_answered_with_the_settings_of_their_table():
+    page = (ROOT / "docs/from_megatron.md").read_text()
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", page, re.MULTILINE)
+    assert len(rows) > 20
+    for options, settings in rows:
+        pairs = zip(
+            re.findall(r"`--(.*?)`", options), cycle(re.findall(r"`(.*?)`", settings)), strict=False
+        )
+        for option, setting in pairs:
+            assert close_names(option)[0] == setting
+            words = instead_of_option(f"--{option}", ["--nodes", "--node", "--head", "--ranks"])
+            assert words.startswith(f"write {setting}=")
 
 
 def test_the_search_that_is_shown_has_the_figures_of_its_plans():
