@@ -115,13 +115,31 @@ def most_in_flight(order: Sequence[Pass], weights: Mapping[Kind, float]) -> floa
 def weave(base: BaseOrder, problem: Problem, network: Network, preference: Preference) -> Orders:
     """Return the order `base` with the vocabulary passes of `problem`, as ids of `network`.
 
-    Raises DeadlockError, naming a cycle, if the base order cannot be executed.
+    Raises DeadlockError, naming a cycle or microbatches out of order, if it cannot be executed.
     """
     try:
         return _Weaver(base, problem, network, preference).run()
     except DeadlockError:
         require_acyclic(_waits(base, problem), rank_of=problem.rank_of)
+        _require_ascending(base)
         raise
+
+
+def _require_ascending(base: BaseOrder) -> None:
+    """Raise DeadlockError for passes of a stage and kind that are not in order of microbatches.
+
+    What is added here is in that order, so such passes may wait for each other.
+    """
+    for rank, order in enumerate(base):
+        last: dict[tuple[int, Kind], Pass] = {}
+        for item in order:
+            before = last.setdefault((item.stage, item.kind), item)
+            if item.microbatch < before.microbatch:
+                raise DeadlockError(
+                    f"rank {rank} runs {before} before {item}, but the passes that are added come "
+                    "in order of microbatches; order those of a stage so, or write all passes"
+                )
+            last[item.stage, item.kind] = item
 
 
 def _waits(base: BaseOrder, problem: Problem) -> dict[Pass, list[Pass]]:

@@ -141,6 +141,15 @@ def test_an_order_that_blocks_is_found_when_completed():
         complete("x", base.ranks, problem, costs_of(layout))
 
 
+def test_microbatches_out_of_order_are_named_where_passes_added_in_order_wait_for_them():
+    layout = Layout("linear", 2)
+    problem = Problem(layout, 2, VOCAB_ALGORITHMS["none"])
+    base = from_csv("0F1,0F0,0B1,0B0\n1F1,1B1,1F0,1B0\n", "x")
+    check_base(base, problem)
+    with pytest.raises(DeadlockError, match=r"^rank 0 runs 0F1 before 0F0, but"):
+        complete("x", base.ranks, problem, costs_of(layout))
+
+
 # Tests with torch. Until the first step, its schedule classes read only numbers from their stages.
 
 
