@@ -391,6 +391,14 @@ def test_weights_with_learned_positions_fix_the_sequence(started, tmp_path):
     )
 
 
+def test_learned_positions_forbid_another_sequence_whatever_is_allowed(started):
+    started("model.positions=learned", "model.seq_length=64")
+    given = ["model.positions=learned", "run.name=one", "run.resume=true", "run.allow=[sequence]"]
+    check_start(load_config([*given, "model.seq_length=64"]))
+    with pytest.raises(ConfigError, match=r"; model.positions=learned has weights for each posi"):
+        check_start(load_config([*given, "model.seq_length=32"]))
+
+
 def test_a_run_that_is_not_there_is_said_to_begin(started):
     config = load_config(["run.name=two", "run.resume=true"])
     assert resume_words(config).startswith("runs/two holds no run: NOTHING IS RESUMED, a new ")

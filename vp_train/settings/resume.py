@@ -127,6 +127,8 @@ def _refuse(refused: Sequence[Change], directory: Path) -> None:
         words += f", or give run.allow=[{','.join(filter(None, permissions))}]"
     if any(change.name == _BATCH for change in refused):
         words += f"; {_BATCH} are num_microbatches x micro_batch_size x parallel.dp"
+    if any(change.name == "model.seq_length" and change.permission is None for change in refused):
+        words += "; model.positions=learned has weights for each position, so it cannot change"
     raise ConfigError(
         f"{directory} has run with {before}, this command line has "
         f"{', '.join(change.now for change in refused)}; use {words}"
