@@ -392,7 +392,8 @@ def test_weights_with_learned_positions_fix_the_sequence(started, tmp_path):
 
 
 def test_learned_positions_forbid_another_sequence_whatever_is_allowed(started):
-    started("model.positions=learned", "model.seq_length=64")
+    config = started("model.positions=learned", "model.seq_length=64")
+    (config.run.directory / "checkpoints/step-00000005").mkdir(parents=True)
     given = ["model.positions=learned", "run.name=one", "run.resume=true", "run.allow=[sequence]"]
     check_start(load_config([*given, "model.seq_length=64"]))
     with pytest.raises(ConfigError, match=r"; model.positions=learned has weights for each posi"):
