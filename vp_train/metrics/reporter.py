@@ -19,6 +19,7 @@ from schedules.render import chrome_trace, svg
 from schedules.timeline import Timeline
 from schedules.vocab import End
 from vp_train.config import RunConfig, RunSettings, printable
+from vp_train.config.run import SETTLED_STEP
 from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
@@ -50,6 +51,16 @@ def _past_profiles(settings: RunSettings, first_step: int) -> str:
         return ""
     steps = ",".join(map(str, settings.profile_steps))
     return f"run.profile_steps=[{steps}] are done, so no step is recorded; give later ones"
+
+
+def _no_trace_words(settings: RunSettings) -> str:
+    """Return in words that run.trace_step is beyond the last step; empty for the default one."""
+    if settings.trace_step <= settings.steps or settings.trace_step == SETTLED_STEP:
+        return ""
+    return (
+        f"run.trace_step={settings.trace_step} is beyond the last step, run.steps="
+        f"{settings.steps}, so no step is timed; give an earlier one, or more steps"
+    )
 
 
 def _profile_words(settings: RunSettings, first_step: int) -> str:
@@ -124,6 +135,7 @@ class Reporter:
                 if (words := _past_profiles(config.run, self._first_step))
                 else []
             ),
+            *([f"trace     {words}"] if (words := _no_trace_words(config.run)) else []),
         ]
         for line in lines:
             print_line(self._console, line)
