@@ -200,7 +200,21 @@ def test_file_that_is_not_utf8_is_left_out_and_named(
     for file, content in zip(files, (b"\xff\xfe", b"good", b"\x80"), strict=True):
         file.write_bytes(content)
     assert [document.text for document in read_documents(files, "text", warn=True)] == ["good"]
-    assert f"texts that are not UTF-8: 2; first {files[0]}" in capsys.readouterr().err
+    assert f"texts that are not UTF-8: 2; first {files[0]} (line 1)\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
+@pytest.mark.parametrize("wrong", [b"\xff", b"a\xc3", b"\xe4\xb8"])
+@pytest.mark.parametrize("behind", [b"", b"\n", b"\ngood\n"])
+def test_the_first_line_that_is_not_utf8_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, wrong: bytes, behind: bytes
+) -> None:
+    monkeypatch.setattr("vp_train.data.documents._CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes("\ufeff1\r\n\n中文\n".encode() + wrong + behind)
+    state = Reading(LeftOut())
+    assert not list(read_documents([tmp_path / "a.txt"], "text", reading=state))
+    first = f"{tmp_path / 'a.txt'} (line 4)"
+    assert state.left_out.first == {"texts that are not UTF-8": first}
 
 
 def test_a_directory_that_may_not_be_read_is_named(

@@ -104,6 +104,16 @@ def test_vp_generate_refuses_what_makes_no_sense(trained, capsys, words, message
     assert len(said.splitlines()) == 1
 
 
+def test_the_line_of_a_prompt_that_is_not_utf8_is_named(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_bytes(b"one\n\ntwo\xff\nthree\n")
+    with open(tmp_path / "prompts.txt") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, _, said = generate_command(capsys, trained, "--file", "-")
+    assert (code, "line 3 of the input is not UTF-8" in said) == (78, True)
+    code, _, said = generate_command(capsys, trained, "--file", str(tmp_path / "prompts.txt"))
+    assert (code, "prompts.txt (line 3)" in said) == (78, True)
+
+
 def test_a_run_without_a_tokenizer_wants_one(trained, capsys):
     run = vp_train.open_run(trained)
     without = replace(run, tokenizer=None)

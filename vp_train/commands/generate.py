@@ -99,9 +99,12 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         if is_rank(os.environ):
             raise ConfigError("--file -: ranks of torchrun share no input; give --file FILE")
         try:
-            lines = sys.stdin.read().splitlines()
-        except UnicodeDecodeError:
-            raise ConfigError("--file -: the input is not UTF-8; give a text in UTF-8") from None
+            lines = sys.stdin.buffer.read().decode().splitlines()
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise ConfigError(
+                f"--file -: line {line} of the input is not UTF-8; give a text in UTF-8"
+            ) from None
         prompts += [line for line in lines if line.strip()]
     elif options.file is not None:
         path = path_of(options.file, "--file")

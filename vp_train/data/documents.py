@@ -11,6 +11,7 @@ import codecs
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -118,7 +119,8 @@ def _text(path: Path, state: Reading) -> Iterator[Document]:
                 for _ in _decoded(stream):
                     pass
     except UnicodeDecodeError:
-        state.left_out.add(NOT_UTF8, str(path))
+        with open_unpacked(path) as (stream, _):
+            state.left_out.add(NOT_UTF8, str(path), f"line {_first_wrong_line(stream)}")
         return
     if is_long:
         with open_unpacked(path) as (stream, raw):
@@ -127,6 +129,16 @@ def _text(path: Path, state: Reading) -> Iterator[Document]:
         yield Document(str(path), (text,))
     else:
         state.left_out.add(EMPTY, str(path))
+
+
+def _first_wrong_line(stream: BinaryIO) -> int:
+    """Return the number of the first line that is not UTF-8, from 1; the last one if all are."""
+    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
+    with suppress(UnicodeDecodeError):
+        while part := stream.readline(_CHUNK):
+            decoder.decode(part)
+            number += part.endswith(b"\n")
+    return number
 
 
 def _decoded(stream: BinaryIO) -> Iterator[str]:
