@@ -135,7 +135,7 @@ class Schedule:
         """
         header, *lines = text.splitlines() or [""]
         if not header.startswith("# "):
-            raise ValueError(f"a schedule starts with a line '# name', not {header!r}")
+            raise ValueError(f"a schedule starts with a line '# name', not {header[:40]!r}")
         ranks: list[tuple[Pass, ...]] = []
         offloads: list[Offload] = []
         for number, line in enumerate(lines, start=2):

@@ -151,7 +151,12 @@ def test_rows_that_are_not_the_equal_ones_are_said(started, capsys):
 
 
 def test_a_traced_step_that_never_comes_is_said_before_the_first_step(started, capsys):
-    for trace_step, words in ((0, ""), (4, ""), (5, ""), (6, "run.trace_step=6 .* run.steps=4, .*")):
+    for trace_step, words in (
+        (0, ""),
+        (4, ""),
+        (5, ""),
+        (6, "run.trace_step=6 .* run.steps=4, .*"),
+    ):
         started(f"run.trace_step={trace_step}", f"run.name=of{trace_step}")
         out = capsys.readouterr().out
         assert ("\ntrace" in out) == bool(words)

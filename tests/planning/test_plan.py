@@ -332,6 +332,7 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
         ("x.txt", "# mine\n", "it has no passes"),
         ("x.txt", ORDER.replace("1S0", "1Q0"), "line 3: '1Q0' is not a pass"),
         ("x.txt", ORDER.replace("1S0 ", ""), r"rank 1 never runs 1S0 \(1 pass missing\)"),
+        ("x.txt", ORDER.replace("0F0 ", ""), r"rank 0 never runs 0F0 \(1 pass missing\)"),
         ("x.txt", ORDER.replace("1S0", "1S0 1S0"), "rank 1 runs 1S0 2 times"),
         (
             "x.txt",
@@ -349,9 +350,9 @@ ORDER = "# mine\n0E0 0F0 0B0 0G0\n1F0 1S0 1T0 1B0\n"
             ORDER.replace("0F0 0B0", "0F0").replace("1F0", "0B0 1F0"),
             "rank 1 runs 0B0, but rank 0 has other passes of stage 0; every stage has one rank",
         ),
-        ("x.txt", ORDER + "2F0 2B0\n", "it is for 3 ranks, not 2"),
+        ("x.txt", ORDER + "2F0 2B0\n", "it is for 3 pipeline ranks, not 2; use parallel.pp=3"),
         ("x.txt", ORDER.replace("0E0 ", "").replace("0F0", "0F9999"), "is not among its passes"),
-        ("x.csv", "0F0,0B0\n", "it is for 1 ranks, not 2"),
+        ("x.csv", "0F0,0B0\n", "it is for 1 pipeline rank, not 2; use parallel.pp=1"),
         ("x.csv", "0F0,0B0\n1F0,1Q0\n", "line 2, column 2: '1Q0' is not a pass"),
         ("x.csv", "0F0,0B0\n1F0\n", "rank 1 never runs 1B0"),
         ("x.csv", "0F0,0B0\n1F0,1F1,1B0,1B1\n", "rank 1 runs 1F1"),
@@ -377,9 +378,8 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, name, content
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_microbatches": 5}, "which is not among its passes"),
-        ({"num_microbatches": 7}, r"rank 0 never runs .* \(\d passes missing\)"),
-        ({"vocab": VocabConfig("none")}, "which is not among its passes"),
+        ({"num_microbatches": 5}, "it is for 6 microbatches, not 5; use num_microbatches=6"),
+        ({"num_microbatches": 7}, "it is for 6 microbatches, not 7; use num_microbatches=6"),
         (
             {"parallel": ParallelConfig(layers_per_stage=(3, 3))},
             "parallel.layers_per_stage=.* it needs 3 counts",
@@ -392,6 +392,25 @@ def test_a_plan_of_another_run_is_refused(tmp_path, name, change, message):
     path.write_text(plan_step(replace(solved(), schedule=ScheduleConfig(name)), 3).schedule.text())
     with pytest.raises(ConfigError, match=message):
         plan_step(replace(from_file(solved(), path), **change), 3)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv"])
+@pytest.mark.parametrize("used", VOCAB_ALGORITHMS.values(), ids=lambda one: one.name)
+@pytest.mark.parametrize("stored", VOCAB_ALGORITHMS.values(), ids=lambda one: one.name)
+def test_a_plan_of_another_vocabulary_names_those_that_fit(tmp_path, stored, used, suffix):
+    config = replace(solved(vocab=stored.name), schedule=ScheduleConfig("1f1b"))
+    schedule, path = plan_step(config, 3).schedule, tmp_path / f"schedule.{suffix}"
+    path.write_text(schedule.text() if suffix == "txt" else to_csv(schedule))
+    again = replace(from_file(config, path), vocab=VocabConfig(used.name))
+    if used.sharded == stored.sharded or suffix == "csv":  # which has no vocabulary passes
+        plan_step(again, 3)
+        return
+    with pytest.raises(ConfigError, match=f"but vocab={used.name} ") as raised:
+        plan_step(again, 3)
+    names = str(raised.value).rpartition("; use vocab=")[2].split(" or ")
+    assert stored.name in names
+    for name in names:
+        plan_step(replace(again, vocab=VocabConfig(name)), 3)
 
 
 def test_a_file_that_holds_no_text_is_named(tmp_path):

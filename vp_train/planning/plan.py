@@ -49,7 +49,7 @@ from vp_train.planning.placement import (
 )
 from vp_train.planning.ramp import BatchRamp
 from vp_train.planning.workload import Workload
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, plural
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = "schedule=auto: searching for the fastest schedule"
@@ -492,10 +492,13 @@ def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
         layout, split_backward = recognise(schedule)
         if layout.num_ranks != work.degrees.pp:
             raise ValueError(
-                f"it is for {layout.num_ranks} ranks, not {work.degrees.pp}; "
+                f"it is for {layout.num_ranks} pipeline {plural(layout.num_ranks, 'rank')}, not "
+                f"{work.degrees.pp}; "
                 f"use parallel.pp={layout.num_ranks}"
             )
-        step = _draft(config, work, layout, _algorithm(config.vocab.algorithm), split_backward)
+        algorithm = _algorithm(config.vocab.algorithm)
+        _check_problem(schedule, work.num_microbatches, algorithm)
+        step = _draft(config, work, layout, algorithm, split_backward)
         if is_csv:
             check_base(schedule, step.problem)
             schedule = complete(
@@ -508,17 +511,47 @@ def _stored(config: RunConfig, work: Workload, path: Path) -> StepPlan:
         raise ConfigError(f"schedule.file={path} does not fit this run: {error}") from None
 
 
+def _check_problem(schedule: Schedule, num_microbatches: int, algorithm: VocabAlgorithm) -> None:
+    """Raise ValueError if a schedule is a whole one for other microbatches or another vocabulary.
+
+    What it lacks or has beyond that is for `check_schedule`.
+    """
+    passes = list(schedule.passes())
+    found = {item.microbatch for _, item in passes}
+    forwards = {item.microbatch for _, item in passes if item.kind is Kind.F and not item.stage}
+    if forwards == found == set(range(len(found))):
+        _require_microbatches(len(found), num_microbatches)
+    num_ranks, ranks = schedule.num_ranks, {rank for rank, item in passes if item.kind is Kind.S}
+    if num_ranks == 1 or len(ranks) not in (1, num_ranks):
+        return
+    is_split = len(ranks) > 1
+    if is_split == algorithm.sharded:
+        return
+    words = f"split over all ranks, but vocab={algorithm.name} keeps it on one"
+    if not is_split:
+        words = f"on rank {min(ranks)} alone, but vocab={algorithm.name} splits it over all"
+    fitting = [known.name for known in VOCAB_ALGORITHMS.values() if known.sharded == is_split]
+    raise ValueError(f"its output layer is {words}; use vocab={' or '.join(reversed(fitting))}")
+
+
 def _check_microbatches(text: str, num_microbatches: int) -> None:
     """Raise ValueError if a text with passes is for another number of microbatches.
 
     It is looked at before it is parsed, which takes seconds for a million passes.
     """
     found = max(map(int, _MICROBATCH.findall(text)), default=num_microbatches - 1) + 1
+    _require_microbatches(found, num_microbatches)
+
+
+def _require_microbatches(found: int, num_microbatches: int) -> None:
+    """Raise ValueError if a schedule is for `found` microbatches, which are others."""
     if found == num_microbatches:
         return
     fits = found * 2 <= MOST_FORWARD_PASSES
     way_out = f"use num_microbatches={found}" if fits else "that is more than can be planned"
-    raise ValueError(f"it is for {found:,} microbatches, not {num_microbatches}; {way_out}")
+    raise ValueError(
+        f"it is for {found:,} {plural(found, 'microbatch')}, not {num_microbatches:,}; {way_out}"
+    )
 
 
 def searched_drafts(
