@@ -404,6 +404,32 @@ def test_a_comparison_lists_what_is_not_possible_and_draws_the_rest(vp_simulate,
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
 
 
+def test_files_that_were_in_the_output_directory_are_told_from_those_of_this_simulation(
+    vp_simulate, tmp_path
+):
+    def last_words(*words):
+        out = vp_simulate(*words, "--out", tmp_path / "out", *UNIT)[1]
+        return out[out.index("written to") :].splitlines()[1:]
+
+    own = {"config.yaml", "table.json", "comparison.png"}
+    compared = "--compare", "1f1b,gpipe"
+    assert last_words(*compared) == []
+    assert last_words(*compared) == ["replaced there: config.yaml, table.json, comparison.png"]
+    (tmp_path / "out" / "notes\x1b[2J").touch()
+    shown = ["config.yaml", "schedule.txt", "schedule.svg", "schedule.png", "trace.json"]
+    assert last_words() == [
+        "replaced there: config.yaml, table.json",
+        "there already, and not of this simulation: comparison.png, notes\\x1b[2J",
+    ]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*own, *shown, "notes\x1b[2J"}
+    for number in range(10):
+        (tmp_path / "out" / f"a{number}").touch()
+    names = ", ".join(f"a{number}" for number in range(8))
+    assert last_words(*compared)[-1] == (
+        f"there already, and not of this simulation: {names}, and 7 more"
+    )
+
+
 def test_jitter_shows_how_the_steps_of_every_schedule_vary(vp_simulate, tmp_path):
     words = ("--jitter", "0.2", "--straggler", "0.5", "--samples", "8", "--out", tmp_path)
     code, out, _ = vp_simulate(*words, "--compare", "1f1b,zb_h1,v_half", *UNIT)

@@ -32,7 +32,7 @@ from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Mark, comparison_png, schedule_png
 from vp_train.commands.searching import Searching
-from vp_train.config import ConfigError, RunConfig
+from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.config.errors import unknown
 from vp_train.failures import EXIT_OK
 from vp_train.planning.cluster import assumed_costs
@@ -52,6 +52,7 @@ from vp_train.units import human_bytes
 _GRID_RANKS = 32
 _LABEL = 13  # columns of a label in front of a figure
 _LEAST_COLUMNS = 40  # that a line of figures has on any terminal
+_MOST_NAMES = 8  # of files of others that are shown
 _LATE_STARTS = 5  # how many of the longest waits are shown
 
 
@@ -168,6 +169,7 @@ def show(
     if directory is None:
         return searching.exit_code
     timeline, title = outcome.timeline, f"{outcome.name}, simulated"
+    before = _names_in(directory)
     _write(directory, "config.yaml", config_yaml)
     _write(directory, "schedule.txt", outcome.plan.schedule.text())
     _write(directory, "schedule.svg", svg(timeline, title))
@@ -187,7 +189,7 @@ def show(
     _write(directory, "trace.json", json.dumps(chrome_trace(timelines)))
     _write_table(directory, [outcome])
     schedule_png(timeline, title, directory / "schedule.png")
-    print(f"written to {directory}: {', '.join(names)}", flush=True)
+    _say_written(directory, names, before)
     return searching.exit_code
 
 
@@ -263,7 +265,9 @@ def compare(
         f"\n{len(outcomes)} of {len(items)} simulated in {duration(time.perf_counter() - started)}",
         flush=True,
     )
+    before = frozenset[str]()
     if directory is not None:
+        before = _names_in(directory)
         _write(directory, "config.yaml", config_yaml)
         _write_table(directory, items)
     if not outcomes:
@@ -272,7 +276,7 @@ def compare(
         )
     if directory is not None:
         comparison_png(_marks(outcomes), headline(config), directory / "comparison.png")
-        print(f"written to {directory}: config.yaml, table.json, comparison.png", flush=True)
+        _say_written(directory, ["config.yaml", "table.json", "comparison.png"], before)
 
 
 def draw_frontier(
@@ -313,11 +317,12 @@ def draw_frontier(
     if directory is not None and not found:
         print(f"no schedule was found, so nothing is written to {directory}", flush=True)
     elif directory is not None:
+        before = _names_in(directory)
         _write(directory, "config.yaml", config_yaml)
         option = found[0].points[0].solution.option
         unit = option.cost.microbatch_bytes(option.problem.layout.num_ranks)
         names_written = write(directory, found, _marks(outcomes), headline(config), unit)
-        print(f"written to {directory}: config.yaml, {', '.join(names_written)}", flush=True)
+        _say_written(directory, ["config.yaml", *names_written], before)
     return searching.exit_code
 
 
@@ -355,6 +360,34 @@ def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
             words = unknown(f"{option}: {name!r}", name, known)
             raise ConfigError(f"{words}, or write {option} all")
     return names
+
+
+def _names_in(directory: Path) -> frozenset[str]:
+    """Return the names of what is in a directory; none if it is not there."""
+    return (
+        frozenset(path.name for path in directory.iterdir()) if directory.exists() else frozenset()
+    )
+
+
+def _say_written(directory: Path, names: Sequence[str], before: frozenset[str]) -> None:
+    """Print what was written to `directory`, which had the names `before`, and what is left there.
+
+    So nobody takes files of an earlier simulation for those of this one.
+    """
+    replaced = [name for name in names if name in before]
+    print(f"written to {directory}: {', '.join(names)}", flush=True)
+    if replaced:
+        print(f"replaced there: {_few(replaced)}", flush=True)
+    if others := sorted(before.difference(names)):
+        print(f"there already, and not of this simulation: {_few(others)}", flush=True)
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return the first of `names`, and how many more there are."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(
+        [*map(printable, names[:_MOST_NAMES]), *([f"and {more} more"] if more > 0 else [])]
+    )
 
 
 def _write(directory: Path, name: str, text: str) -> None:
