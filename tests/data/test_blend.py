@@ -138,9 +138,7 @@ def test_a_corpus_that_is_missing_empty_or_too_short_is_named(
 ) -> None:
     assert blend.blend is not None
     missing = replace(blend, blend=(*blend.blend[:2], BlendEntry(path=f"{tmp_path}/nowhere")))
-    with pytest.raises(
-        ConfigError, match=r"data\.blend\[2\]: data\.path=.*nowhere does not exist; give"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.blend\[2\]: path=.*nowhere does not exist; give"):
         open_source(run_config(missing))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
@@ -153,7 +151,8 @@ def test_a_corpus_that_is_missing_empty_or_too_short_is_named(
     short = replace(blend, blend=(*blend.blend, BlendEntry(path=f"{tmp_path}/short")))
     with pytest.raises(
         ConfigError,
-        match=r"cache/text-\w+: training gets 1 of 2 documents .* too short for one sample of 65",
+        match=rf"data\.blend\[3\] \({tmp_path}/short\): training gets 1 of 2 documents .* too "
+        "short for one sample of 65",
     ):
         open_source(run_config(short, seq_length=64))
 
@@ -179,7 +178,11 @@ def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
     assert config.data.blend == tuple(
         replace(entry, jsonl_field=None) for entry in (blend.blend[0], blend.blend[2])
     )
-    assert [entry.weight for entry in load_config(["data=blend"]).data.blend or ()] == [3, 1]
+    example = r"\[{path:DIR,weight:3},{name:pystdlib,weight:1}\]"
+    with pytest.raises(
+        ConfigError, match=rf"data=blend needs its corpora; .* data.blend={example}"
+    ):
+        load_config(["data=blend"])
     with pytest.raises(
         ConfigError, match=r"data\.blend: weight=0\.0 of /x; weights must be above 0"
     ):
@@ -204,6 +207,6 @@ def test_vp_prepare_prepares_every_corpus_and_data_errors_end_with_78(blend: Dat
     failed = finished(train.main, *command_line(blend), *words)
     assert failed.returncode == 78
     assert failed.stderr.startswith(
-        "vp-train: data.blend[0]: data.path=/nowhere does not exist; give a directory of text"
+        "vp-train: data.blend[0]: path=/nowhere does not exist; give a directory of text"
     )
     assert len(failed.stderr.splitlines()) == 1

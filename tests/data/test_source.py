@@ -324,8 +324,8 @@ def test_data_too_short_for_one_sample_is_an_error(letters: RunConfig) -> None:
     num_tokens = prepare(letters.data, VOCAB_SIZE, progress=False).manifest.num_tokens
     with pytest.raises(
         ConfigError,
-        match=rf"training gets \d+ of 20 documents .* too short for one sample of {num_tokens:,}; "
-        "give more text, lower model.seq_length",
+        match=rf"^data\.path={letters.data.path}: training gets \d+ of 20 documents .* too "
+        rf"short for one sample of {num_tokens:,}; give more text, lower model.seq_length",
     ):
         open_source(run_config(letters.data, seq_length=num_tokens - 1))
     with pytest.raises(ConfigError, match=r"too short for .* lower data\.sample_length"):

@@ -118,7 +118,7 @@ def test_a_set_that_cannot_be_used_is_named(config: RunConfig, tmp_path: Path) -
     other = prepare(text_config(tmp_path, path=str(tmp_path / "code")), VOCAB_SIZE, progress=False)
     for path, message in (
         ("nowhere", r"data\.validation, bad: path=.*nowhere does not exist"),
-        ("short", r"data\.validation, bad: .* too few for one sample of 9; give more text"),
+        ("short", rf"data\.validation, bad: {tmp_path}/short has .* too few for one sample of 9; "),
         (other.path, r"data\.validation, bad: .* was prepared with another tokenizer"),
         ("empty", r"data\.validation, bad: .* holds no text .*; set its path to some that do"),
     ):

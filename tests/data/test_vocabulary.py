@@ -83,7 +83,9 @@ def test_added_tokens_that_no_text_has_may_lie_beyond_the_vocabulary(text: Path)
     larger = prepare(config, own + 2, progress=False)
     for corpus_again in (config, text_config(text, path=str(larger.path))):
         with pytest.raises(
-            ConfigError, match=rf"has token {own + 1} \(pairs\), but model.vocab_size={own + 1}; "
+            ConfigError,
+            match=rf"^data\.path={corpus_again.path} has token {own + 1} \(pairs\), but "
+            f"model.vocab_size={own + 1}; ",
         ):
             prepare(corpus_again, own + 1, progress=False)
 

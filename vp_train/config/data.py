@@ -130,8 +130,8 @@ class DataConfig:
             )
         if self.name == "blend" and not self.blend:
             raise ConfigError(
-                "data.name=blend needs data.blend: "
-                "[{path: DIR, weight: 3}, {name: pystdlib, weight: 1}]"
+                "data=blend needs its corpora; write "
+                "data.blend=[{path:DIR,weight:3},{name:pystdlib,weight:1}]"
             )
         if self.name != "blend" and self.blend:
             raise ConfigError(

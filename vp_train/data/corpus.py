@@ -177,13 +177,13 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
     for number, part in enumerate(parts):
         with _naming_corpus(number):
             corpora.append(prepare(part, vocab_size, progress))
-    first = corpora[0]
-    for number, corpus in enumerate(corpora):
+    first, names = corpora[0], corpus_names(config)
+    for name, corpus in zip(names, corpora, strict=True):
         same = corpus.manifest.end_token == first.manifest.end_token
         if not same or corpus.tokenizer.read_bytes() != first.tokenizer.read_bytes():
             raise ConfigError(
-                f"data.blend[{number}] ({corpus.path}) has another tokenizer than "
-                f"data.blend[0] ({first.path}); give the text of one of them instead, "
+                f"{name} has another tokenizer than {names[0]}; give the text of one of them "
+                "instead, "
                 "or prepare both with the same data.tokenizer"
             )
     return tuple(corpora)
@@ -204,10 +204,21 @@ def prepare_validation(
             corpus = found[entry.name] = prepare(own, vocab_size, progress)
         if corpus.manifest.end_token != corpora[0].manifest.end_token:
             raise ConfigError(
-                f"data.validation, {entry.name}: documents of {corpus.path} end with another token "
-                f"than those of {corpora[0].path}; give the text instead, or set data.end_token"
+                f"data.validation, {entry.name}: documents of {entry.path} end with another token "
+                f"than those of {corpus_names(config)[0]}; give the text instead, or set "
+                "data.end_token"
             )
     return found
+
+
+def corpus_names(config: DataConfig) -> list[str]:
+    """Return what the settings call each corpus that is trained on, for messages."""
+    if config.blend is None:
+        return [f"data.name={config.name}" if config.path is None else f"data.path={config.path}"]
+    return [
+        f"data.blend[{number}] ({entry.path or entry.name})"
+        for number, entry in enumerate(config.blend)
+    ]
 
 
 def _part(config: DataConfig, entry: BlendEntry | ValidationEntry) -> DataConfig:
@@ -228,13 +239,13 @@ def _naming_set(entry: ValidationEntry) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        words = _of_entry(error).replace("data.path=", "path=")
-        raise ConfigError(f"data.validation, {entry.name}: {words}") from None
+        raise ConfigError(f"data.validation, {entry.name}: {_of_entry(error)}") from None
 
 
 def _of_entry(error: ConfigError) -> str:
     """Return the message about an entry of a list, which has a path of its own."""
-    return str(error).replace("set data.path to", "set its path to")
+    words = str(error).replace("set data.path to", "set its path to")
+    return words.replace("data.path=", "path=")
 
 
 def trained_on(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
@@ -304,11 +315,11 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     memory = Path(config.cache_dir).expanduser() / "checked"
     files = [corpus.path / name for name in (MANIFEST, *FILES)]
     check_once(memory, files, lambda: _check_contents(corpus))
-    _require_rows(corpus, vocab_size)
+    _require_rows(corpus, config, vocab_size)
     return corpus
 
 
-def _require_rows(corpus: Corpus, vocab_size: int) -> None:
+def _require_rows(corpus: Corpus, config: DataConfig, vocab_size: int) -> None:
     """Raise ConfigError if the corpus has a token that the model does not have."""
     manifest = corpus.manifest
     if manifest.vocab_size <= vocab_size:
@@ -318,7 +329,8 @@ def _require_rows(corpus: Corpus, vocab_size: int) -> None:
     if largest is None:
         largest = largest_token(corpus.prefix, manifest.vocab_size)
     if largest >= vocab_size:
-        words = f"{corpus.path} has token {largest} ({tokenizer.id_to_token(largest)}),"
+        (name,) = corpus_names(config)
+        words = f"{name} has token {largest} ({tokenizer.id_to_token(largest)}),"
         raise ConfigError(beyond(words, largest, vocab_size))
 
 

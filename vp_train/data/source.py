@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.corpus import Corpus, headline, prepare_validation, spare_rows, trained_on
+from vp_train.data.corpus import (
+    Corpus,
+    corpus_names,
+    headline,
+    prepare_validation,
+    spare_rows,
+    trained_on,
+)
 from vp_train.data.indexed import Share, Windows, hold_out, split_documents
 from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
 from vp_train.data.origin import prepare_run
@@ -253,9 +260,10 @@ class _Text:
                 for w, line in zip(turns.weights, lines, strict=True)
             ]
         self.description = "; ".join(lines)
+        places = list(zip(corpora, corpus_names(data), strict=True))
         training = [
-            self._windows(corpus, share, "training")
-            for corpus, (share, _) in zip(corpora, split, strict=True)
+            self._windows(corpus, place, share, "training")
+            for (corpus, place), (share, _) in zip(places, split, strict=True)
         ]
         self._train = _stream_of(config, training, turns, "training")
         self._validation: dict[str, _Stream] = {}
@@ -263,12 +271,13 @@ class _Text:
         # Without a fraction nothing is held out: an error, unless there are named sets.
         if config.run.eval_every and (config.data.validation_fraction > 0 or not named):
             held_out = [
-                self._windows(corpus, share, "validation")
-                for corpus, (_, share) in zip(corpora, split, strict=True)
+                self._windows(corpus, place, share, "validation")
+                for (corpus, place), (_, share) in zip(places, split, strict=True)
             ]
             self._validation[""] = _stream_of(config, held_out, turns, "validation")
+        paths = {entry.name: entry.path for entry in data.validation or ()}
         for name, corpus in named.items():
-            self._validation[name] = self._named_stream(name, corpus)
+            self._validation[name] = self._named_stream(name, corpus, paths[name])
         for name, stream in self._validation.items():
             if not stream.has_label():
                 raise ConfigError(
@@ -277,13 +286,13 @@ class _Text:
                     "raise model.seq_length or run.eval_sequences, or set data.packing=none"
                 )
 
-    def _named_stream(self, name: str, corpus: Corpus) -> _Stream:
-        """Return the samples of all documents of a named set."""
+    def _named_stream(self, name: str, corpus: Corpus, path: str | None) -> _Stream:
+        """Return the samples of all documents of a named set, whose text is at `path`."""
         everything, _ = split_documents(corpus.prefix, 0.0, self._config.data.seed)
         length = self._config.sample_length
         if everything.num_tokens <= length:
             raise ConfigError(
-                f"data.validation, {name}: {corpus.path} has {everything.num_tokens:,} tokens, too "
+                f"data.validation, {name}: {path} has {everything.num_tokens:,} tokens, too "
                 f"few for one sample of {length + 1:,}; give more text, or lower model.seq_length"
             )
         purpose = f"validation {name}"
@@ -306,7 +315,7 @@ class _Text:
         assert self.tokenizer is not None
         return torch.tensor(byte_lengths(load_tokenizer(self.tokenizer, None)))
 
-    def _windows(self, corpus: Corpus, share: Share, purpose: str) -> Windows:
+    def _windows(self, corpus: Corpus, place: str, share: Share, purpose: str) -> Windows:
         length = self._config.sample_length
         if share.num_tokens <= length:
             setting = "model.seq_length"
@@ -315,12 +324,12 @@ class _Text:
             fraction = self._config.data.validation_fraction
             if purpose == "validation" and not fraction:
                 raise ConfigError(
-                    f"{corpus.path}: data.validation_fraction=0 leaves no document to validate "
+                    f"{place}: data.validation_fraction=0 leaves no document to validate "
                     "with; write for example data.validation_fraction=0.1, or run.eval_every=0, "
                     "which trains on everything"
                 )
             raise ConfigError(
-                f"{corpus.path}: {purpose} gets {len(share.documents)} of "
+                f"{place}: {purpose} gets {len(share.documents)} of "
                 f"{corpus.manifest.num_documents} documents with {share.num_tokens:,} tokens, "
                 f"too short for one sample of {length + 1:,}; give more text, lower {setting}, "
                 "or change "
