@@ -81,7 +81,9 @@ def test_a_signal_before_the_time_limit_requeues_the_job(slurm, stub):
     starts = re.findall(r"at start (\d) of run (\w+): (.*)", job.said)
     assert sorted(number for number, _, _ in starts) == ["0", "0", "1", "1"]
     assert len({run for _, run, _ in starts}) == 2  # a new random word for every start
-    assert {words for _, _, words in starts} == {"model=nano a=b c run.resume=true"}
+    assert {words for _, _, words in starts} == {
+        f"run.name=job-{job.number} model=nano a=b c run.resume=true"
+    }
 
 
 def test_a_preempted_job_has_its_grace_time_and_is_requeued(slurm, stub):
@@ -143,7 +145,8 @@ def test_two_nodes_train_are_requeued_and_resume(slurm, programs, tmp_path):
     slurm.call("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_for("a checkpoint is saved, run.resume=true goes on")
     job.wait_for("vp_train: exit code 75, requeued after 0 restarts")
-    saved = max(int(path.name[5:]) for path in (tmp_path / "default/checkpoints").glob("step-*"))
+    checkpoints = tmp_path / f"job-{job.number}" / "checkpoints"
+    saved = max(int(path.name[5:]) for path in checkpoints.glob("step-*"))
     job.start_again()
     job.wait_for(f"step {saved + 1:>4}/9999")
     slurm.call("scancel", job.number)

@@ -62,6 +62,33 @@ def test_what_a_script_lacks_is_one_line(tmp_path, script, variables, said):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("model=nano",), "run.name=job-7"),
+        (("a='x y'", "model.run.name=1"), "run.name=job-7"),
+        (("model=nano", "run.name=mine"), None),
+        (("run=mine.yaml",), None),
+        (("-m", "--only", "0", "optim.lr=1,2"), None),
+    ],
+)
+def test_a_job_without_a_name_never_goes_on_with_the_run_of_another(tmp_path, words, name):
+    for program, output in (("scontrol", "JobState=RUNNING"), ("srun", "vp-train: $*")):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho "{output}"\n')
+        (tmp_path / program).chmod(0o755)
+    done = run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), *words],
+        tmp_path,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="a",
+    )
+    assert done.returncode == 0, done.stderr
+    own = " ".join([*filter(None, [name]), *words, "run.resume=true"])
+    assert f"vp-train {own}\n" in done.stdout
+    assert ("vp_train: run.name=job-7, as none is given" in done.stdout) == (name is not None)
+
+
 def test_the_folder_of_the_scripts_may_have_a_blank(tmp_path):
     """Slurm runs a copy of a script, and names the original with its arguments."""
     folder, copy = tmp_path / "my scripts", tmp_path / "spool"
