@@ -323,6 +323,7 @@ def test_help_names_every_setting_and_the_commands():
         "optim.clip_grad_norm=1.0",
         "torchrun --nproc-per-node",
         "run.resume=true",
+        "in turn; no setting twice",  # which a sweep refuses
     ):
         assert word in done.stdout
 

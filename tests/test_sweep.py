@@ -120,6 +120,7 @@ def test_a_name_in_the_words_is_the_base_of_all_names():
         (["quote.txt"], "quote.txt: line 2: No closing quotation"),
         (["same.txt"], "two runs of the sweep are called one"),
         (["optim.lr=1e-3,3e-4", "optim.lr=1e-2"], "are the same setting; drop one of the two"),
+        (["run.seed=1", "run.seed=2"], "or write a list as in run.seed=A,B"),
         (["named.txt", "run.seed=1,2"], "run.seed=1,2 and run.seed=3 are the same setting"),
         (["run.root=a,b"], "all runs of a sweep lie in one root"),
         (["run.name=a,b"], "run.name=a,b has signs that a name cannot have; give one name"),

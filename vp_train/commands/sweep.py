@@ -199,7 +199,10 @@ def _refuse_twice(words: Sequence[str]) -> None:
     for word in words:
         name = word.partition("=")[0]
         if first.setdefault(name, word) != word:
-            raise ConfigError(f"{first[name]} and {word} are the same setting; drop one of the two")
+            raise ConfigError(
+                f"{first[name]} and {word} are the same setting; drop one of the two, or write a "
+                f"list as in {name}=A,B"
+            )
 
 
 def _check_names(runs: Sequence[SweptRun], base: str) -> None:

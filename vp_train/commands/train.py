@@ -49,7 +49,11 @@ _OPTIONS = {
     "--head": ("HOST", "address of node 0, HOST or HOST:PORT, the same on every node"),
     "--ranks": ("N", "ranks on this node; from the degrees, or one per GPU, if not given"),
     _PREFLIGHT: ("", "compare the nodes, time their network, and stop before step 1"),
-    "-m": ("", "a sweep: every combination of lists of values, or the lines of a file, in turn"),
+    "-m": (
+        "",
+        "a sweep: every combination of lists of values, or the lines of a file, in turn; no setting "
+        "twice",
+    ),
     "--only": ("I", "with -m: only run I of the sweep, from 0"),
     "--max-restarts": ("N", "times to start all ranks again after a failure that this can mend"),
 }
