@@ -114,7 +114,21 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama, yarn": LlamaConfig(**_SMALL, rope_parameters=_YARN),
     "qwen2, yarn": Qwen2Config(**_SMALL, rope_parameters=_YARN | {"attention_factor": 1.3}),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
+    "qwen2, a window in every layer": Qwen2Config(
+        **_SMALL,
+        rope_parameters=_YARN,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=0,
+    ),
     "qwen3": Qwen3Config(**_SMALL, head_dim=12),
+    "qwen3, a window in every other layer": Qwen3Config(
+        **_SMALL,
+        head_dim=12,
+        use_sliding_window=True,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "gemma": GemmaConfig(**_SMALL | {"num_key_value_heads": 1}, head_dim=16),
     "gemma2": Gemma2Config(
         **_SMALL,

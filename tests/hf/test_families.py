@@ -335,7 +335,7 @@ def test_what_transformers_writes_and_what_we_write_mean_the_same(name):
         ),
         (
             {"sliding_window": 64, "full_attention_every": 2},
-            "the nearest, mistral, does not have model.full_attention_every=2",
+            "the nearest, qwen2, does not have model.qkv_bias=False",
         ),
         (
             {"rope_scaling": "llama3", "rope_factor": 2.0, "logit_softcap": 5.0},
@@ -601,12 +601,37 @@ def test_a_key_that_is_missing_counts_as_in_transformers(kind):
     assert {key: ours[key] for key in common} == {key: theirs[key] for key in common}
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("first", range(6))
+@pytest.mark.parametrize("uses", [False, True])
+@pytest.mark.parametrize("window", [{}, {"sliding_window": None}, {"sliding_window": 9}])
+def test_layers_of_a_qwen_are_local_where_those_of_transformers_are(family, first, uses, window):
+    own = {"model_type": family, "num_hidden_layers": 4}
+    said = {"use_sliding_window": uses, "max_window_layers": first, **window}
+    config = {
+        name: value for name, value in PUBLISHED["qwen2_5_7b"].items() if "window" not in name
+    }
+    config |= own | said
+    theirs = AutoConfig.for_model(**config)
+    local = [kind == "sliding_attention" for kind in theirs.layer_types]
+    if any(local) and not all(local):
+        with pytest.raises(ConfigError, match=f"max_window_layers={first} is not supported"):
+            model_of(config)
+        return
+    model = model_of(config)
+    assert [model.is_local(layer) for layer in range(4)] == local
+    assert model.sliding_window == (theirs.sliding_window if all(local) else None)
+
+
 def test_a_sliding_window_that_no_layer_has_is_no_reason_to_refuse():
     plain = PUBLISHED["qwen2_5_7b"]
     layers = plain["num_hidden_layers"]
     windowed = plain | {"use_sliding_window": True, "max_window_layers": layers}
     assert model_of(windowed) == model_of(plain)
-    with pytest.raises(ConfigError, match="use_sliding_window"):
+    assert model_of(windowed | {"max_window_layers": layers + 1}) == model_of(plain)
+    for changes in ({"use_sliding_window": False}, {"sliding_window": None}):
+        assert model_of(windowed | {"max_window_layers": 0} | changes) == model_of(plain)
+    with pytest.raises(ConfigError, match=rf"only the last 1 of {layers} layers would be local"):
         model_of(windowed | {"max_window_layers": layers - 1})
     full = {"layer_types": ["full_attention"] * layers, "max_window_layers": layers - 1}
     assert model_of(windowed | full) == model_of(plain)

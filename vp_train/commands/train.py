@@ -51,8 +51,8 @@ _OPTIONS = {
     _PREFLIGHT: ("", "compare the nodes, time their network, and stop before step 1"),
     "-m": (
         "",
-        "a sweep: every combination of lists of values, or the lines of a file, in turn; no setting "
-        "twice",
+        "a sweep: every combination of lists of values, or the lines of a file, in turn; "
+        "no setting twice",
     ),
     "--only": ("I", "with -m: only run I of the sweep, from 0"),
     "--max-restarts": ("N", "times to start all ranks again after a failure that this can mend"),

@@ -312,8 +312,8 @@ def _rope_written(model: ModelConfig) -> Settings:
     return {"rope_theta": model.rope_base, "rope_scaling": scaling}
 
 
-def _windows(config: Mapping[str, Any], pattern: int) -> Settings:
-    """Read the sliding-window layers of Gemma 2 and 3.
+def _windows(config: Mapping[str, Any], pattern: int = 1) -> Settings:
+    """Read the sliding-window layers of Gemma 2 and 3, and of Qwen.
 
     If config.json has no layer_types, every `pattern`-th layer has full attention.
     """
@@ -373,25 +373,40 @@ def _read_qwen(config: Mapping[str, Any]) -> Settings:
         False,
         "only q, k and v of Qwen 2 have biases, and Qwen 3 has none",
     )
-    full = config["num_hidden_layers"] if "layer_types" in config else config["max_window_layers"]
-    types = config.get("layer_types") or ()
-    if config["use_sliding_window"] and (
-        full < config["num_hidden_layers"] or "sliding_attention" in types
-    ):
-        raise ConfigError(
-            "use_sliding_window=true with "
-            f"max_window_layers={config['max_window_layers']} "
-            "is not supported: only the last layers would be local"
-        )
-    return _rope(config)
+    return _qwen_windows(config) | _rope(config)
+
+
+def _qwen_windows(config: Mapping[str, Any]) -> Settings:
+    """Read the sliding-window layers of Qwen: without layer_types those from max_window_layers on.
+
+    Without a window, or with use_sliding_window=false, no layer is local whatever the others say.
+    """
+    layers, full = config["num_hidden_layers"], config["max_window_layers"]
+    window = config.get("sliding_window", _QWEN_WINDOW)
+    if not config["use_sliding_window"] or window is None:
+        return {}
+    types = config.get("layer_types")
+    if types is None:
+        if 0 < full < layers:
+            raise ConfigError(
+                f"use_sliding_window=true with max_window_layers={full} is not supported: "
+                f"only the last {layers - full} of {layers} layers would be local"
+            )
+        types = ["full_attention" if full > 0 else "sliding_attention"] * layers
+    return _windows({**config, "sliding_window": window, "layer_types": types})
 
 
 def _write_qwen(model: ModelConfig) -> Settings:
-    return {
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "max_window_layers": model.num_layers,
-    } | _rope_written(model)
+    types = _layer_types(model)
+    windows: Settings = {"use_sliding_window": False, "max_window_layers": model.num_layers}
+    if "sliding_attention" in types:
+        windows = {
+            "use_sliding_window": True,
+            "sliding_window": model.sliding_window,
+            "max_window_layers": 0,
+            "layer_types": types,
+        }
+    return {"hidden_act": "silu"} | windows | _rope_written(model)
 
 
 _GEMMA = {"activation": "geglu", "zero_centred_norm": True, "embedding_scale": True}
@@ -590,6 +605,7 @@ _DEFAULTS: Settings = {
     "attention_bias": False,
     "hidden_act": "silu",
 }
+_QWEN_WINDOW = 4096  # where use_sliding_window=true comes without sliding_window
 _QWEN_DEFAULTS = _DEFAULTS | {
     "tie_word_embeddings": False,
     "use_sliding_window": False,
