@@ -127,8 +127,8 @@ def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
     codes, (_, said) = misbehave(tmp_path, fill_the_disk, 60)
     line = "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is"
     assert line in said
-    assert f"; log of rank 1: {tmp_path}/runs/default/logs/rank-1.log\n" in said
-    assert "Traceback" not in said.partition("vp-train: [Errno 28]")[0]
+    assert "log of rank 1" not in said  # on a full disk there would be none
+    assert "Traceback" not in said
     assert codes[1] == EXIT_IO
 
 

@@ -92,6 +92,14 @@ class Ending:
     def __post_init__(self) -> None:
         object.__setattr__(self, "words", "\n".join(map(printable, self.words.split("\n"))))
 
+    @property
+    def needs_log(self) -> bool:
+        """Return whether the log says what words do not.
+
+        Those of a full disk say all, and a lost peer has words of its own.
+        """
+        return bool(self.log) and self.code != EXIT_IO and not self.follows
+
 
 @dataclass(frozen=True, slots=True)
 class RankEnd:

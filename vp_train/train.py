@@ -276,7 +276,7 @@ class _Watcher:
                 words, log = f"{ending.words}; {stall.words()}", f"{ending.log}\n{stall.table()}"
                 ending = replace(ending, words=words, log=log)
         path = log_of(self._settings, self._rank)
-        if ending.words and ending.log and str(path) not in ending.words:
+        if ending.words and ending.needs_log and str(path) not in ending.words:
             ending = replace(ending, words=f"{ending.words}; log of rank {self._rank}: {path}")
         leave(ending, path)
 

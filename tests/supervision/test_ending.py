@@ -17,12 +17,13 @@ import sys
 from pathlib import Path
 from vp_train.failures import Ending
 from vp_train.supervision.ending import leave
-leave(Ending(70, "rank 1 failed", "Traceback: long", follows=True), Path(sys.argv[1]))
+follows = len(sys.argv) > 2
+leave(Ending(70, "rank 1 failed", "Traceback: long", follows=follows), Path(sys.argv[1]))
 """
 
 
-def leave(log, environment, **options):
-    command = [sys.executable, "-c", LEAVE, str(log)]
+def leave(log, environment, *words, **options):
+    command = [sys.executable, "-c", LEAVE, str(log), *words]
     return subprocess.run(
         command,
         capture_output=True,
@@ -37,7 +38,7 @@ def leave(log, environment, **options):
 def test_an_agent_hears_the_words_and_the_log_has_the_traceback(tmp_path):
     reading, writing = os.pipe()
     log = tmp_path / "logs" / "rank-1.log"
-    done = leave(log, {"VP_TRAIN_ENDING_FD": str(writing)}, pass_fds=[writing])
+    done = leave(log, {"VP_TRAIN_ENDING_FD": str(writing)}, "follows", pass_fds=[writing])
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         assert heard(pipe.read()) == Ending(70, "rank 1 failed", follows=True)
@@ -116,7 +117,7 @@ def test_only_a_failure_begins_with_the_name_of_the_command_and_once(left, said,
     assert left(said) == (said.code, words)
 
 
-@pytest.mark.parametrize("code", [70, 74, 78])
+@pytest.mark.parametrize("code", [70, 78, 124])
 def test_only_the_traceback_of_a_bug_is_shown_where_no_log_takes_it(left, tmp_path, code):
     log = tmp_path / "a file" / "rank-1.log"
     log.parent.touch()
@@ -126,6 +127,22 @@ def test_only_the_traceback_of_a_bug_is_shown_where_no_log_takes_it(left, tmp_pa
     assert second.startswith(f"{log} cannot be written: ")
     assert others == (["Traceback: long"] if code == 70 else [])
     assert left(Ending(code, "failed", "Traceback"))[1] == "vp-train: failed\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [Ending(74, "the disk is full", "Traceback: long")]
+    + [
+        Ending(code, "another rank went away", "Traceback: long", follows=True)
+        for code in (70, 124)
+    ],
+)
+def test_words_that_say_all_stand_alone_where_no_log_takes_the_rest(left, tmp_path, said):
+    (tmp_path / "a file").touch()
+    found = left(said, tmp_path / "a file" / "rank-1.log")
+    assert found == (said.code, f"vp-train: {said.words}\n")
+    assert left(said, tmp_path / "logs" / "rank-1.log") == found
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == said.log
 
 
 def test_a_log_is_appended_to(left, tmp_path):

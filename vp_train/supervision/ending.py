@@ -28,7 +28,8 @@ def leave(ending: Ending, log: Path | None = None) -> NoReturn:
     """
     prefix = "" if not ending.code or ending.words.startswith("vp-train: ") else "vp-train: "
     said = "" if _tell_agent(ending) or not ending.words else f"{prefix}{ending.words}\n"
-    if ending.log and log is not None and (problem := _write(log, ending.log)):
+    problem = _write(log, ending.log) if ending.log and log is not None else ""
+    if problem and ending.needs_log:
         said += f"{log} cannot be written: {printable(problem)}\n"
         if ending.code == EXIT_INTERNAL:  # a bug, whose traceback is nowhere else
             said += f"{ending.log.rstrip()}\n"
