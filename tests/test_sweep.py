@@ -259,6 +259,22 @@ def test_a_sweep_that_leaves_goes_on_without_the_finished_runs(trained, place, c
         swept(*SMALL, "optim.lr=0.2,0.3", "run.resume=true")
 
 
+@pytest.mark.parametrize("saving", ["run.checkpoint_every=45", "run.checkpoint_every=0"])
+def test_it_is_said_that_finished_runs_have_more_steps(trained, place, capsys, saving):
+    words = [word for word in SMALL if not word.startswith("run.steps=")]
+    words += ["optim.lr=0.1,0.3", saving]
+    assert swept(*words, "run.steps=3") == 0
+    trained.clear()
+    for steps, more in ((3, ""), (2, ", more than run.steps=2")):
+        capsys.readouterr()
+        assert swept(*words, f"run.steps={steps}", "run.resume=true") == 0
+        assert trained == []
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first == f"sweep: run 1 of 2, sweep-0, is finished: 3 steps{more}"
+    assert swept(*words, "run.steps=4", "run.resume=true") == 0
+    assert trained == ["sweep-0", "sweep-1"]
+
+
 def test_a_run_that_failed_without_a_checkpoint_is_mended_and_the_others_stay(trained, place):
     trained.codes = {"sweep-1": 1, "sweep-2": 75}
     assert swept(*SMALL, "optim.lr=0.1,0.3,0.2,0.4") == 75

@@ -44,7 +44,7 @@ from vp_train.settings import load_config
 from vp_train.settings.resume import changes, check_start
 from vp_train.settings.sweeps import combinations
 from vp_train.settings.words import override
-from vp_train.units import human_bytes
+from vp_train.units import human_bytes, plural
 
 SWEEP = "VP_TRAIN_SWEEP"  # environment variable of runs with the process id of their sweep
 _FLAGS = ("-m", "--multirun")
@@ -255,8 +255,10 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
     with noting_signals() as signals:
         for index, (run, config) in enumerate(zip(runs, configs, strict=True)):
             where = f"sweep: {_place(index, runs)}, {run.name}"
-            if config.run.resume and _is_finished(config):
-                print(f"{where}, is finished", flush=True)
+            done = _steps_done(config) if config.run.resume else 0
+            if done >= config.run.steps:
+                more = f", more than run.steps={config.run.steps}" * (done > config.run.steps)
+                print(f"{where}, is finished: {done} {plural(done, 'step')}{more}", flush=True)
                 code, said = EXIT_OK, None
             else:
                 print(": ".join(filter(None, (where, _said(run)))), flush=True)
@@ -337,7 +339,7 @@ def _checked_run(run: SweptRun, num_ranks: int) -> RunConfig:
     refuse_used(config.run)
     check_start(config)
     # One that failed before its first checkpoint has nothing to lose, and may be mended.
-    done = bool(checkpoints_in(config.run.checkpoints)) or _is_finished(config)
+    done = bool(checkpoints_in(config.run.checkpoints)) or _steps_done(config) >= config.run.steps
     if config.run.resume and done and (config.run.directory / "config.yaml").is_file():
         for change in changes(config):
             if any(f"{change.name}.".startswith(f"{name}.") for name in run.chosen):
@@ -388,15 +390,13 @@ def _passed_on(source: IO[bytes], tail: bytearray) -> None:
             del tail[:-_MOST_TAIL]
 
 
-def _is_finished(config: RunConfig) -> bool:
-    """Return whether a run has done all of its steps."""
-    if config.run.saves:
-        from vp_train.checkpoint.manifest import newest_step
+def _steps_done(config: RunConfig) -> int:
+    """Return the step that a run has come to, as far as another start would go on from it."""
+    if not config.run.saves:
+        return result_of(SweptRun("", (), {}), config, None).steps
+    from vp_train.checkpoint.manifest import newest_step
 
-        done = newest_step(config.run.checkpoints, config.run.steps) or 0
-    else:
-        done = result_of(SweptRun("", (), {}), config, None).steps
-    return done >= config.run.steps
+    return newest_step(config.run.checkpoints, config.run.steps) or 0
 
 
 def result_of(run: SweptRun, config: RunConfig, exit_code: int | None) -> Result:
