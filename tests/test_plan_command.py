@@ -227,6 +227,26 @@ def test_measured_pass_times_are_told_from_assumed_ones(vp_plan, tmp_path):
     assert "in float32 each, 50% of it reached\n" in out
 
 
+def test_links_are_said_where_a_run_assumes_others(vp_plan):
+    cpu, gpu = [*NANO, "parallel.pp=2"], [*NANO, "parallel.pp=2", "cluster=h100_80g_node"]
+    same = ["cost.hop_seconds=1e-4", "cost.collective_seconds=3e-4"]
+    for words, expected in (
+        (
+            cpu,
+            "links 200 µs a hop and 200 µs a barrier, as the cluster has; on a CPU vp-train and ",
+        ),
+        ([*cpu, "cluster.node_seconds=0.1"], "links 100 ms a hop and 100 ms a barrier, as"),
+        ([*cpu, same[0]], "links 100 µs a hop and 200 µs a barrier, as"),
+        ([*cpu, *same], ""),
+        ([*NANO, "parallel.pp=1"], ""),
+        ([*gpu, "run.device=cuda", "run.dtype=bfloat16"], ""),
+    ):
+        code, out, _ = vp_plan(*words, "--no-compare")
+        assert code == 0
+        assert expected in " ".join(out.split())
+        assert ("links " in out) == bool(expected)
+
+
 def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
     """The law holds on the cluster of a CPU too, whose costs are the defaults."""
     _, out, _ = vp_plan(*NANO, "cost.flops_per_second=1e9")

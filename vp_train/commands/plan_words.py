@@ -17,13 +17,14 @@ from vp_train.commands.plan_remedies import about_word, host_remedies, host_word
 from vp_train.config import RunConfig
 from vp_train.model import shape
 from vp_train.planning.choice import Choice
+from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.compare import Help, contention_words, fsdp_way, pipeline_way
 from vp_train.planning.found import Estimate, Result
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.memory import RankMemory
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
-from vp_train.planning.report import Offloading, PlanReport, gpus_words
+from vp_train.planning.report import Offloading, PlanReport, gpus_words, with_costs
 from vp_train.planning.search import without_vocabulary
 from vp_train.planning.shared import Shared
 from vp_train.units import compared, human_bytes, plural
@@ -86,6 +87,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         f"schedule  bubble {report.bubble:.1%}; step {report.gap:.1%} over its bound "
         f"({report.bound_reason}){in_its_memory_words(report.gap, report.gap_in_its_memory)}",
         *_host_lines(report),
+        *_links_lines(config, report),
     ]
     if sum(report.exposed.values()) >= _VISIBLE * step:
         lines.append(f"exposed   communication, {report.exposed_words}")
@@ -111,6 +113,24 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
     if report.advice:
         lines.append(f"advice    {report.advice}")
     return lines
+
+
+def _links_lines(config: RunConfig, report: PlanReport) -> list[str]:
+    """Return what messages take here, in a line, where a run's own plan assumes something else.
+
+    On a CPU a run and a simulation do not take the links of a cluster, which may be any.
+    """
+    costs = with_costs(config).cost, assumed_costs(report.work, config.cluster, config.cost)
+    here, there = (
+        f"{duration(cost.hop_seconds or 0.0)} a hop and "
+        f"{duration(cost.collective_seconds or 0.0)} a barrier"
+        for cost in costs
+    )
+    if here == there or report.degrees.pp == 1:
+        return []
+    return [
+        f"links     {here}, as the cluster has; on a CPU vp-train and vp-simulate assume {there}"
+    ]
 
 
 def remedy_lines(

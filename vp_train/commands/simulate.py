@@ -562,10 +562,15 @@ def cost_words(config: RunConfig, plan: StepPlan) -> str:
         rate = cost.matrix_flops_per_second / 1e12
         return f"large products at {rate:,.3g} TFLOP/s, attention and bytes at theirs, assumed"
     rate = (cost.flops_per_second or 0.0) / 1e12
-    words = f"FLOPs at {rate:,.3g} TFLOP/s, assumed"
+    words = f"FLOPs at {rate:,.3g} TFLOP/s"
     if plan.work.on_cuda or config.cost.flops_per_second is not None:
-        return words
-    return f"{words} for a share of a CPU; cluster=h100_80g_node or cost=a100 plans for GPUs"
+        return f"{words}, assumed"
+    hop, barrier = (duration(value or 0.0) for value in (cost.hop_seconds, cost.collective_seconds))
+    return (
+        f"{words}, {hop} a hop and {barrier} a barrier, assumed for a share of a CPU as in a run, "
+        "while vp-plan takes the links of the cluster; cluster=h100_80g_node or cost=a100 plans "
+        "for GPUs"
+    )
 
 
 def report(outcome: Outcome, columns: int) -> str:
