@@ -53,6 +53,7 @@ class Facts:
     fails: the errors of weighing and of drafting it.
     more, fewer: the number of the same choice of which more, or fewer, stages recompute, if there
         is one.
+    less, most: the numbers of the choices of which one stage recomputes less, or more.
     """
 
     bound: float
@@ -75,6 +76,8 @@ class Facts:
     fails: dict[str, Exception] = field(default_factory=dict)
     more: int | None = None
     fewer: int | None = None
+    less: tuple[int, ...] = ()
+    most: tuple[int, ...] = ()
 
     def __post_init__(self):
         self.drafted = self.bound if self.drafted is None else self.drafted
@@ -168,6 +171,12 @@ class World:
     def with_fewer_recompute(self, candidate, step, optim):
         fewer = self.facts[step.choice].fewer
         return None if fewer is None else self.draft(self.choices[fewer])
+
+    def with_other_stages(self, candidate, *, fewer):
+        facts = self.facts[candidate.choice]
+        return [
+            self.draft(self.choices[number]) for number in (facts.less if fewer else facts.most)
+        ]
 
     def leanest(self, choice):
         return self.facts[choice].leanest
@@ -1203,6 +1212,26 @@ def test_of_what_fits_fewer_stages_recompute_while_that_is_faster(enter, last, b
     found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
     assert numbers(world, found.best) == [best]
     assert [n for n in world.asked("short") if n] == tried
+
+
+def test_single_stages_recompute_more_in_what_almost_fits_and_less_in_the_best(enter):
+    """The lowest bound comes first, and what is no faster than the best is not simulated."""
+    missing, far_too_large = ({"adamw": part * GIB} for part in (1.05, 1.2))
+    facts = [
+        *(Facts(10.0, 10.0, less=(4,)), Facts(5.0, 5.0, short_bytes=missing, most=(5, 6, 7, 3))),
+        Facts(1.0, 1.0, short_bytes=far_too_large, most=(9,)),
+        *(Facts(5.0, 9.0, short_bytes=missing), Facts(9.0, 9.5)),
+        *(Facts(8.0, 9.0), Facts(6.0, 8.0, less=(8,)), Facts(7.0, 7.5)),
+        *(Facts(5.5, 7.0, less=(9,)), Facts(7.0, 1.0)),
+    ]
+    world = World(facts)
+    world.choices, others = world.choices[:3], world.choices[3:]
+    enter(world)
+    world.choices += others
+    space = Space(tuple(world.choices[:3]), Counter(), (ADAMW,))
+    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    assert numbers(world, found.best) == [8]
+    assert world.asked("short") == [0, 2, 1, 4, 3, 6, 8]
 
 
 @pytest.mark.parametrize("stage", ["weigh", "short", "doubtful"])

@@ -80,6 +80,7 @@ _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
+_FOR_STAGES = 0.1  # part of the effort for single stages, see `_change_stages`
 _TRIES_NEARLY = 8  # of what almost fits, in more stages
 _ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
@@ -196,6 +197,7 @@ class _Search:
         self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
+        self._changed: set[Choice] = set()  # those of which single stages were changed
         # What almost fits, with the seconds of its step.
         self._almost: dict[Choice, tuple[float, Candidate]] = {}
 
@@ -219,6 +221,7 @@ class _Search:
             if plans:
                 self._estimate_other_kind()
                 self._look_around()
+                self._change_stages()
                 self._balance()
                 self._plan()
             if not plans or self._seen == before or not self._goes_on():
@@ -473,7 +476,8 @@ class _Search:
         before, part = self._enough, _FOR_NEIGHBOURS * self._limits.effort
         until = self._spent + part
         while self._spent < until and self._in_time():
-            new = [choice for choice in self._firsts() if choice not in self._looked_around]
+            firsts = [estimate.candidate.choice for estimate in self._first_estimates()]
+            new = [choice for choice in firsts if choice not in self._looked_around]
             nearly = [choice for choice in self._nearly() if choice not in self._looked_around]
             if not new and not nearly:
                 break
@@ -494,7 +498,7 @@ class _Search:
                 self._queue.add(queue)
         self._enough = before
 
-    def _firsts(self) -> list[Choice]:
+    def _first_estimates(self) -> list[Estimate]:
         """Return the fastest of each kind of `_look_around`."""
         found: dict[tuple[bool, bool, bool], Estimate] = {}
         for estimate in sorted(self._book.as_planned(), key=lambda estimate: estimate.known_key):
@@ -502,7 +506,7 @@ class _Search:
             moves = choice.offload > 0
             kind = choice.splits_vocabulary, moves, moves and choice.recomputes_partly
             found.setdefault(kind, estimate)
-        return [estimate.candidate.choice for estimate in found.values()]
+        return list(found.values())
 
     def _nearly(self) -> list[Choice]:
         """Return what would be the fastest of its kind if it needed a little less memory."""
@@ -510,20 +514,57 @@ class _Search:
         found = [
             (counted(choice, seconds), place, choice)
             for place, (choice, (seconds, _)) in enumerate(self._almost.items())
-            if choice.num_chunks is not None
-            and counted(choice, seconds) < first_of[choice.splits_vocabulary]
+            if counted(choice, seconds) < first_of[choice.splits_vocabulary]
         ]
         return [choice for _, _, choice in heapq.nsmallest(_TRIES_NEARLY, found)]
 
     def _in_more_stages(self, choice: Choice) -> list[Choice]:
         """Return the choice with one more stage on every rank, if there may be one."""
-        assert choice.num_chunks is not None
-        more = [
+        return [
             one
             for one in beside(choice, self._num_layers)
-            if one.num_chunks == choice.num_chunks + 1
+            if one.layout.num_stages > choice.layout.num_stages
+            and self._space.kept.against(one) is None
         ]
-        return [one for one in more if self._space.kept.against(one) is None]
+
+    def _change_stages(self) -> None:
+        """Let single stages recompute less in the best of each kind, and more in what almost fits.
+
+        Where the backward is split, no sum over stages says what a rank keeps.  So each is tried.
+        """
+        tried = [(estimate.candidate, True) for estimate in self._first_estimates()]
+        tried += [(self._almost[choice][1], False) for choice in self._nearly()]
+        until = self._spent + _FOR_STAGES * self._limits.effort
+        for candidate, fits in tried:
+            while candidate.choice not in self._changed:
+                self._changed.add(candidate.choice)
+                better = self._with_other_stage(candidate, until, fewer=fits)
+                if better is None:
+                    break
+                self._book.add(better)
+                self._progress(self._words())
+                candidate, fits = better.candidate, True
+
+    def _with_other_stage(
+        self, candidate: Candidate, until: float, *, fewer: bool
+    ) -> Estimate | None:
+        """Return the first of its kind in which one stage recomputes less, or more, if one is."""
+        drafts = list[Candidate]()
+        for other in self._scales.with_other_stages(candidate, fewer=fewer):
+            if self._space.kept.against(other.choice) is None:
+                drafts.append(other)
+            self._spent += draft_nodes(other)
+        for other in sorted(drafts, key=lambda one: one.seconds):
+            choice = other.choice
+            if self._spent >= until or not self._in_time():
+                break
+            if not self._may_be_first(choice, other.seconds):
+                break
+            self._num_estimated += 1
+            estimate = self._tried(other)[1]
+            if estimate is not None and self._may_be_first(choice, estimate.seconds):
+                return estimate
+        return None
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
@@ -701,7 +742,7 @@ class _Search:
         if other is None or self._space.kept.against(other.choice) is not None:
             return None
         self._spent += draft_nodes(other)
-        return other if self._may_be_first(other) else None
+        return other if self._may_be_first(other.choice, other.seconds) else None
 
     def _tried(self, candidate: Candidate) -> tuple[StepPlan, Estimate | None, ConfigError | None]:
         """Return a short step, and the estimate for the fastest optimizer that fits, else why not.
@@ -735,10 +776,10 @@ class _Search:
             self._almost[candidate.choice] = min(almost), candidate
         return step, best, refusal
 
-    def _may_be_first(self, candidate: Candidate) -> bool:
-        """Return whether a candidate may be faster than all of its kind."""
-        choice, (_, first_of) = candidate.choice, self._to_beat(1)
-        return counted(choice, candidate.seconds) < first_of[choice.splits_vocabulary]
+    def _may_be_first(self, choice: Choice, seconds: float) -> bool:
+        """Return whether a choice that takes so many seconds is faster than all of its kind."""
+        _, first_of = self._to_beat(1)
+        return counted(choice, seconds) < first_of[choice.splits_vocabulary]
 
     def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
         """Return what a step keeps in host memory.  Raises HostMemoryError for too much."""
