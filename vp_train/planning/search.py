@@ -9,8 +9,9 @@ It goes from cheap to dear, and each stage sees fewer choices:
    run as it was typed comes first, and while none fits, the leanest.
 4. Estimate with offloaded activations what device memory alone rules out and may be faster.
 5. Estimate what differs in one setting from the best with and without vocabulary parallelism.
-6. Estimate vocab.balance in the place of what may be among the best with it.
-7. Plan the best estimates as a run would plan them.
+6. Estimate single stages that recompute less in the best, and more in what almost fits.
+7. Estimate vocab.balance in the place of what may be among the best with it.
+8. Plan the best estimates as a run would plan them.
 
 Links to hosts and their memory are assumed, so a step with offloaded activations counts as half a
 percent longer wherever it is compared (`counted`).
@@ -80,7 +81,7 @@ _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
-_FOR_STAGES = 0.1  # part of the effort for single stages, see `_change_stages`
+_FOR_STAGES = 0.05  # part of the effort for single stages, see `_change_stages`
 _TRIES_NEARLY = 8  # of what almost fits, in more stages
 _ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
@@ -761,7 +762,7 @@ class _Search:
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
-                if needs <= NEARLY * self._scales.limit and not candidate.choice.balance:
+                if needs <= NEARLY * self._scales.limit:
                     almost.append(passes + self._scales.after(step, optim))
                 continue
             try:
@@ -802,8 +803,10 @@ class _Search:
         tried |= self._almost  # with an optimizer that is faster than the one that fits
         promising: list[tuple[float, int, Candidate, Estimate | None]] = []
         for place, (choice, (seconds, candidate)) in enumerate(tried.items()):
-            if not choice.splits_vocabulary or choice in self._balanced or not self._in_time():
+            if not choice.splits_vocabulary or choice.balance or choice in self._balanced:
                 continue
+            if not self._in_time():
+                break
             self._balanced.add(choice)
             try:
                 item = self._scales.draft(replace(choice, balance=True))
