@@ -76,6 +76,7 @@ _SLACK = 0.01
 # Choices of the same schedule and step exceed their lower bounds by similar factors, at least by
 # this part of the one that was seen.
 _ALIKE = 0.97
+_UNSURE = 0.02  # the part of the limit by which what they need may differ
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
@@ -84,6 +85,7 @@ _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `
 _FOR_STAGES = 0.05  # part of the effort for single stages, see `_change_stages`
 _TRIES_NEARLY = 8  # of what almost fits, in more stages
 _ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
+_MOST_CONFIRMED = 3  # plans that are made before the best is known, see `_confirm`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
@@ -192,6 +194,7 @@ class _Search:
         self._exact: set[int] = set()  # those whose bound is what they take
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
+        self._beyond: dict[tuple[object, ...], float] = {}  # bytes above what was expected
         self._done: set[int] = set()
         self._book = Book(Counter(space.excluded))
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
@@ -221,6 +224,7 @@ class _Search:
                 offloads = False
             if plans:
                 self._estimate_other_kind()
+                self._confirm()
                 self._look_around()
                 self._change_stages()
                 self._balance()
@@ -435,6 +439,26 @@ class _Search:
                 self._done.add(number)
                 self._refuse(number, error)
 
+    def _confirm(self) -> None:
+        """Plan the best whole while that shows it slower, so that it rules out nothing faster.
+
+        Short steps tell least where the backward is split.
+        """
+        for _ in range(_MOST_CONFIRMED):
+            best = min(
+                self._book.as_planned(), key=lambda estimate: estimate.known_key, default=None
+            )
+            if best is None or best.is_planned or not self._in_time():
+                return
+            candidate = best.candidate
+            if not GENERATORS[candidate.choice.schedule].split_backward:
+                return
+            if self._spent + plan_nodes(candidate) > self._limits.effort:
+                return
+            self._plan_one(best)
+            self._progress(self._words())
+            self._estimate(self._queue, self._limits.top)
+
     def _offload_instead(self) -> None:
         """Estimate offloaded activations where device memory alone may rule out faster choices.
 
@@ -618,9 +642,16 @@ class _Search:
 
     def _key(self, number: int) -> float:
         """Return about the least seconds of a choice: its bound and what others are above it."""
-        choice = self._choices[number]
+        choice, item, bound = self._choices[number], self._items[number], self._bounds[number]
+        if item is not None and len(item.optimizers) > 1:
+            seconds = item.seconds_within(self._room(item.choice))
+            bound += seconds - item.seconds if item.seconds < seconds < math.inf else 0.0
         factor = 1.0 if number in self._exact else self._factors.get(_alike(choice), 1.0)
-        return counted(choice, self._bounds[number]) * factor
+        return counted(choice, bound) * factor
+
+    def _room(self, choice: Choice) -> float:
+        """Return the expected bytes that fit, as those of what is alike exceed or undercut them."""
+        return (1 + _UNSURE) * self._scales.limit - self._beyond.get(_keeping(choice), -math.inf)
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
@@ -644,7 +675,8 @@ class _Search:
         """Return whether a draft waits until all others were estimated."""
         assert item is not None, "it was drafted"
         is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
-        return (is_dear or not item.seems_to_fit) and not queue.looks_at_all
+        fits = item.seems_to_fit and min(item.expected) <= NEARLY * self._room(item.choice)
+        return (is_dear or not fits) and not queue.looks_at_all
 
     def _lowest(self, queue: _Queue, top: int) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the `top`.
@@ -759,6 +791,8 @@ class _Search:
         found: list[Estimate] = []
         almost: list[float] = []
         totals = self._scales.needs(step, candidate.optimizers)
+        keeping, beyond = _keeping(candidate.choice), totals[0][0] - candidate.expected[0]
+        self._beyond[keeping] = min(beyond, self._beyond.get(keeping, math.inf))
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
@@ -919,6 +953,16 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     step = choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, degrees.tp, count
     splits = GENERATORS[choice.schedule].split_backward
     return (*step, choice.recompute, choice.recomputes_partly) if splits else step
+
+
+def _keeping(choice: Choice) -> tuple[object, ...]:
+    """Return what choices have in common which need about as much more than is expected."""
+    degrees = choice.degrees
+    return (
+        *(choice.schedule, degrees.pp, degrees.tp, choice.micro_batch_size),
+        *(choice.sequence_parallel, choice.recompute, choice.recompute_per_stage),
+        choice.offload > 0,
+    )
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees, shared: Shared | None = None) -> Result:
