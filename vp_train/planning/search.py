@@ -126,6 +126,7 @@ class _Queue:
     doubtful: those that wait until all others were estimated.
     looks_at_all: whether these have their turn now.
     passed_over: those to look at after all others.
+    num_lowered: how often a simulation had lowered what is expected when the heaps were made.
     """
 
     by_bound: tuple[list[tuple[float, int]], ...] = field(default_factory=lambda: ([], []))
@@ -135,6 +136,7 @@ class _Queue:
     doubtful: list[int] = field(default_factory=list)
     looks_at_all: bool = False
     passed_over: list[int] = field(default_factory=list)
+    num_lowered: int = 0
 
     def add(self, other: _Queue) -> None:
         """Add what another queue has left."""
@@ -195,6 +197,7 @@ class _Search:
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
         self._beyond: dict[tuple[object, ...], float] = {}  # bytes above what was expected
+        self._num_lowered = 0  # how often one of these became less
         self._done: set[int] = set()
         self._book = Book(Counter(space.excluded))
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
@@ -688,7 +691,13 @@ class _Search:
         keys = [self._first(heap) for heap in queue.by_bound]
         kinds = [splits for splits in (False, True) if keys[splits] < max(last, first_of[splits])]
         if not kinds:
-            return None
+            if queue.num_lowered == self._num_lowered:
+                return None
+            queue.num_lowered = self._num_lowered  # the heaps may have keys that are too high
+            for heap in queue.by_bound:
+                heap[:] = [(self._key(number), number) for _, number in heap]
+                heapq.heapify(heap)
+            return self._lowest(queue, top)
         least = _FOR_OTHER_KIND * sum(self._spent_on) if self._plans else 0.0
         splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, keys[splits]))
         return heapq.heappop(queue.by_bound[splits])[1]
@@ -785,14 +794,14 @@ class _Search:
         step, passes, placed = self._shared.short_step(candidate)
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
-        alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
-        self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
+        factor = max(1.0, _ALIKE * passes / candidate.passes)
+        self._lower(self._factors, _alike(candidate.choice), factor)
         refusal: ConfigError | None = None
         found: list[Estimate] = []
         almost: list[float] = []
         totals = self._scales.needs(step, candidate.optimizers)
-        keeping, beyond = _keeping(candidate.choice), totals[0][0] - candidate.expected[0]
-        self._beyond[keeping] = min(beyond, self._beyond.get(keeping, math.inf))
+        beyond = totals[0][0] - candidate.expected[0]
+        self._lower(self._beyond, _keeping(candidate.choice), beyond)
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
@@ -810,6 +819,15 @@ class _Search:
         if almost and (best is None or min(almost) < best.seconds):
             self._almost[candidate.choice] = min(almost), candidate
         return step, best, refusal
+
+    def _lower(
+        self, known: dict[tuple[object, ...], float], alike: tuple[object, ...], value: float
+    ) -> None:
+        """Note what a simulation says of choices that are alike, unless less is known of them."""
+        before = known.setdefault(alike, value)
+        if value < before:
+            known[alike] = value
+            self._num_lowered += 1
 
     def _may_be_first(self, choice: Choice, seconds: float) -> bool:
         """Return whether a choice that takes so many seconds is faster than all of its kind."""
