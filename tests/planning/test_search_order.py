@@ -47,12 +47,14 @@ class Facts:
 
     bound, least: its seconds and bytes when it is weighed.
     drafted, passes: the seconds of its step and of its passes at least, once it is drafted.
-    short, short_bytes: the seconds of the passes of a short step, and the bytes of a rank.
+    short, short_bytes: the seconds of the passes of a short step, and the bytes of a rank, of which
+        some are `unexpected`.
     seconds, memory: those of the whole step.
     placed, whole: the effort of a short step and of a whole one.
     fails: the errors of weighing and of drafting it.
     more, fewer: the number of the same choice of which more, or fewer, stages recompute, if there
         is one.
+    less, most: the numbers of the choices of which one stage recomputes less, or more.
     """
 
     bound: float
@@ -62,6 +64,7 @@ class Facts:
     passes: float | None = None
     short: float | None = None
     short_bytes: dict[str, float] = field(default_factory=dict)
+    unexpected: float = 0.0
     memory: float = ROOMY
     placed: int = 100
     whole: int = 1000
@@ -75,6 +78,8 @@ class Facts:
     fails: dict[str, Exception] = field(default_factory=dict)
     more: int | None = None
     fewer: int | None = None
+    less: tuple[int, ...] = ()
+    most: tuple[int, ...] = ()
 
     def __post_init__(self):
         self.drafted = self.bound if self.drafted is None else self.drafted
@@ -150,8 +155,13 @@ class World:
             raise facts.fails["draft"]
         problem = SimpleNamespace(layout=SimpleNamespace(num_stages=facts.stages), facts=facts)
         draft = SimpleNamespace(choice=choice, problem=problem, with_named=lambda name: choice)
+        names, sizes = [name_of(optim) for optim in facts.optimizers], facts.short_bytes
+        after = facts.drafted - facts.passes
         return Candidate(
-            choice, draft, facts.passes, facts.drafted, facts.optimizers, facts.seems_to_fit
+            *(choice, draft, facts.passes, facts.drafted, facts.optimizers),
+            expected=tuple(sizes.get(name, ROOMY) - facts.unexpected for name in names),
+            after=tuple(after + facts.after.get(name, 0.0) for name in names),
+            seems_to_fit=facts.seems_to_fit,
         )
 
     def needs(self, step, optimizers):
@@ -168,6 +178,12 @@ class World:
     def with_fewer_recompute(self, candidate, step, optim):
         fewer = self.facts[step.choice].fewer
         return None if fewer is None else self.draft(self.choices[fewer])
+
+    def with_other_stages(self, candidate, *, fewer):
+        facts = self.facts[candidate.choice]
+        return [
+            self.draft(self.choices[number]) for number in (facts.less if fewer else facts.most)
+        ]
 
     def leanest(self, choice):
         return self.facts[choice].leanest
@@ -1203,6 +1219,69 @@ def test_of_what_fits_fewer_stages_recompute_while_that_is_faster(enter, last, b
     found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
     assert numbers(world, found.best) == [best]
     assert [n for n in world.asked("short") if n] == tried
+
+
+def test_single_stages_recompute_more_in_what_almost_fits_and_less_in_the_best(enter):
+    """The lowest bound comes first, and what is no faster than the best is not simulated."""
+    missing, far_too_large = ({"adamw": part * GIB} for part in (1.05, 1.2))
+    facts = [
+        *(Facts(10.0, 10.0, less=(4,)), Facts(5.0, 5.0, short_bytes=missing, most=(5, 6, 7, 3))),
+        Facts(1.0, 1.0, short_bytes=far_too_large, most=(9,)),
+        *(Facts(5.0, 9.0, short_bytes=missing), Facts(9.0, 9.5)),
+        *(Facts(8.0, 9.0), Facts(6.0, 8.0, less=(8,)), Facts(7.0, 7.5)),
+        *(Facts(5.5, 7.0, less=(9,)), Facts(7.0, 1.0)),
+    ]
+    world = World(facts)
+    world.choices, others = world.choices[:3], world.choices[3:]
+    enter(world)
+    world.choices += others
+    space = Space(tuple(world.choices[:3]), Counter(), (ADAMW,))
+    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    assert numbers(world, found.best) == [8]
+    assert world.asked("short") == [0, 2, 1, 4, 3, 6, 8]
+
+
+def test_what_is_alike_is_expected_to_need_as_much_more(enter):
+    """It is then slower with an optimizer that fits, and where none does others come first."""
+    large = {"adamw": 1.5 * GIB, "offload": 0.8 * GIB}
+    both = {"optimizers": (ADAMW, OFFLOAD), "after": {"offload": 8.0}, "unexpected": 0.6 * GIB}
+    one = replace(choice_of(0), offload=1.0)
+    choices = [
+        *(replace(one, num_microbatches=number) for number in (1, 2, 3)),
+        *(choice_of(3), replace(one, num_microbatches=4, recompute="full"), choice_of(5)),
+    ]
+    facts = [
+        Facts(1.0, 1.0, short_bytes=large, **both),
+        Facts(1.5, 1.5, short_bytes=large, **both),
+        Facts(2.0, 2.0, short_bytes={"adamw": 1.9 * GIB}, unexpected=0.6 * GIB),
+        *(Facts(2.5, 2.6), Facts(2.4, 3.0, short_bytes=large, **both), Facts(3.5, 3.5)),
+    ]
+    world = World(facts, choices)
+    enter(world)
+    found = run(world)
+    assert numbers(world, found.best) == [3]
+    assert world.asked("short") == [0, 4, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "order"),
+    [
+        ("zb_h1", [("short", 0), ("plan", 0), ("short", 1), ("short", 2), ("plan", 1)]),
+        ("1f1b", [("short", 0), ("short", 2), ("plan", 0), ("short", 1), ("plan", 1)]),
+    ],
+)
+def test_the_best_with_a_split_backward_is_planned_before_it_rules_out_others(
+    enter, schedule, order
+):
+    """What is next to the best, and beyond the space, has its turn only then."""
+    choices = [replace(choice_of(0), schedule=schedule), choice_of(1), choice_of(2)]
+    world = World([Facts(1.0, 4.0, short=2.0), Facts(2.5, 3.0), Facts(1.5, 5.0)], choices)
+    world.near = {0: (2,), 1: (2,)}
+    enter(world)
+    space = Space(tuple(choices[:2]), Counter(), (ADAMW,))
+    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    assert numbers(world, found.best) == [1]
+    assert [one for one in world.log if one[0] in ("short", "plan")] == order
 
 
 @pytest.mark.parametrize("stage", ["weigh", "short", "doubtful"])

@@ -94,6 +94,13 @@ class Choice:
     def layout(self) -> Layout:
         return GENERATORS[self.schedule].layout_of(self.degrees.pp, self.num_chunks)
 
+    def with_recompute(self, kinds: tuple[str, ...]) -> Choice:
+        """Return the choice whose stages recompute these `kinds`, one of each stage."""
+        most = max(kinds, key=RECOMPUTE.index)
+        return replace(
+            self, recompute=most, recompute_per_stage=kinds if len(set(kinds)) > 1 else None
+        )
+
     def parallel(self, typed: ParallelConfig) -> ParallelConfig:
         """Return `typed` with this choice."""
         per_stage = self.recompute_per_stage

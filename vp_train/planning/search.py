@@ -9,8 +9,9 @@ It goes from cheap to dear, and each stage sees fewer choices:
    run as it was typed comes first, and while none fits, the leanest.
 4. Estimate with offloaded activations what device memory alone rules out and may be faster.
 5. Estimate what differs in one setting from the best with and without vocabulary parallelism.
-6. Estimate vocab.balance in the place of what may be among the best with it.
-7. Plan the best estimates as a run would plan them.
+6. Estimate single stages that recompute less in the best, and more in what almost fits.
+7. Estimate vocab.balance in the place of what may be among the best with it.
+8. Plan the best estimates as a run would plan them.
 
 Links to hosts and their memory are assumed, so a step with offloaded activations counts as half a
 percent longer wherever it is compared (`counted`).
@@ -75,13 +76,16 @@ _SLACK = 0.01
 # Choices of the same schedule and step exceed their lower bounds by similar factors, at least by
 # this part of the one that was seen.
 _ALIKE = 0.97
+_UNSURE = 0.02  # the part of the limit by which what they need may differ
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
+_FOR_STAGES = 0.05  # part of the effort for single stages, see `_change_stages`
 _TRIES_NEARLY = 8  # of what almost fits, in more stages
 _ROUNDS = 4  # of more stages that recompute, see `_Search._estimate_of`
+_MOST_CONFIRMED = 3  # plans that are made before the best is known, see `_confirm`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
@@ -122,6 +126,7 @@ class _Queue:
     doubtful: those that wait until all others were estimated.
     looks_at_all: whether these have their turn now.
     passed_over: those to look at after all others.
+    num_lowered: how often a simulation had lowered what is expected when the heaps were made.
     """
 
     by_bound: tuple[list[tuple[float, int]], ...] = field(default_factory=lambda: ([], []))
@@ -131,6 +136,7 @@ class _Queue:
     doubtful: list[int] = field(default_factory=list)
     looks_at_all: bool = False
     passed_over: list[int] = field(default_factory=list)
+    num_lowered: int = 0
 
     def add(self, other: _Queue) -> None:
         """Add what another queue has left."""
@@ -190,12 +196,15 @@ class _Search:
         self._exact: set[int] = set()  # those whose bound is what they take
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
+        self._beyond: dict[tuple[object, ...], float] = {}  # bytes above what was expected
+        self._num_lowered = 0  # how often one of these became less
         self._done: set[int] = set()
         self._book = Book(Counter(space.excluded))
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
         self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
+        self._changed: set[Choice] = set()  # those of which single stages were changed
         # What almost fits, with the seconds of its step.
         self._almost: dict[Choice, tuple[float, Candidate]] = {}
 
@@ -218,7 +227,9 @@ class _Search:
                 offloads = False
             if plans:
                 self._estimate_other_kind()
+                self._confirm()
                 self._look_around()
+                self._change_stages()
                 self._balance()
                 self._plan()
             if not plans or self._seen == before or not self._goes_on():
@@ -431,6 +442,26 @@ class _Search:
                 self._done.add(number)
                 self._refuse(number, error)
 
+    def _confirm(self) -> None:
+        """Plan the best whole while that shows it slower, so that it rules out nothing faster.
+
+        Short steps tell least where the backward is split.
+        """
+        for _ in range(_MOST_CONFIRMED):
+            best = min(
+                self._book.as_planned(), key=lambda estimate: estimate.known_key, default=None
+            )
+            if best is None or best.is_planned or not self._in_time():
+                return
+            candidate = best.candidate
+            if not GENERATORS[candidate.choice.schedule].split_backward:
+                return
+            if self._spent + plan_nodes(candidate) > self._limits.effort:
+                return
+            self._plan_one(best)
+            self._progress(self._words())
+            self._estimate(self._queue, self._limits.top)
+
     def _offload_instead(self) -> None:
         """Estimate offloaded activations where device memory alone may rule out faster choices.
 
@@ -473,7 +504,8 @@ class _Search:
         before, part = self._enough, _FOR_NEIGHBOURS * self._limits.effort
         until = self._spent + part
         while self._spent < until and self._in_time():
-            new = [choice for choice in self._firsts() if choice not in self._looked_around]
+            firsts = [estimate.candidate.choice for estimate in self._first_estimates()]
+            new = [choice for choice in firsts if choice not in self._looked_around]
             nearly = [choice for choice in self._nearly() if choice not in self._looked_around]
             if not new and not nearly:
                 break
@@ -494,7 +526,7 @@ class _Search:
                 self._queue.add(queue)
         self._enough = before
 
-    def _firsts(self) -> list[Choice]:
+    def _first_estimates(self) -> list[Estimate]:
         """Return the fastest of each kind of `_look_around`."""
         found: dict[tuple[bool, bool, bool], Estimate] = {}
         for estimate in sorted(self._book.as_planned(), key=lambda estimate: estimate.known_key):
@@ -502,7 +534,7 @@ class _Search:
             moves = choice.offload > 0
             kind = choice.splits_vocabulary, moves, moves and choice.recomputes_partly
             found.setdefault(kind, estimate)
-        return [estimate.candidate.choice for estimate in found.values()]
+        return list(found.values())
 
     def _nearly(self) -> list[Choice]:
         """Return what would be the fastest of its kind if it needed a little less memory."""
@@ -510,20 +542,57 @@ class _Search:
         found = [
             (counted(choice, seconds), place, choice)
             for place, (choice, (seconds, _)) in enumerate(self._almost.items())
-            if choice.num_chunks is not None
-            and counted(choice, seconds) < first_of[choice.splits_vocabulary]
+            if counted(choice, seconds) < first_of[choice.splits_vocabulary]
         ]
         return [choice for _, _, choice in heapq.nsmallest(_TRIES_NEARLY, found)]
 
     def _in_more_stages(self, choice: Choice) -> list[Choice]:
         """Return the choice with one more stage on every rank, if there may be one."""
-        assert choice.num_chunks is not None
-        more = [
+        return [
             one
             for one in beside(choice, self._num_layers)
-            if one.num_chunks == choice.num_chunks + 1
+            if one.layout.num_stages > choice.layout.num_stages
+            and self._space.kept.against(one) is None
         ]
-        return [one for one in more if self._space.kept.against(one) is None]
+
+    def _change_stages(self) -> None:
+        """Let single stages recompute less in the best of each kind, and more in what almost fits.
+
+        Where the backward is split, no sum over stages says what a rank keeps.  So each is tried.
+        """
+        tried = [(estimate.candidate, True) for estimate in self._first_estimates()]
+        tried += [(self._almost[choice][1], False) for choice in self._nearly()]
+        until = self._spent + _FOR_STAGES * self._limits.effort
+        for candidate, fits in tried:
+            while candidate.choice not in self._changed:
+                self._changed.add(candidate.choice)
+                better = self._with_other_stage(candidate, until, fewer=fits)
+                if better is None:
+                    break
+                self._book.add(better)
+                self._progress(self._words())
+                candidate, fits = better.candidate, True
+
+    def _with_other_stage(
+        self, candidate: Candidate, until: float, *, fewer: bool
+    ) -> Estimate | None:
+        """Return the first of its kind in which one stage recomputes less, or more, if one is."""
+        drafts = list[Candidate]()
+        for other in self._scales.with_other_stages(candidate, fewer=fewer):
+            if self._space.kept.against(other.choice) is None:
+                drafts.append(other)
+            self._spent += draft_nodes(other)
+        for other in sorted(drafts, key=lambda one: one.seconds):
+            choice = other.choice
+            if self._spent >= until or not self._in_time():
+                break
+            if not self._may_be_first(choice, other.seconds):
+                break
+            self._num_estimated += 1
+            estimate = self._tried(other)[1]
+            if estimate is not None and self._may_be_first(choice, estimate.seconds):
+                return estimate
+        return None
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
@@ -576,9 +645,16 @@ class _Search:
 
     def _key(self, number: int) -> float:
         """Return about the least seconds of a choice: its bound and what others are above it."""
-        choice = self._choices[number]
+        choice, item, bound = self._choices[number], self._items[number], self._bounds[number]
+        if item is not None and len(item.optimizers) > 1:
+            seconds = item.seconds_within(self._room(item.choice))
+            bound += seconds - item.seconds if item.seconds < seconds < math.inf else 0.0
         factor = 1.0 if number in self._exact else self._factors.get(_alike(choice), 1.0)
-        return counted(choice, self._bounds[number]) * factor
+        return counted(choice, bound) * factor
+
+    def _room(self, choice: Choice) -> float:
+        """Return the expected bytes that fit, as those of what is alike exceed or undercut them."""
+        return (1 + _UNSURE) * self._scales.limit - self._beyond.get(_keeping(choice), -math.inf)
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
@@ -602,7 +678,8 @@ class _Search:
         """Return whether a draft waits until all others were estimated."""
         assert item is not None, "it was drafted"
         is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
-        return (is_dear or not item.seems_to_fit) and not queue.looks_at_all
+        fits = item.seems_to_fit and min(item.expected) <= NEARLY * self._room(item.choice)
+        return (is_dear or not fits) and not queue.looks_at_all
 
     def _lowest(self, queue: _Queue, top: int) -> int | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the `top`.
@@ -614,7 +691,13 @@ class _Search:
         keys = [self._first(heap) for heap in queue.by_bound]
         kinds = [splits for splits in (False, True) if keys[splits] < max(last, first_of[splits])]
         if not kinds:
-            return None
+            if queue.num_lowered == self._num_lowered:
+                return None
+            queue.num_lowered = self._num_lowered  # the heaps may have keys that are too high
+            for heap in queue.by_bound:
+                heap[:] = [(self._key(number), number) for _, number in heap]
+                heapq.heapify(heap)
+            return self._lowest(queue, top)
         least = _FOR_OTHER_KIND * sum(self._spent_on) if self._plans else 0.0
         splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, keys[splits]))
         return heapq.heappop(queue.by_bound[splits])[1]
@@ -701,7 +784,7 @@ class _Search:
         if other is None or self._space.kept.against(other.choice) is not None:
             return None
         self._spent += draft_nodes(other)
-        return other if self._may_be_first(other) else None
+        return other if self._may_be_first(other.choice, other.seconds) else None
 
     def _tried(self, candidate: Candidate) -> tuple[StepPlan, Estimate | None, ConfigError | None]:
         """Return a short step, and the estimate for the fastest optimizer that fits, else why not.
@@ -711,16 +794,18 @@ class _Search:
         step, passes, placed = self._shared.short_step(candidate)
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
-        alike, factor = _alike(candidate.choice), _ALIKE * passes / candidate.passes
-        self._factors[alike] = max(1.0, min(factor, self._factors.get(alike, factor)))
+        factor = max(1.0, _ALIKE * passes / candidate.passes)
+        self._lower(self._factors, _alike(candidate.choice), factor)
         refusal: ConfigError | None = None
         found: list[Estimate] = []
         almost: list[float] = []
         totals = self._scales.needs(step, candidate.optimizers)
+        beyond = totals[0][0] - candidate.expected[0]
+        self._lower(self._beyond, _keeping(candidate.choice), beyond)
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
-                if needs <= NEARLY * self._scales.limit and not candidate.choice.balance:
+                if needs <= NEARLY * self._scales.limit:
                     almost.append(passes + self._scales.after(step, optim))
                 continue
             try:
@@ -735,10 +820,19 @@ class _Search:
             self._almost[candidate.choice] = min(almost), candidate
         return step, best, refusal
 
-    def _may_be_first(self, candidate: Candidate) -> bool:
-        """Return whether a candidate may be faster than all of its kind."""
-        choice, (_, first_of) = candidate.choice, self._to_beat(1)
-        return counted(choice, candidate.seconds) < first_of[choice.splits_vocabulary]
+    def _lower(
+        self, known: dict[tuple[object, ...], float], alike: tuple[object, ...], value: float
+    ) -> None:
+        """Note what a simulation says of choices that are alike, unless less is known of them."""
+        before = known.setdefault(alike, value)
+        if value < before:
+            known[alike] = value
+            self._num_lowered += 1
+
+    def _may_be_first(self, choice: Choice, seconds: float) -> bool:
+        """Return whether a choice that takes so many seconds is faster than all of its kind."""
+        _, first_of = self._to_beat(1)
+        return counted(choice, seconds) < first_of[choice.splits_vocabulary]
 
     def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
         """Return what a step keeps in host memory.  Raises HostMemoryError for too much."""
@@ -761,8 +855,10 @@ class _Search:
         tried |= self._almost  # with an optimizer that is faster than the one that fits
         promising: list[tuple[float, int, Candidate, Estimate | None]] = []
         for place, (choice, (seconds, candidate)) in enumerate(tried.items()):
-            if not choice.splits_vocabulary or choice in self._balanced or not self._in_time():
+            if not choice.splits_vocabulary or choice.balance or choice in self._balanced:
                 continue
+            if not self._in_time():
+                break
             self._balanced.add(choice)
             try:
                 item = self._scales.draft(replace(choice, balance=True))
@@ -875,6 +971,16 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     step = choice.schedule, choice.num_chunks, choice.vocab, degrees.pp, degrees.tp, count
     splits = GENERATORS[choice.schedule].split_backward
     return (*step, choice.recompute, choice.recomputes_partly) if splits else step
+
+
+def _keeping(choice: Choice) -> tuple[object, ...]:
+    """Return what choices have in common which need about as much more than is expected."""
+    degrees = choice.degrees
+    return (
+        *(choice.schedule, degrees.pp, degrees.tp, choice.micro_batch_size),
+        *(choice.sequence_parallel, choice.recompute, choice.recompute_per_stage),
+        choice.offload > 0,
+    )
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees, shared: Shared | None = None) -> Result:

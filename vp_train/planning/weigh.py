@@ -6,8 +6,10 @@ costs of all passes and takes milliseconds.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -22,6 +24,7 @@ from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, searched_algorithms
 from vp_train.config import ConfigError, CostConfig, OptimConfig, RunConfig
+from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
 from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import (
@@ -77,6 +80,9 @@ _BURST = 2.0
 # Times the limit that the base order may need where W may follow sooner: such a choice is drafted,
 # and simulated after what seems to fit.
 _SOONER = 1.1
+# What the base order needs is at most about so many times what a simulation says where W may follow
+# sooner: of 60 steps that offload activations it was 1.25 times in one.
+_FAR_SOONER = 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +175,10 @@ class Candidate:
     """A choice with the costs of its passes, and lower bounds on its step.
 
     `passes` are the seconds of its passes at least, `seconds` those of the whole step.
-    `optimizers` are those with which it may fit into memory.  `seems_to_fit` says whether it does
-    with what the base order keeps, which is more than the least, and `is_pressed` whether only an
-    optimizer in host memory is likely to fit.
+    `optimizers` are those with which it may fit into memory.  With each of them a rank is
+    `expected` to need so many bytes, and the step takes so many seconds `after` its passes at
+    least.  `seems_to_fit` says whether it fits with what the base order keeps, which is more than
+    the least, and `is_pressed` whether only an optimizer in host memory is likely to fit.
     """
 
     choice: Choice
@@ -179,8 +186,17 @@ class Candidate:
     passes: float
     seconds: float
     optimizers: tuple[OptimConfig, ...]
+    expected: tuple[float, ...]
+    after: tuple[float, ...]
     seems_to_fit: bool
     is_pressed: bool = False
+
+    def seconds_within(self, limit: float) -> float:
+        """Return the least seconds with an optimizer of at most `limit` expected bytes, or inf."""
+        fitting = [
+            after for after, needs in zip(self.after, self.expected, strict=True) if needs <= limit
+        ]
+        return self.passes + min(fitting, default=math.inf)
 
 
 def _on_device(choice: Choice) -> int:
@@ -435,20 +451,25 @@ class Scales:
             raise TooLargeError(min(expected) / _FAR_TOO_LARGE, self.limit, EXPECTED)
         seems_to_fit = min(expected) <= self.limit
         likely = [
-            optim
-            for optim, num_bytes in zip(fitting, expected, strict=True)
-            if splits or num_bytes <= _ABOUT * self.limit
+            place
+            for place, num_bytes in enumerate(expected)
+            if num_bytes <= (_FAR_SOONER if splits else _ABOUT) * self.limit
         ]
-        likely = likely or list(fitting)
+        likely = likely or list(range(len(fitting)))
         # How late gradients come and how early parameters are read, one microbatch alone says.
         alone = minimum
         if choice.degrees.dp > 1:
             alone = replace(minimum, timeline=_alone(choice.schedule, drafted))
-        after = min(self.after(alone, optim, _SURE) for optim in likely)
+        after = [self.after(alone, optim, _SURE) for optim in fitting]
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
-        is_pressed = all(optim.offload for optim in likely)
-        return Candidate(choice, drafted, passes, passes + after, fitting, seems_to_fit, is_pressed)
+        is_pressed = all(fitting[place].offload for place in likely)
+        return Candidate(
+            *(choice, drafted, passes, passes + min(after[place] for place in likely)),
+            *(fitting, tuple(expected), tuple(after)),
+            seems_to_fit=seems_to_fit,
+            is_pressed=is_pressed,
+        )
 
     def after(self, step: StepPlan, optim: OptimConfig, part: float = 1.0) -> float:
         """Return the seconds of a step after its passes; `part` counts of what is exposed."""
@@ -583,6 +604,19 @@ class Scales:
         if kinds == choice.recompute_per_stage or len(set(kinds)) == 1:
             return None
         return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
+
+    def with_other_stages(self, candidate: Candidate, *, fewer: bool) -> list[Candidate]:
+        """Return candidates in which one stage recomputes less, or more, and which may fit."""
+        choice = candidate.choice
+        kinds = choice.recompute_per_stage or (choice.recompute,) * choice.layout.num_stages
+        found = list[Candidate]()
+        for stage, kind in enumerate(kinds):
+            level = RECOMPUTE.index(kind)
+            for other in RECOMPUTE[:level] if fewer else RECOMPUTE[level + 1 :]:
+                mixed = (*kinds[:stage], other, *kinds[stage + 1 :])
+                with suppress(ConfigError):
+                    found.append(self._drafted(choice.with_recompute(mixed), candidate.optimizers))
+        return found
 
     def _savings_of(self, choice: Choice) -> Savings:
         """Return what every stage of a choice saves if it recomputes as the choice says."""
