@@ -1241,6 +1241,17 @@ def test_single_stages_recompute_more_in_what_almost_fits_and_less_in_the_best(e
     assert world.asked("short") == [0, 2, 1, 4, 3, 6, 8]
 
 
+def test_single_stages_recompute_more_in_what_only_a_whole_step_shows_to_need_too_much(enter):
+    facts = [Facts(10.0, 10.0), Facts(5.0, 5.0, memory=1.05 * GIB, most=(2,)), Facts(6.0, 6.5)]
+    world = World(facts)
+    world.choices, others = world.choices[:2], world.choices[2:]
+    enter(world)
+    world.choices += others
+    space = Space(tuple(world.choices[:2]), Counter(), (ADAMW,))
+    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    assert numbers(world, found.best) == [2]
+
+
 def test_what_is_alike_is_expected_to_need_as_much_more(enter):
     """It is then slower with an optimizer that fits, and where none does others come first."""
     large = {"adamw": 1.5 * GIB, "offload": 0.8 * GIB}

@@ -204,7 +204,8 @@ class _Search:
         self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
         self._offloads: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
-        self._changed: set[Choice] = set()  # those of which single stages were changed
+        # Those of which single stages were changed, and whether they recompute less then.
+        self._changed: set[tuple[Choice, bool]] = set()
         # What almost fits, with the seconds of its step.
         self._almost: dict[Choice, tuple[float, Candidate]] = {}
 
@@ -564,8 +565,8 @@ class _Search:
         tried += [(self._almost[choice][1], False) for choice in self._nearly()]
         until = self._spent + _FOR_STAGES * self._limits.effort
         for candidate, fits in tried:
-            while candidate.choice not in self._changed:
-                self._changed.add(candidate.choice)
+            while (candidate.choice, fits) not in self._changed:
+                self._changed.add((candidate.choice, fits))
                 better = self._with_other_stage(candidate, until, fewer=fits)
                 if better is None:
                     break
@@ -940,6 +941,8 @@ class _Search:
                 self._book.plan(choice, min(found, key=lambda one: one.report.step_seconds))
                 return
         assert refusal is not None, "nothing was found"
+        if isinstance(refusal, TooLargeError) and refusal.needs <= NEARLY * self._scales.limit:
+            self._almost[choice] = estimate.seconds, candidate
         self._book.refuse(choice, refusal, estimate.seconds)
         self._book.replace(estimate, estimate.unbalanced)
         if estimate.unbalanced is not None:
