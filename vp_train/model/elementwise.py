@@ -102,6 +102,7 @@ def normalise_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of an RMSNorm with respect to its input `total` and its weight.
 
+    The latter is in the statistics dtype, but in the dtype of the weight where torch's kernel is.
     `dtotal` is a gradient of `total` from elsewhere, which is added.
     """
     scale = _scale(weight, rule)
@@ -110,7 +111,7 @@ def normalise_backward(
             dy.to(scale.dtype), total.to(scale.dtype), weight.shape, rate, scale, [True, True]
         )
         dx = dx if dtotal is None else dx + dtotal
-        return dx.to(total.dtype), dweight.to(weight.dtype)
+        return dx.to(total.dtype), dweight
     precise, dims = rate.dtype, tuple(range(-weight.dim(), 0))
     normal, wide = total.to(precise) * rate, dy.to(precise)
     product = wide * normal
@@ -119,7 +120,7 @@ def normalise_backward(
     dx = (wide * scale - normal * along) * rate
     if dtotal is not None:
         dx = dx + dtotal
-    return dx.to(total.dtype), dweight.to(weight.dtype)
+    return dx.to(total.dtype), dweight
 
 
 class _ResidualNorm(torch.autograd.Function):
