@@ -22,6 +22,7 @@ from tests.meshes import alone
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.test_offload import offloading, plan_of
 from tests.pipeline.truth import random_batch
+from vp_train.config import VocabConfig
 from vp_train.pipeline import comms as comms_module
 from vp_train.pipeline.aside import Aside, _stop
 from vp_train.pipeline.comms import Comms, Delivery, Issued, ProcessGroups, _start_collective
@@ -30,7 +31,7 @@ from vp_train.pipeline.offload import HostLink
 from vp_train.pipeline.recorder import Named, Recorder, joined_communications
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import CudaTimer, HostTimer
-from vp_train.tensors.streams import HostOrder
+from vp_train.tensors.streams import CudaStreams, HostOrder, Lead
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")  # a device that this machine has
 
@@ -67,20 +68,28 @@ class Sending:
         return self.done
 
 
-def test_sends_are_kept_in_order_until_the_first_of_them_has_ended_or_all_are_drained():
-    log, made = [], []
+class Issuing:
+    """A transport whose communications end when the test says so."""
 
-    class Transport:
-        streams = HostOrder()
+    streams = HostOrder()
 
-        def send(self, tensor, peer, *, watch):
-            made.append(Sending(f"{peer}", log))
-            return watch(made[-1])
+    def __init__(self):
+        self.log, self.made = [], []
 
-    comms = Comms(Transport())
+    def send(self, tensor, peer, *, watch):
+        self.made.append(Sending(f"{len(self.made)}", self.log))
+        return watch(self.made[-1])
+
+    def collective(self, exchange, message, counts, *, watch):
+        return self.send(message(), exchange.root, watch=watch)
+
+
+def test_sends_to_a_peer_are_kept_in_order_until_the_first_has_ended_or_all_are_drained():
+    transport = Issuing()
+    comms, log, made = Comms(transport), transport.log, transport.made
 
     def send():
-        comms.send(torch.ones(1), len(made), watch=unwatched)
+        comms.send(torch.ones(1), 1, watch=unwatched)
 
     send()
     send()
@@ -94,6 +103,69 @@ def test_sends_are_kept_in_order_until_the_first_of_them_has_ended_or_all_are_dr
     assert log == ["0", "1", "2", "3"]
     comms.drain()
     assert log == ["0", "1", "2", "3"]
+
+
+def test_a_message_is_let_go_while_one_of_another_communicator_has_not_ended():
+    transport = Issuing()
+    comms, log, made = Comms(transport), transport.log, transport.made
+    undelivered = exchange(Transfer.REDUCE, delivers=False)
+    assert undelivered.root == 0
+    for peer in (0, 2):
+        comms.send(torch.ones(1), peer, watch=unwatched)
+    comms.start(undelivered, lambda: torch.ones(1), log.append, (), None, unwatched)
+    made[1].done = made[2].done = True
+    comms.send(torch.ones(1), 0, watch=unwatched)
+    assert log == ["1", "2"]
+    comms.drain()
+    assert sorted(log[2:]) == ["0", "3"]
+
+
+class Reaching(HostOrder):
+    """Streams that note when the host waits for the device, and until which mark."""
+
+    def __init__(self, log):
+        self.log, self.count = log, 0
+
+    def mark(self):
+        self.count += 1
+        return self.count
+
+    def reach(self, mark):
+        self.log.append(mark)
+
+
+def test_the_host_issues_a_pass_when_the_device_has_done_all_but_the_last_two():
+    config = config_of(2, 3, 101, schedule="zb_h1", vocab=VocabConfig("one_barrier"))
+    plan = plan_of(config, 2)
+
+    def work(rank, model, together):
+        log = []
+
+        class Passes(Noting):
+            def observe(self, item, held_bytes):
+                log.append(str(item))
+                return nullcontext()
+
+        model.trainer._lead = Lead(Reaching(log), 2)
+        model.train_step(*random_batch(config, 1), Passes())
+        return log
+
+    for rank, log in enumerate(run_locally(config, plan, work)):
+        passes = [str(op.item) for op in plan.program.ranks[rank] if op.action is Action.RUN]
+        expected = passes[:3]
+        for done, name in enumerate(passes[3:], 1):
+            expected += [done, name]
+        assert log == [*expected, len(passes) - 2]
+
+
+def test_on_a_gpu_the_host_waits_for_an_event():
+    waited = []
+    event = SimpleNamespace(synchronize=lambda: waited.append("event"))
+    streams = CudaStreams(torch.device("cuda", 0))
+    streams.reach(None)
+    assert waited == []
+    streams.reach(event)
+    assert waited == ["event"]
 
 
 def test_a_result_is_handed_over_once_and_who_comes_later_follows_that():

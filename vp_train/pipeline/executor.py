@@ -29,10 +29,14 @@ from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
 from vp_train.pipeline.offload import HostLink, Kept, Owner, storages_of
 from vp_train.tensors.precision import statistics_dtype
-from vp_train.tensors.streams import Mark, streams_of
+from vp_train.tensors.streams import Lead, Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import IGNORE_INDEX, token_weights
 from vp_train.vocab.output import OutputLayer, OutputStep, Targets
+
+# How far the host runs ahead of a GPU: so far that the GPU need not wait for it, and no farther,
+# since the messages of these passes stay allocated.
+_PASSES_AHEAD = 2
 
 
 class WeightGrads(Protocol):
@@ -193,6 +197,7 @@ class Executor:
     def __init__(self, program: Program, rank: int, modules: RankModules, comms: Comms) -> None:
         self._program, self._rank, self._modules, self._comms = program, rank, modules, comms
         self._streams = streams_of(modules.device)
+        self._lead = Lead(self._streams, _PASSES_AHEAD)
         self._link = HostLink(self._streams, modules.device)
         self.operation: Op | None = None  # which runs now or has run last; other threads may look
 
@@ -345,6 +350,8 @@ class Executor:
             for op in program.ranks[self._rank]:
                 self.operation = op
                 step.run[op.action](op)
+                if op.action is Action.RUN:
+                    self._lead.passed()
         losses = step.finish()
         return None if losses is None else losses.view(m, s, b).transpose(1, 2)
 
