@@ -53,9 +53,11 @@ class Delivery:
 
 
 class Transport(Protocol):
-    """Moves tensors between the ranks of one pipeline.  Only `Pending.wait` blocks.
+    """Moves tensors between the ranks of one pipeline.
 
-    `watch` may wrap an issued communication, to measure its time.
+    Only `Pending.wait` waits for other ranks.  A transport that copies messages to the host first,
+    such as `ProcessGroups` with `through_host`, also blocks the host while it issues them.  `watch`
+    may wrap an issued communication, to measure its time.
     """
 
     streams: Streams
@@ -91,7 +93,10 @@ class Transport(Protocol):
 
 
 class Comms:
-    """The communication interface of the executor.  Only `drain` and `sum_over_ends` wait."""
+    """The communication interface of the executor.
+
+    Only `drain` and `sum_over_ends` wait for other ranks.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -234,9 +239,9 @@ class ProcessGroups:
     """A transport over the process groups of a pipeline.
 
     With `through_host` every message is copied to the host and every result back to `device`,
-    because gloo cannot send from a GPU.  With `whole_hops` every tensor-parallel rank sends its
-    whole activation, as sequence parallelism needs.  Otherwise all of them have the same
-    activation, each sends a part of it, and the receivers gather the parts.
+    because gloo cannot send from a GPU.  The host waits for these copies.  With `whole_hops` every
+    tensor-parallel rank sends its whole activation, as sequence parallelism needs.  Otherwise all
+    of them have the same activation, each sends a part of it, and the receivers gather the parts.
     """
 
     def __init__(
