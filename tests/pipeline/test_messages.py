@@ -430,7 +430,7 @@ class Probe:
     """Streams and timed events of a GPU that only have names."""
 
     def __init__(self):
-        self.log, self._here, self.count = [], "passes", 0
+        self.log, self._here, self.count, self.made = [], "passes", 0, 0
         probe = self
 
         class Event:
@@ -451,7 +451,8 @@ class Probe:
         self.Event = Event
 
     def Stream(self, device):
-        return "a probe"
+        self.made += 1
+        return f"probe {self.made}"
 
     def current_stream(self, device):
         return self._here
@@ -464,15 +465,20 @@ class Probe:
 
 
 @pytest.mark.parametrize("host_waits", [False, True])
-def test_on_a_gpu_another_stream_waits_for_the_end_of_a_communication(monkeypatch, host_waits):
+def test_on_a_gpu_a_stream_of_its_channel_waits_for_the_end_of_a_communication(
+    monkeypatch, host_waits
+):
     probe, marks = Probe(), []
     for name in ("Event", "Stream", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(probe, name))
     timer = CudaTimer(torch.device("cuda", 0), host_waits=host_waits)
     pending = Sending("wait", probe.log)
-    assert timer.watch(pending, marks.append) is pending
-    assert probe.log == ["mark on passes"] + ([] if host_waits else ["wait", "mark on a probe"])
-    assert len(marks) == (not host_waits)
+    channels = ["hops", "ends", "hops"]
+    for channel in channels:
+        assert timer.watch(pending, channel, marks.append) is pending
+    assert len(marks) == (0 if host_waits else len(channels))
+    expected = [["wait", f"mark on probe {number}"] for number in (1, 2, 1)[: len(marks)]]
+    assert probe.log == ["mark on passes", *(event for events in expected for event in events)]
     if marks:
         assert timer.seconds(marks[0]) == 1.0
         assert probe.log[-1] == "synchronize"
@@ -497,8 +503,8 @@ class Noting:
         self.log.append(("waits", action, str(item)))
         return nullcontext()
 
-    def watch(self, name, pending):
-        self.log.append(("watch", name))
+    def watch(self, name, channel, pending):
+        self.log.append(("watch", name, channel))
         return pending
 
 
@@ -516,8 +522,8 @@ def test_observers_around_another_pass_on_all_that_they_see():
             *(("waits", Action.ARRIVE, "x"), ("waits", Action.OFFLOAD, "0F0")),
         ]
     named = Named(inner)
-    assert named.watch("C0.1", "pending") == "pending"
-    assert inner.log[-1] == ("watch", "C0.1")
+    assert named.watch("C0.1", "input", "pending") == "pending"
+    assert inner.log[-1] == ("watch", "C0.1", "input")
 
 
 class Marking(HostOrder):
@@ -566,17 +572,19 @@ def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_or
         for op in plan.program.ranks[rank]:
             if op.action is Action.RUN:
                 expected.append(("observe", str(op.item)))
-            elif op.action in (Action.SEND, Action.RECV, Action.START):
-                expected.append(("watch", str(op.item)))
+            elif op.action in (Action.SEND, Action.RECV):
+                expected.append(("watch", str(op.item), f"{op.action} {op.peer}"))
+            elif op.action is Action.START:
+                expected.append(("watch", str(op.item), op.exchange.end))
             elif op.action is Action.NEED and not op.item.kind.is_vocabulary:
                 reads.append(str(op.item))
             elif op.action in (Action.ARRIVE, Action.WAIT, Action.NEED, *moves):
                 expected.append(("waits", op.action, str(op.item)))
             if copies_end_later and op.action in (Action.OFFLOAD, Action.RELOAD):
-                expected.append(("watch", str(op)))
+                expected.append(("watch", str(op), op.action))
         expected += [("free",)] * stages
         expected.append(("waits", Action.WAIT, "messages"))
-        seen = [event if event[0] == "waits" else event[:2] for event in log]
+        seen = [event[:2] if event[0] == "observe" else event for event in log]
         # A stage waits for its weights layer by layer, within its first pass.
         layers = [("waits", Action.NEED, item) for item in reads]
         assert {event for event in seen if event in layers} == set(layers)

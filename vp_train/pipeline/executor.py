@@ -89,8 +89,11 @@ class Observer(Protocol):
         """
         ...
 
-    def watch(self, name: str, pending: Pending) -> Pending:
-        """Return `pending`, the communication `name`; an observer may wrap it to time it."""
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
+        """Return `pending`, the communication `name`; an observer may wrap it to time it.
+
+        Those of one `channel` end in the order in which they were issued.
+        """
         ...
 
 
@@ -101,7 +104,7 @@ class _Blind:
     def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def watch(self, name: str, pending: Pending) -> Pending:
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
         return pending
 
 
@@ -589,7 +592,7 @@ class _Step:
         with self._observer.waits(op.action, op.item):
             _MOVES[op.action](kept)
         if kept.copying is not None:
-            self._observer.watch(str(op), kept.copying)
+            self._observer.watch(str(op), op.action, kept.copying)
 
     # Hops
 
@@ -616,7 +619,9 @@ class _Step:
         self._tensors.put(name, stage, op.item.microbatch, received)
 
     def _watch(self, op: Op) -> Callable[[Pending], Pending]:
-        return partial(self._observer.watch, str(op.item))
+        hop = f"{op.action} {op.peer}"
+        channel = hop if op.exchange is None else op.exchange.end
+        return partial(self._observer.watch, str(op.item), channel)
 
     # Barriers
 
