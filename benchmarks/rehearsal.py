@@ -493,7 +493,7 @@ def decide(rank: int, case: Case, problem: Problem, cost: CostModel) -> tuple[Pr
 class PassRecorder(Recorder):
     """A recorder of passes only.  Threads that time communication would need CPU time."""
 
-    def watch(self, name: str, pending: Pending) -> Pending:
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
         return pending
 
 

@@ -46,7 +46,7 @@ class Nothing:
     def waits(self, action: object, item: object) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def watch(self, name: str, pending: Any) -> Any:
+    def watch(self, name: str, channel: str, pending: Any) -> Any:
         return pending
 
 

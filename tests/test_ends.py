@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import vp_train.train
 from tests.programs import Program, finished
@@ -178,6 +179,28 @@ def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(programs, tmp_p
     assert 'raise RuntimeError("deliberate failure")' in log.read_text()
     # torchrun's report of the failed rank
     assert re.search(rf"rank +: 1 .*\n +exitcode +: {EXIT_INTERNAL} ", done.stderr)
+
+
+def main_with_a_peer_that_never_comes():
+    """Train as `vp-train` does; who destroys all process groups waits for ever."""
+    destroy = dist.destroy_process_group
+
+    def waiting(group=None):
+        if group is None:
+            hang()
+        destroy(group)
+
+    dist.destroy_process_group = waiting
+    main()
+
+
+@pytest.mark.parametrize("preflight", [[], ["--preflight"]])
+def test_a_rank_that_is_done_waits_for_no_peer(tmp_path, preflight):
+    """Nothing watches for silent peers any more."""
+    words = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=1", "run.trace_step=0"]
+    words += [f"run.root={tmp_path}", *preflight]
+    done = finished(main_with_a_peer_that_never_comes, *words, seconds=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def main_with_a_killed_rank():

@@ -26,7 +26,7 @@ from vp_train.optim.buckets import Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
-from vp_train.optim.replicas import Replicas
+from vp_train.optim.replicas import Copy, Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import (
@@ -89,8 +89,6 @@ class RankModel:
     loss_scale: LossScale
     reports_loss: bool
     _completions: _Completions
-    _comms: Comms
-    _copied_at_both_ends: Tensor | None  # the gradient of a tied matrix on two stages
 
     def train_step(
         self,
@@ -108,19 +106,15 @@ class RankModel:
         step raises, sums and messages are left behind, and the model can no longer be used.
         """
         self._completions.begin()
-        scale = self.loss_scale.value
-        loss = self.trainer.step(
+        return self.trainer.step(
             tokens,
             labels,
             observer,
             mask=mask,
             segments=segments,
-            loss_scale=scale,
+            loss_scale=self.loss_scale.value,
             placed=placed,
         )
-        if self._copied_at_both_ends is not None:
-            self._comms.sum_over_ends(self._copied_at_both_ends)
-        return loss
 
     @property
     def num_parameters(self) -> int:
@@ -247,8 +241,10 @@ def build_rank(
     weights = _build_weights(config, plan, mesh, device)
     gradients = _build_gradients(config, weights, mesh)
     replicas = Replicas(mesh.data, _through_host(config))
+    comms = Comms(transport or _process_groups(config, mesh, device))
+    copy = None if weights.tied is None else Copy(weights.tied, comms.sum_over_ends)
     # The optimizer may move the parameters, so the modules that hold views of them come after it.
-    optimizer = _build_optimizer(config.optim, weights.parameters, gradients, replicas)
+    optimizer = _build_optimizer(config.optim, weights.parameters, gradients, replicas, copy)
     completions = _completions_of(weights, gradients, optimizer, mesh)
     stages: Mapping[int, Stage | GraphedStage] = weights.stages
     if config.run.cuda_graphs:
@@ -260,7 +256,6 @@ def build_rank(
     training, evaluating = _build_modules(
         config, plan, mesh, weights, stages, gradients, completions
     )
-    comms = Comms(transport or _process_groups(config, mesh, device))
     if missing := _missing(config):
         tell(f"to be faster, {missing}")
     if compiled_parts(config):
@@ -282,8 +277,6 @@ def build_rank(
         loss_scale=LossScale.of(config.run.dtype),
         reports_loss=plan.problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
         _completions=completions,
-        _comms=comms,
-        _copied_at_both_ends=None if weights.tied is None else gradients[weights.tied],
     )
 
 
@@ -354,7 +347,6 @@ def _completions_of(
 ) -> _Completions:
     return _Completions(
         _names_of_passes(weights.stages, weights.matrix_names, mesh.pipeline_rank),
-        later=frozenset(() if weights.tied is None else (weights.tied,)),
         partial=frozenset(name for stage in weights.stages.values() for name in stage.partial),
         gradients=gradients,
         optimizer=optimizer,
@@ -469,7 +461,6 @@ class _Completions:
 
     names_of: the parameters that the passes of a kind and stage read, or whose gradients they add
     to.
-    later: parameters whose gradients are complete only after the step, so they are not announced.
     partial: parameters of whose gradient every tensor-parallel rank has a term; the terms are
         summed over `tensor` before the announcement.
     """
@@ -478,19 +469,18 @@ class _Completions:
         self,
         names_of: Mapping[tuple[Kind, int], tuple[str, ...]],
         *,
-        later: frozenset[str],
         partial: frozenset[str],
         gradients: Gradients,
         optimizer: Optimizer,
         tensor: dist.ProcessGroup,
     ) -> None:
         self._names_of, self._partial, self._gradients = names_of, partial, gradients
-        self._optimizer, self._tensor, self._later = optimizer, tensor, later
+        self._optimizer, self._tensor = optimizer, tensor
         self._done: set[str] = set()
 
     def begin(self) -> None:
         """Begin a step."""
-        self._done = set(self._later)
+        self._done = set()
 
     def need(self, item: Pass) -> None:
         self.need_of(self._names_of.get((item.kind, item.stage), ()))
@@ -526,14 +516,15 @@ def _build_optimizer(
     parameters: dict[str, nn.Parameter],
     gradients: Gradients,
     replicas: Replicas,
+    copy: Copy | None,
 ) -> Optimizer:
     if optim.name == "adamw":
-        return ReplicatedAdamW(parameters, gradients, optim, replicas)
+        return ReplicatedAdamW(parameters, gradients, optim, replicas, copy)
     if not optim.offload:
-        return ZeroAdamW(parameters, gradients, optim, replicas)
+        return ZeroAdamW(parameters, gradients, optim, replicas, copy)
     from vp_train.optim.offload import OffloadedAdamW  # the import takes seconds
 
-    return OffloadedAdamW(parameters, gradients, optim, replicas)
+    return OffloadedAdamW(parameters, gradients, optim, replicas, copy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,6 @@ def run_rank(
             mesh = _connect(config, plan, place, watcher.watch)
         if only_preflight:
             watcher.stop()
-            dist.destroy_process_group()
             unused.close()
             leave(Ending(EXIT_OK, ""))
         if rank == 0 and not is_introduced:
@@ -189,7 +188,6 @@ def run_rank(
     except (Exception, SystemExit) as error:
         watcher.leave(error)
     watcher.stop()
-    dist.destroy_process_group()
     if reporter is not None:
         write_report(config.run)  # when no other rank waits any more
     leave(run.ending())
@@ -852,7 +850,9 @@ class Run:
         there any more.
         """
         self._doing = "saving"
-        self.model.optimizer.settle()  # no rank may leave while others still gather
+        self.model.optimizer.settle()
+        if self.config.run.device == "cuda":
+            torch.cuda.synchronize()  # no rank may leave while others still gather
         self.finish_save()
         saved = self.config.run.checkpoints / checkpoint_name(self._saved_step)
         missing = (

@@ -131,7 +131,8 @@ def collectives(where: Where, report: Report) -> None:
     timer, ends = timer_of(where.device), []
     timer.start()
     message = torch.ones(1 << 20, device=where.device)
-    pending = timer.watch(_start_collective(group, Transfer.ALL_SUM, message, 0, ()), ends.append)
+    sum_of_all = _start_collective(group, Transfer.ALL_SUM, message, 0, ())
+    pending = timer.watch(sum_of_all, "sums", ends.append)
     pending.wait()
     where.synchronise()
     spent = timer.seconds(ends[0])

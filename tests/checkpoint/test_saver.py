@@ -647,6 +647,12 @@ def test_without_pinned_memory_an_error_that_cuda_keeps_ends_nothing(monkeypatch
     monkeypatch.setattr(torch, "zeros", launch)
     copy._reserve(100, pinned=True)
     assert (len(copy._buffer), launched) == (100, ["cuda"])
+    copy._reserve(200, pinned=True)  # it was not registered, so to unregister it is an error
+    runtime.result = 0
+    copy._reserve(300, pinned=True)
+    assert list(runtime.registered) == [copy._buffer.data_ptr()]
+    copy._reserve(400, pinned=False)
+    assert not runtime.registered
 
 
 class Echo:

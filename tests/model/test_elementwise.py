@@ -6,7 +6,10 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from tests.model.test_stage import CPU, FAMILIES, MODEL, group, stage  # noqa: F401 - a fixture
 from vp_train.config import ConfigError
@@ -171,6 +174,54 @@ def test_a_sum_whose_norm_nobody_uses_has_its_gradient():
     assert torch.equal(x.grad, torch.ones_like(x))
     assert torch.equal(residual.grad, torch.ones_like(x))
     assert weight.grad is None
+
+
+ZERO_CENTRED = elementwise.NormRule(1e-6, centre=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_zero_centred_norm_in_16_bits_is_that_of_transformers(dtype):
+    """Its weights are small: 1 + 0.002 is 1 in bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    x, dy, small = (torch.randn(64, 1, 256, generator=generator) for _ in range(3))
+    x, dy, small = x.to(dtype), dy.to(dtype), (small[0, 0] * 0.002).to(dtype)
+    theirs = GemmaRMSNorm(256, ZERO_CENTRED.epsilon).to(dtype)
+    theirs.weight.data.copy_(small)
+    y, rate = elementwise.normalise(x, small, ZERO_CENTRED)
+    assert torch.equal(y, theirs(x))
+    dx, _ = elementwise.normalise_backward(dy, None, x, small, ZERO_CENTRED, rate)
+    exact = [tensor.double().requires_grad_() for tensor in (x, small)]
+    precise = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + exact[1])
+    precise.backward(dy.double())
+    rounded = exact[0].grad.to(dtype).double()
+    error, best = ((found.double() - exact[0].grad).norm() for found in (dx, rounded))
+    assert error < 1.01 * best
+
+
+class Kernels(TorchFunctionMode):
+    """Note the dtypes of the tensors that torch's kernels of norms get."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_function__(self, operation, types, args=(), kwargs=None):
+        if "fused_rms_norm" in operation.__name__:
+            self.dtypes.append([each.dtype for each in args if isinstance(each, torch.Tensor)])
+        return operation(*args, **(kwargs or {}))
+
+
+def test_torchs_kernels_of_zero_centred_norms_compute_in_the_statistics_dtype():
+    with FakeTensorMode(), Kernels() as kernels:
+        x, weight = (
+            torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 8), (8,))
+        )
+        y, rate = elementwise.normalise(x, weight, ZERO_CENTRED)
+        dx, _ = elementwise.normalise_backward(y, x, x, weight, ZERO_CENTRED, rate)
+        assert y.dtype is dx.dtype is torch.bfloat16
+        elementwise.normalise(x, weight, elementwise.NormRule(1e-6))
+    wide = torch.float32
+    assert kernels.dtypes == [[wide] * 2, [wide] * 4, [torch.bfloat16] * 2]
 
 
 class Copies(TorchDispatchMode):

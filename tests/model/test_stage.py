@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.meshes import alone, fake_world
 from vp_train.config import ModelConfig
 from vp_train.model import attention, shape
+from vp_train.model.norm import Addend
 from vp_train.model.stage import Stage, document_lengths, init_rows
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.estimate import exchanged_again
@@ -282,6 +283,31 @@ def test_bfloat16_stays_near_float64(group, name):
     assert outputs[1].dtype is inputs[1].grad.dtype is torch.bfloat16
     for mine, other in (outputs, [given.grad for given in inputs]):
         assert (mine - other).norm() / mine.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", ["gemma3", "granite", "olmo2"])
+def test_gradients_of_biases_and_norms_are_not_rounded_to_bfloat16(group, name):
+    part = stage(group, range(2), model=replace(MODEL, **FAMILIES[name]), dtype=torch.bfloat16)
+    for parameter in part.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+    x, dy = torch.randn(2, 20, 2, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    part(x.requires_grad_()).backward(dy)
+    for key, parameter in part.named_parameters():
+        if parameter.dim() == 1:
+            assert not torch.equal(parameter.grad, parameter.grad.bfloat16().float()), key
+
+
+def test_a_bias_that_the_residual_adds_has_its_gradient_in_float32():
+    bias = nn.Parameter(torch.zeros(48, dtype=torch.bfloat16))
+    bias.grad_dtype = torch.float32
+    bias.grad = torch.ones(48, dtype=torch.float32)
+    x, dy = torch.randn(2, 300, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = Addend(None, 1.0)(x.requires_grad_(), bias)
+    assert torch.equal(y, x + bias)
+    y.backward(dy)
+    assert torch.equal(x.grad, dy)
+    assert torch.allclose(bias.grad, 1 + dy.float().sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_stage_scales_embeddings_and_adds_positions(group):

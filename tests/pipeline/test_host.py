@@ -82,7 +82,7 @@ class FromTheFirstPass:
     def waits(self, action, item):
         return nullcontext()
 
-    def watch(self, name, pending):
+    def watch(self, name, channel, pending):
         return pending
 
     def stop(self):

@@ -158,7 +158,7 @@ class Ticking:
     def seconds(self, mark):
         return mark - self._origin
 
-    def watch(self, pending, done):
+    def watch(self, pending, channel, done):
         return pending
 
 
@@ -191,7 +191,7 @@ def test_communications_are_recorded_from_issue_to_end_under_what_they_are():
     """A hop, a barrier and two kinds of copies; one that has not ended is left out."""
 
     class Ending(Ticking):
-        def watch(self, pending, done):
+        def watch(self, pending, channel, done):
             if pending != "never ends":
                 done(self.mark())
             return pending
@@ -203,7 +203,7 @@ def test_communications_are_recorded_from_issue_to_end_under_what_they_are():
         ("offload:0F4", "c"),
         ("1B0", "never ends"),
     ):
-        assert recorder.watch(name, pending) == pending
+        assert recorder.watch(name, "channel", pending) == pending
     with recorder.waits(Action.RELOAD, Pass.parse("3F4")):
         pass
     with recorder.waits(Action.NEED, Pass.parse("3F4")):
@@ -265,7 +265,7 @@ def recorded(config):
 
 
 class PassRecorder(Recorder):
-    def watch(self, name, pending):
+    def watch(self, name, channel, pending):
         return pending
 
 

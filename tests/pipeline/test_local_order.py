@@ -135,7 +135,7 @@ def test_threads_of_ranks_and_of_waits_keep_no_process_alive():
             never.wait(5)
             return torch.ones(1)
 
-    pending = timer.watch(Never(), lambda mark: None)
+    pending = timer.watch(Never(), "hop", lambda mark: None)
     aside = Aside()
     queued = aside.issue(lambda: pending)
     threads = set(threading.enumerate()) - before
@@ -157,7 +157,7 @@ def test_a_communication_that_is_timed_ends_when_it_does_and_raises_where_it_is_
             return torch.ones(1)
 
     timer.start()
-    pending = timer.watch(Slow(), marks.append)
+    pending = timer.watch(Slow(), "hop", marks.append)
     assert pending.wait().item() == 1
     (mark,) = marks
     assert 0.015 < timer.seconds(mark) < 5
@@ -170,7 +170,7 @@ def test_a_communication_that_is_timed_ends_when_it_does_and_raises_where_it_is_
             raise ZeroDivisionError("it is broken")
 
     with pytest.raises(ZeroDivisionError, match="it is broken"):
-        timer.watch(Broken(), marks.append).wait()
+        timer.watch(Broken(), "hop", marks.append).wait()
     assert marks == [mark]
 
 

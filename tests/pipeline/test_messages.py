@@ -22,6 +22,7 @@ from tests.meshes import alone
 from tests.pipeline.equivalence import config_of
 from tests.pipeline.test_offload import offloading, plan_of
 from tests.pipeline.truth import random_batch
+from vp_train.config import VocabConfig
 from vp_train.pipeline import comms as comms_module
 from vp_train.pipeline.aside import Aside, _stop
 from vp_train.pipeline.comms import Comms, Delivery, Issued, ProcessGroups, _start_collective
@@ -30,7 +31,7 @@ from vp_train.pipeline.offload import HostLink
 from vp_train.pipeline.recorder import Named, Recorder, joined_communications
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import CudaTimer, HostTimer
-from vp_train.tensors.streams import HostOrder
+from vp_train.tensors.streams import CudaStreams, HostOrder, Lead
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")  # a device that this machine has
 
@@ -67,20 +68,28 @@ class Sending:
         return self.done
 
 
-def test_sends_are_kept_in_order_until_the_first_of_them_has_ended_or_all_are_drained():
-    log, made = [], []
+class Issuing:
+    """A transport whose communications end when the test says so."""
 
-    class Transport:
-        streams = HostOrder()
+    streams = HostOrder()
 
-        def send(self, tensor, peer, *, watch):
-            made.append(Sending(f"{peer}", log))
-            return watch(made[-1])
+    def __init__(self):
+        self.log, self.made = [], []
 
-    comms = Comms(Transport())
+    def send(self, tensor, peer, *, watch):
+        self.made.append(Sending(f"{len(self.made)}", self.log))
+        return watch(self.made[-1])
+
+    def collective(self, exchange, message, counts, *, watch):
+        return self.send(message(), exchange.root, watch=watch)
+
+
+def test_sends_to_a_peer_are_kept_in_order_until_the_first_has_ended_or_all_are_drained():
+    transport = Issuing()
+    comms, log, made = Comms(transport), transport.log, transport.made
 
     def send():
-        comms.send(torch.ones(1), len(made), watch=unwatched)
+        comms.send(torch.ones(1), 1, watch=unwatched)
 
     send()
     send()
@@ -94,6 +103,69 @@ def test_sends_are_kept_in_order_until_the_first_of_them_has_ended_or_all_are_dr
     assert log == ["0", "1", "2", "3"]
     comms.drain()
     assert log == ["0", "1", "2", "3"]
+
+
+def test_a_message_is_let_go_while_one_of_another_communicator_has_not_ended():
+    transport = Issuing()
+    comms, log, made = Comms(transport), transport.log, transport.made
+    undelivered = exchange(Transfer.REDUCE, delivers=False)
+    assert undelivered.root == 0
+    for peer in (0, 2):
+        comms.send(torch.ones(1), peer, watch=unwatched)
+    comms.start(undelivered, lambda: torch.ones(1), log.append, (), None, unwatched)
+    made[1].done = made[2].done = True
+    comms.send(torch.ones(1), 0, watch=unwatched)
+    assert log == ["1", "2"]
+    comms.drain()
+    assert sorted(log[2:]) == ["0", "3"]
+
+
+class Reaching(HostOrder):
+    """Streams that note when the host waits for the device, and until which mark."""
+
+    def __init__(self, log):
+        self.log, self.count = log, 0
+
+    def mark(self):
+        self.count += 1
+        return self.count
+
+    def reach(self, mark):
+        self.log.append(mark)
+
+
+def test_the_host_issues_a_pass_when_the_device_has_done_all_but_the_last_two():
+    config = config_of(2, 3, 101, schedule="zb_h1", vocab=VocabConfig("one_barrier"))
+    plan = plan_of(config, 2)
+
+    def work(rank, model, together):
+        log = []
+
+        class Passes(Noting):
+            def observe(self, item, held_bytes):
+                log.append(str(item))
+                return nullcontext()
+
+        model.trainer._lead = Lead(Reaching(log), 2)
+        model.train_step(*random_batch(config, 1), Passes())
+        return log
+
+    for rank, log in enumerate(run_locally(config, plan, work)):
+        passes = [str(op.item) for op in plan.program.ranks[rank] if op.action is Action.RUN]
+        expected = passes[:3]
+        for done, name in enumerate(passes[3:], 1):
+            expected += [done, name]
+        assert log == [*expected, len(passes) - 2]
+
+
+def test_on_a_gpu_the_host_waits_for_an_event():
+    waited = []
+    event = SimpleNamespace(synchronize=lambda: waited.append("event"))
+    streams = CudaStreams(torch.device("cuda", 0))
+    streams.reach(None)
+    assert waited == []
+    streams.reach(event)
+    assert waited == ["event"]
 
 
 def test_a_result_is_handed_over_once_and_who_comes_later_follows_that():
@@ -358,7 +430,7 @@ class Probe:
     """Streams and timed events of a GPU that only have names."""
 
     def __init__(self):
-        self.log, self._here, self.count = [], "passes", 0
+        self.log, self._here, self.count, self.made = [], "passes", 0, 0
         probe = self
 
         class Event:
@@ -379,7 +451,8 @@ class Probe:
         self.Event = Event
 
     def Stream(self, device):
-        return "a probe"
+        self.made += 1
+        return f"probe {self.made}"
 
     def current_stream(self, device):
         return self._here
@@ -392,15 +465,20 @@ class Probe:
 
 
 @pytest.mark.parametrize("host_waits", [False, True])
-def test_on_a_gpu_another_stream_waits_for_the_end_of_a_communication(monkeypatch, host_waits):
+def test_on_a_gpu_a_stream_of_its_channel_waits_for_the_end_of_a_communication(
+    monkeypatch, host_waits
+):
     probe, marks = Probe(), []
     for name in ("Event", "Stream", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(probe, name))
     timer = CudaTimer(torch.device("cuda", 0), host_waits=host_waits)
     pending = Sending("wait", probe.log)
-    assert timer.watch(pending, marks.append) is pending
-    assert probe.log == ["mark on passes"] + ([] if host_waits else ["wait", "mark on a probe"])
-    assert len(marks) == (not host_waits)
+    channels = ["hops", "ends", "hops"]
+    for channel in channels:
+        assert timer.watch(pending, channel, marks.append) is pending
+    assert len(marks) == (0 if host_waits else len(channels))
+    expected = [["wait", f"mark on probe {number}"] for number in (1, 2, 1)[: len(marks)]]
+    assert probe.log == ["mark on passes", *(event for events in expected for event in events)]
     if marks:
         assert timer.seconds(marks[0]) == 1.0
         assert probe.log[-1] == "synchronize"
@@ -425,8 +503,8 @@ class Noting:
         self.log.append(("waits", action, str(item)))
         return nullcontext()
 
-    def watch(self, name, pending):
-        self.log.append(("watch", name))
+    def watch(self, name, channel, pending):
+        self.log.append(("watch", name, channel))
         return pending
 
 
@@ -444,8 +522,8 @@ def test_observers_around_another_pass_on_all_that_they_see():
             *(("waits", Action.ARRIVE, "x"), ("waits", Action.OFFLOAD, "0F0")),
         ]
     named = Named(inner)
-    assert named.watch("C0.1", "pending") == "pending"
-    assert inner.log[-1] == ("watch", "C0.1")
+    assert named.watch("C0.1", "input", "pending") == "pending"
+    assert inner.log[-1] == ("watch", "C0.1", "input")
 
 
 class Marking(HostOrder):
@@ -494,17 +572,19 @@ def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_or
         for op in plan.program.ranks[rank]:
             if op.action is Action.RUN:
                 expected.append(("observe", str(op.item)))
-            elif op.action in (Action.SEND, Action.RECV, Action.START):
-                expected.append(("watch", str(op.item)))
+            elif op.action in (Action.SEND, Action.RECV):
+                expected.append(("watch", str(op.item), f"{op.action} {op.peer}"))
+            elif op.action is Action.START:
+                expected.append(("watch", str(op.item), op.exchange.end))
             elif op.action is Action.NEED and not op.item.kind.is_vocabulary:
                 reads.append(str(op.item))
             elif op.action in (Action.ARRIVE, Action.WAIT, Action.NEED, *moves):
                 expected.append(("waits", op.action, str(op.item)))
             if copies_end_later and op.action in (Action.OFFLOAD, Action.RELOAD):
-                expected.append(("watch", str(op)))
+                expected.append(("watch", str(op), op.action))
         expected += [("free",)] * stages
         expected.append(("waits", Action.WAIT, "messages"))
-        seen = [event if event[0] == "waits" else event[:2] for event in log]
+        seen = [event[:2] if event[0] == "observe" else event for event in log]
         # A stage waits for its weights layer by layer, within its first pass.
         layers = [("waits", Action.NEED, item) for item in reads]
         assert {event for event in seen if event in layers} == set(layers)

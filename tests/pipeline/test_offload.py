@@ -194,7 +194,7 @@ class LeftOnDevice:
             ]
         yield
 
-    def watch(self, name, pending):
+    def watch(self, name, channel, pending):
         return pending
 
 
@@ -367,7 +367,7 @@ class FailsAt:
             raise RuntimeError(f"lost at {action}:{item}")
         return nullcontext()
 
-    def watch(self, name, pending):
+    def watch(self, name, channel, pending):
         return pending
 
 

@@ -157,3 +157,52 @@ def test_a_step_does_not_queue_behind_parameters_that_are_still_gathered(ranks):
     """All collectives of one data-parallel group run in the order of issue."""
     config = config_of(2, 3, 101, dp=2, optimizer="zero1")
     assert ranks(4).run(joins_the_replicas_before_the_first_pass, config) == [([], True)] * 4
+
+
+class _Summed:
+    """A sum over replicas that is done."""
+
+    def wait(self):
+        pass
+
+
+def copies_of_a_tied_matrix(rank, world_size, config):
+    """Return the tied matrix of this rank after a step, None if it has none.
+
+    The replicas of each pipeline rank begin their sums with another replica, as rings of NCCL may.
+    """
+    plan = make_plan(config, world_size)
+    mesh = mesh_for(plan)
+    model = build_rank(config, plan, mesh)
+
+    def in_an_order_of_its_own(replicas, values):
+        terms = [torch.empty_like(values) for _ in range(replicas.size)]
+        dist.all_gather(terms, values.clone(), group=replicas.group)
+        first = mesh.pipeline_rank
+        values.copy_(sum(terms[first + 1 :] + terms[:first], start=terms[first]))
+        return _Summed()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replicas, "sum", in_an_order_of_its_own)
+        patch.setattr(Replicas, "scatter_sum", in_an_order_of_its_own)
+        model.gradients.zero()
+        model.train_step(*random_batch(config, 1 + mesh.data_rank))
+        model.optimizer.reduce()
+    model.optimizer.step(0.01, 1.0)
+    model.optimizer.settle()
+    return model.parameters.get("embedding.weight")
+
+
+def test_copies_of_a_tied_matrix_stay_the_same_bits_in_whatever_order_replicas_sum(ranks):
+    plain = config_of(2, 3, 101, dp=3, vocab=VocabConfig("none"), tied=True, dtype="float32")
+    found = {}
+    for optim in (
+        OptimConfig("adamw"),
+        OptimConfig("zero1"),
+        OptimConfig("zero1", offload=True),
+    ):
+        copies = ranks(6).run(copies_of_a_tied_matrix, replace(plain, optim=optim))
+        assert all(torch.equal(copy, copies[0]) for copy in copies)
+        found[optim] = copies[0]
+    first, *others = found.values()
+    assert all(torch.allclose(first, other, atol=1e-4) for other in others)

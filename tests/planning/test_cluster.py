@@ -266,7 +266,14 @@ def test_a_tied_matrix_at_both_ends_has_its_gradient_summed_over_them(overrides,
     ]
     config, step = costed("cluster.node_bytes_per_second=1e6", *common, tp=2)
     expected = 0.5 + 4 * 4096 * 64 / 2 / 1e6 if summed else 0
-    assert tied_seconds(step.work, config.cluster, step.problem) == pytest.approx(expected)
+    given = step.work, config.cluster, config.optim, step.problem
+    assert tied_seconds(*given) == pytest.approx(expected)
+    replicated = replace(step.work, degrees=replace(step.work.degrees, dp=3))
+    for name, parts in (("adamw", 1), ("zero1", 3)):  # a replica sums what it owns
+        found = tied_seconds(
+            replicated, config.cluster, replace(config.optim, name=name), step.problem
+        )
+        assert found == pytest.approx(0.5 + (expected - 0.5) / parts if summed else 0)
     found = make_report(replace(config, cluster=replace(config.cluster, gpus_per_node=4)))
     assert found.gradients == pytest.approx(expected)
 

@@ -11,7 +11,7 @@ import pytest
 from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.model import shape
-from vp_train.planning.cluster import replica_seconds, tied_on_two_ranks
+from vp_train.planning.cluster import replica_seconds
 from vp_train.planning.overlap import Exchange, _lateness, _Run, _runs, _sums_end, exchange
 from vp_train.planning.plan import plan_step
 from vp_train.settings import load_config
@@ -113,10 +113,7 @@ def test_a_run_of_parameters_lasts_from_its_last_backward_to_its_first_reader(
             done = [s.end for end in ends for s in when(kinds[end][0], rank)]
             read = [s.start for end in ends for s in when(kinds[end][1], rank)]
             if rows:
-                complete = max(done)
-                if tied_on_two_ranks(step.problem, model):
-                    complete = step.timeline.makespan
-                first = min(read)
+                complete, first = max(done), min(read)
                 expected.append(_Run(80 * rows, 1, complete, complete, first, first))
         for stage in step.problem.layout.stages_of(rank):
             held = len(step.layers[stage]) * shape.layer_parameters(model)

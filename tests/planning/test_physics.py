@@ -126,6 +126,18 @@ def test_elementwise_work_moves_what_its_kernels_read_and_write():
             assert found == (whole[0] + there, whole[1] + back), (name, compiled)
 
 
+def test_zero_centred_norms_that_are_not_compiled_are_cast_to_fp32_and_back():
+    """A cast reads 2 bytes of each value and writes 4, or the reverse."""
+    model = replace(load_config(["model=llama3_8b"]).model, qk_norm=True)
+    centred, of_layer, of_heads, slow = replace(model, zero_centred_norm=True), 2 * 4096, 5120, 2
+    for item, compiled, casts in ((2, False, 1), (2, True, 0), (4, False, 0)):
+        found, expected = (elementwise_bytes(each, 10, item, compiled) for each in (centred, model))
+        for part, base, tensors, own in zip(found, expected, (2, 3), (2, 3), strict=True):
+            # fp32 doubles what the kernel moves
+            added = (6 * tensors + 4 * own - 2 * own) * (of_layer + slow * of_heads)
+            assert part - base == casts * 10 * added
+
+
 @pytest.mark.parametrize("name", ["llama3_8b", "gpt_4b"])
 def test_elementwise_work_moves_what_was_counted(name, monkeypatch):
     """Counted in `benchmarks/layers.py` for reduced layers, whose weights are a larger part.

@@ -75,6 +75,12 @@ def test_it_holds_the_exponentials_of_the_rows_kept_and_nothing_else(dtype):
         assert step.held_bytes == T * (aligned + H * dtype.itemsize + 4 * 4)
 
 
+def test_on_a_cpu_it_refuses_float16_in_which_its_products_overflow():
+    weight = torch.zeros(3, H, dtype=torch.float16)
+    with pytest.raises(AssertionError, match=r"overflow float16; take Chunked"):
+        joined.Joined(weight, torch.zeros(3, H), None, 0.5)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, T, 3 * T])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("recompute", [0.0, 0.4, 1.0])

@@ -294,6 +294,7 @@ class _HostCopy:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._num_bytes = 0
+        self._is_registered = False  # the buffer, with CUDA
         self._side: torch.cuda.Stream | None = None
 
     @property
@@ -352,12 +353,19 @@ class _HostCopy:
         if len(self._buffer) >= num_bytes:
             return
         # Nothing uses the old buffer: a save begins only when the one before is complete.
-        runtime: Any = torch.cuda.cudart() if pinned else None  # type: ignore[no-untyped-call]
-        if pinned and len(self._buffer):
+        pins = pinned or self._is_registered
+        runtime: Any = torch.cuda.cudart() if pins else None  # type: ignore[no-untyped-call]
+        if self._is_registered:
             runtime.cudaHostUnregister(self._buffer.data_ptr())
+            self._is_registered = False
         self._buffer = torch.empty(0, dtype=torch.uint8)  # frees it before the next is allocated
         self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        if pinned and int(runtime.cudaHostRegister(self._buffer.data_ptr(), num_bytes, 1)):
+        if not pinned:
+            return
+        self._is_registered = not int(
+            runtime.cudaHostRegister(self._buffer.data_ptr(), num_bytes, 1)
+        )
+        if not self._is_registered:
             # CUDA keeps the error for the next launch that asks, so let one ask that may fail.
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")

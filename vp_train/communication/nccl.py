@@ -169,6 +169,6 @@ def _poll(backends: list[Any], failed: Callable[[str], None], stopped: Event) ->
         for backend in backends:
             error = backend.get_error().name
             if error != "SUCCESS":
-                if not stopped.is_set():  # errors while groups are destroyed are not failures
+                if not stopped.is_set():  # errors while ranks leave are not failures
                     failed(error)
                 return

@@ -64,14 +64,25 @@ class NormRule:
     subtracts_mean: bool = False
 
 
+def _scale(weight: Tensor, rule: NormRule) -> Tensor:
+    """Return what a norm multiplies by.
+
+    A sum of centre and weight is in the statistics dtype: in 16 bits 1 + 0.002 is 1.
+    """
+    return weight.to(statistics_dtype(weight.dtype)) + rule.centre if rule.centre else weight
+
+
 def normalise(x: Tensor, weight: Tensor, rule: NormRule) -> tuple[Tensor, Tensor]:
     """Return the RMSNorm of x over the dimensions of `weight`, and 1 / rms(x) for the backward.
 
     The latter is in the statistics dtype.
     """
-    scale = weight + rule.centre if rule.centre else weight
-    if x.is_cuda and not torch.compiler.is_compiling():  # torch has a kernel
-        return torch.ops.aten._fused_rms_norm(x, weight.shape, scale, rule.epsilon)  # type: ignore[no-any-return]
+    scale = _scale(weight, rule)
+    if x.is_cuda and not torch.compiler.is_compiling():  # torch has a kernel, for one dtype
+        y, rate = torch.ops.aten._fused_rms_norm(
+            x.to(scale.dtype), weight.shape, scale, rule.epsilon
+        )
+        return y.to(x.dtype), rate
     wide = x.to(statistics_dtype(x.dtype))
     dims = tuple(range(-weight.dim(), 0))
     rate = torch.rsqrt(wide.square().mean(dims, keepdim=True) + rule.epsilon)
@@ -91,14 +102,16 @@ def normalise_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of an RMSNorm with respect to its input `total` and its weight.
 
+    The latter is in the statistics dtype, but in the dtype of the weight where torch's kernel is.
     `dtotal` is a gradient of `total` from elsewhere, which is added.
     """
-    scale = weight + rule.centre if rule.centre else weight
+    scale = _scale(weight, rule)
     if total.is_cuda and not torch.compiler.is_compiling():
         dx, dweight = torch.ops.aten._fused_rms_norm_backward(
-            dy, total, weight.shape, rate, scale, [True, True]
+            dy.to(scale.dtype), total.to(scale.dtype), weight.shape, rate, scale, [True, True]
         )
-        return dx if dtotal is None else dx + dtotal, dweight
+        dx = dx if dtotal is None else dx + dtotal
+        return dx.to(total.dtype), dweight
     precise, dims = rate.dtype, tuple(range(-weight.dim(), 0))
     normal, wide = total.to(precise) * rate, dy.to(precise)
     product = wide * normal
@@ -107,7 +120,7 @@ def normalise_backward(
     dx = (wide * scale - normal * along) * rate
     if dtotal is not None:
         dx = dx + dtotal
-    return dx.to(total.dtype), dweight.to(weight.dtype)
+    return dx.to(total.dtype), dweight
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
-from vp_train.tensors.precision import accumulate
+from vp_train.tensors.precision import accumulate, column_sums, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
 
 _Product = tuple[nn.Parameter, Tensor, Tensor]
@@ -165,12 +165,39 @@ class LateInput:
 def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """Add `gradient` to parameter.grad, maybe of another dtype, within a backward.
 
-    Autograd would first cast it, and would take a node of the graph for it.
+    Autograd would first cast it to the parameter's dtype, and would take a node of the graph for
+    it.
     """
     if parameter.grad is None:
-        parameter.grad = gradient
+        parameter.grad = gradient.to(parameter.dtype)
     else:
         parameter.grad.add_(gradient)
+
+
+def _add_bias_gradient(bias: Tensor, dy: Tensor) -> None:
+    """Add the sum over the tokens of dy [T, out] to bias.grad [out]."""
+    add_gradient(bias, column_sums(dy, statistics_dtype(dy.dtype)))
+
+
+class _BiasFunction(torch.autograd.Function):
+    """The sum x + b, whose backward adds to b.grad what autograd would first round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.bias = bias
+        return x + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
+        _add_bias_gradient(ctx.bias, dy)
+        return dy, None
+
+
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """Return x + b for x [T, out] and b [out]."""
+    y: Tensor = _BiasFunction.apply(x, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
@@ -300,7 +327,7 @@ class _LinearFunction(torch.autograd.Function):
         else:
             late.put(weight, rows)
         if ctx.bias is not None:  # a cheap sum, so it does not wait for W
-            add_gradient(ctx.bias, rows.sum(0))
+            _add_bias_gradient(ctx.bias, rows)
         return dx if summed is None else summed.wait(), None, None, None, None, None
 
 
@@ -423,4 +450,4 @@ class RowLinear(_StoredLinear):
             y = self._reduce(y, self._group)
         if to_sum is None or self._skip_bias_add:
             return y, to_sum
-        return y + to_sum, None
+        return add_bias(y, to_sum), None

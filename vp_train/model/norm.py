@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vp_train.config import ModelConfig
 from vp_train.model.elementwise import Fuse, NormRule, residual_norm
+from vp_train.model.linear import add_bias
 
 
 def norm_rule(model: ModelConfig) -> NormRule:
@@ -83,7 +84,7 @@ class Addend(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Map [T, h] to [T, h]."""
-        added = x if bias is None else x + bias
+        added = x if bias is None else add_bias(x, bias)
         if self.norm is not None:
             added = self.norm(added)
         return added if self._multiplier == 1 else added * self._multiplier

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from vp_train.optim.adamw import MOMENTS, build_adamw
 from vp_train.optim.buckets import bucket_elements
 from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
-from vp_train.optim.replicas import Replicas
+from vp_train.optim.replicas import Copy, Replicas
 from vp_train.optim.zero import joined
 from vp_train.quiet import quiet_deprecations
 
@@ -39,8 +40,9 @@ class OffloadedAdamW:
         gradients: Gradients,
         optim: OptimConfig,
         replicas: Replicas,
+        copy: Copy | None = None,
     ) -> None:
-        self._gradients, self._replicas = gradients, replicas
+        self._gradients, self._replicas, self._copy = gradients, replicas, copy
         counted = {
             name
             for bucket in gradients.layout.buckets
@@ -51,9 +53,15 @@ class OffloadedAdamW:
         self._names = {parameter: name for name, parameter in parameters.items()}
         groups: list[dict[str, Any]] = []
         self._group_counts: list[bool] = []
-        for counts in (True, False):  # all or none of a group's parameters count for the norm
+        # All or none of a group's parameters count for the norm, and a copy is a group of its own:
+        # both ranks that hold it have the same part of it.
+        copied = None if copy is None else copy.name
+        for key in product((True, False), (False, True)):
+            counts, _ = key
             owned = [
-                p for name, p in parameters.items() if p.numel() and (name in counted) is counts
+                p
+                for name, p in parameters.items()
+                if p.numel() and (name in counted, name == copied) == key
             ]
             for group in build_adamw(owned, optim).param_groups:
                 if group["params"]:
@@ -121,6 +129,11 @@ class OffloadedAdamW:
         if self._zero is not None:
             self._zero.overlapping_partition_gradients_reduce_epilogue()
         self._started.clear()
+        if self._copy is not None:
+            own = self._shard(self._group_of[self._copy.name][1])
+            terms = own.to(self._gradients.flat.device)
+            self._copy.sum(terms)
+            own.copy_(terms)
 
     def poison(self) -> Tensor | None:
         return self._poison.take()

@@ -78,6 +78,22 @@ class Replicas:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A parameter that two ranks of a replica hold, each with a term of its gradient.
+
+    The terms are summed over the replicas before they are summed over the two ranks.  Groups of
+    replicas may sum in different orders, but all replicas of a group get the same bits, and a sum
+    of two terms has one order.  So all copies get the same gradient.
+
+    name: of the parameter, which alone is in its bucket.
+    sum: sums a part of the gradient over the two ranks, in place, and waits.
+    """
+
+    name: str
+    sum: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Staged:
     """A communication whose result is still to be copied to the device."""
 

@@ -19,7 +19,7 @@ from vp_train.optim.adamw import MOMENTS, FusedAdamW, fresh_state
 from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
-from vp_train.optim.replicas import Pending, Replicas
+from vp_train.optim.replicas import Copy, Pending, Replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,10 @@ class ZeroAdamW:
         gradients: Gradients,
         optim: OptimConfig,
         replicas: Replicas,
+        copy: Copy | None = None,
     ) -> None:
         self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
+        self._copy = copy
         self._flat = _flatten(self._parameters, gradients)
         self._shards = {  # by the index of the bucket
             index: self._shard(bucket, optim)
@@ -116,6 +118,9 @@ class ZeroAdamW:
         for pending in self._sums:
             pending.wait()
         self._sums.clear()
+        if self._copy is not None:  # both ranks own the same part of it, alone in its bucket
+            shard = self._shards[self._shard_of[self._copy.name]]
+            self._copy.sum(self._gradients.flat[shard.start : shard.stop])
         for parameter in self._parameters.values():
             parameter.grad = None
 

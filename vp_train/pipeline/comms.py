@@ -10,7 +10,7 @@ passes: on CUDA on a side stream, and with gloo, where waiting blocks the host, 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,9 +53,11 @@ class Delivery:
 
 
 class Transport(Protocol):
-    """Moves tensors between the ranks of one pipeline.  Only `Pending.wait` blocks.
+    """Moves tensors between the ranks of one pipeline.
 
-    `watch` may wrap an issued communication, to measure its time.
+    Only `Pending.wait` waits for other ranks.  A transport that copies messages to the host first,
+    such as `ProcessGroups` with `through_host`, also blocks the host while it issues them.  `watch`
+    may wrap an issued communication, to measure its time.
     """
 
     streams: Streams
@@ -91,15 +93,20 @@ class Transport(Protocol):
 
 
 class Comms:
-    """The communication interface of the executor.  Only `drain` and `sum_over_ends` wait."""
+    """The communication interface of the executor.
+
+    Only `drain` and `sum_over_ends` wait for other ranks.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._kept: deque[Pending] = deque()
+        # By communicator, a peer or an end: each completes what it was given in order, and none
+        # waits for another.
+        self._kept: defaultdict[int | End, deque[Pending]] = defaultdict(deque)
 
     def send(self, tensor: Tensor, peer: int, *, watch: Watch) -> None:
         """Send `tensor` to pipeline rank `peer`."""
-        self._keep(self._transport.send(tensor, peer, watch=watch))
+        self._keep(peer, self._transport.send(tensor, peer, watch=watch))
 
     def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
         """Issue the receive into `buffer` from pipeline rank `peer`, and return it."""
@@ -136,22 +143,25 @@ class Comms:
             pending = self._transport.collective(exchange, continued, counts, watch=watch)
         if exchange.delivers:
             return Delivery(pending, hand_over, self._transport.streams)
-        self._keep(pending)
+        self._keep(exchange.end, pending)
         return None
 
     def sum_over_ends(self, tensor: Tensor) -> None:
         """Sum `tensor` in place over the ranks of the first and last stage, and wait."""
         self._transport.sum_over_ends(tensor)
 
-    def _keep(self, pending: Pending) -> None:
-        self._kept.append(pending)
-        while self._kept and self._kept[0].is_completed():
-            self._kept.popleft().wait()
+    def _keep(self, communicator: int | End, pending: Pending) -> None:
+        """Keep a communication until it is seen complete; let go of all that are complete now."""
+        self._kept[communicator].append(pending)
+        for kept in self._kept.values():
+            while kept and kept[0].is_completed():
+                kept.popleft().wait()
 
     def drain(self) -> None:
         """Wait for all communications that nothing else waits for."""
-        while self._kept:
-            self._kept.popleft().wait()
+        for kept in self._kept.values():
+            while kept:
+                kept.popleft().wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +239,9 @@ class ProcessGroups:
     """A transport over the process groups of a pipeline.
 
     With `through_host` every message is copied to the host and every result back to `device`,
-    because gloo cannot send from a GPU.  With `whole_hops` every tensor-parallel rank sends its
-    whole activation, as sequence parallelism needs.  Otherwise all of them have the same
-    activation, each sends a part of it, and the receivers gather the parts.
+    because gloo cannot send from a GPU.  The host waits for these copies.  With `whole_hops` every
+    tensor-parallel rank sends its whole activation, as sequence parallelism needs.  Otherwise all
+    of them have the same activation, each sends a part of it, and the receivers gather the parts.
     """
 
     def __init__(

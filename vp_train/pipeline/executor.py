@@ -29,10 +29,14 @@ from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
 from vp_train.pipeline.offload import HostLink, Kept, Owner, storages_of
 from vp_train.tensors.precision import statistics_dtype
-from vp_train.tensors.streams import Mark, streams_of
+from vp_train.tensors.streams import Lead, Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import IGNORE_INDEX, token_weights
 from vp_train.vocab.output import OutputLayer, OutputStep, Targets
+
+# How far the host runs ahead of a GPU: so far that the GPU need not wait for it, and no farther,
+# since the messages of these passes stay allocated.
+_PASSES_AHEAD = 2
 
 
 class WeightGrads(Protocol):
@@ -85,8 +89,11 @@ class Observer(Protocol):
         """
         ...
 
-    def watch(self, name: str, pending: Pending) -> Pending:
-        """Return `pending`, the communication `name`; an observer may wrap it to time it."""
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
+        """Return `pending`, the communication `name`; an observer may wrap it to time it.
+
+        Those of one `channel` end in the order in which they were issued.
+        """
         ...
 
 
@@ -97,7 +104,7 @@ class _Blind:
     def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def watch(self, name: str, pending: Pending) -> Pending:
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
         return pending
 
 
@@ -193,6 +200,7 @@ class Executor:
     def __init__(self, program: Program, rank: int, modules: RankModules, comms: Comms) -> None:
         self._program, self._rank, self._modules, self._comms = program, rank, modules, comms
         self._streams = streams_of(modules.device)
+        self._lead = Lead(self._streams, _PASSES_AHEAD)
         self._link = HostLink(self._streams, modules.device)
         self.operation: Op | None = None  # which runs now or has run last; other threads may look
 
@@ -345,6 +353,8 @@ class Executor:
             for op in program.ranks[self._rank]:
                 self.operation = op
                 step.run[op.action](op)
+                if op.action is Action.RUN:
+                    self._lead.passed()
         losses = step.finish()
         return None if losses is None else losses.view(m, s, b).transpose(1, 2)
 
@@ -582,7 +592,7 @@ class _Step:
         with self._observer.waits(op.action, op.item):
             _MOVES[op.action](kept)
         if kept.copying is not None:
-            self._observer.watch(str(op), kept.copying)
+            self._observer.watch(str(op), op.action, kept.copying)
 
     # Hops
 
@@ -609,7 +619,9 @@ class _Step:
         self._tensors.put(name, stage, op.item.microbatch, received)
 
     def _watch(self, op: Op) -> Callable[[Pending], Pending]:
-        return partial(self._observer.watch, str(op.item))
+        hop = f"{op.action} {op.peer}"
+        channel = hop if op.exchange is None else op.exchange.end
+        return partial(self._observer.watch, str(op.item), channel)
 
     # Barriers
 

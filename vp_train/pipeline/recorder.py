@@ -108,7 +108,7 @@ class Recorder:
         self._communications.append(timed)
         self._count()
 
-    def watch(self, name: str, pending: Pending) -> Pending:
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
         """Time the communication `name`.
 
         That is a pass whose result hops, a barrier such as `C0.3`, or a copy such as `offload:0F3`.
@@ -123,7 +123,7 @@ class Recorder:
         def done(mark: Any) -> None:
             timed.end = mark
 
-        return self.timer.watch(pending, done)
+        return self.timer.watch(pending, channel, done)
 
     @property
     def spans(self) -> list[Span]:
@@ -171,8 +171,8 @@ class Named:
         with record_function(f"{action}:{item}"), self.inner.waits(action, item):
             yield
 
-    def watch(self, name: str, pending: Pending) -> Pending:
-        return self.inner.watch(name, pending)
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
+        return self.inner.watch(name, channel, pending)
 
 
 def joined_communications(of_ranks: list[list[Span]]) -> tuple[Span, ...]:

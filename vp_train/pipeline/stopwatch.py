@@ -91,7 +91,7 @@ class Stopwatch:
         if self._after is not None:
             self.switch(self._after)
 
-    def watch(self, name: str, pending: Pending) -> Pending:
+    def watch(self, name: str, channel: str, pending: Pending) -> Pending:
         return pending
 
 

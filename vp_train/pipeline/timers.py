@@ -37,8 +37,11 @@ class Timer(Protocol):
         """Set the origin of `seconds` to now."""
         ...
 
-    def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
-        """Return `pending`, perhaps wrapped; call `done` with a mark for its end."""
+    def watch(self, pending: Pending, channel: str, done: Callable[[Any], None]) -> Pending:
+        """Return `pending`, perhaps wrapped; call `done` with a mark for its end.
+
+        Those of one `channel` end in the order of these calls.
+        """
         ...
 
 
@@ -61,7 +64,7 @@ class HostTimer:
     def seconds(self, mark: float) -> float:
         return mark - self._origin
 
-    def watch(self, pending: Pending, done: Callable[[float], None]) -> Pending:
+    def watch(self, pending: Pending, channel: str, done: Callable[[float], None]) -> Pending:
         return _WaitedFor(pending, lambda: done(self.mark()))
 
 
@@ -74,6 +77,7 @@ class CudaTimer:
 
     def __init__(self, device: torch.device, *, host_waits: bool = False) -> None:
         self._device, self._host_waits = device, host_waits
+        self._probes: dict[str, torch.cuda.Stream] = {}
         self._origin = self.mark()
 
     def start(self) -> None:
@@ -92,9 +96,13 @@ class CudaTimer:
         mark.synchronize()
         return float(self._origin.elapsed_time(mark)) / 1e3
 
-    def watch(self, pending: Pending, done: Callable[[Any], None]) -> Pending:
+    def watch(self, pending: Pending, channel: str, done: Callable[[Any], None]) -> Pending:
         if not self._host_waits:
-            probe = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            # A stream for each message would be too many: torch has 32 and gives them out again,
+            # and a message would wait for those of other channels.
+            probe = self._probes.get(channel)
+            if probe is None:
+                probe = self._probes[channel] = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(probe):  # waits without delaying passes and communications
                 pending.wait()
                 done(self.mark())

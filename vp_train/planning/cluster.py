@@ -222,15 +222,20 @@ def tied_on_two_ranks(problem: Problem, model: ModelConfig) -> bool:
     return model.tied_embeddings and not one_copy
 
 
-def tied_seconds(work: Workload, cluster: ClusterConfig, problem: Problem) -> float:
-    """Return the seconds that summing the gradient of a tied matrix takes.
+def tied_seconds(
+    work: Workload, cluster: ClusterConfig, optim: OptimConfig, problem: Problem
+) -> float:
+    """Return the seconds in which two ranks sum the gradient of a tied matrix after the replicas.
 
-    It is 0 unless the input and the output layer keep copies of it on two different ranks.
+    It is 0 unless the input and the output layer keep copies of it on two different ranks.  With
+    ZeRO-1 a replica sums its part.
     """
     if not tied_on_two_ranks(problem, work.model):
         return 0.0
     link, model = links_of(cluster, work.degrees).pipeline, work.model
     num_bytes = work.precise_bytes * model.vocab_size * model.hidden_size / work.degrees.tp
+    if optim.name == "zero1":
+        num_bytes /= work.degrees.dp
     return sum_seconds(link.seconds, link.bytes_per_second, num_bytes, 2)
 
 

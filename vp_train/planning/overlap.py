@@ -17,7 +17,7 @@ from schedules.vocab import End
 from vp_train.config import ClusterConfig, OptimConfig
 from vp_train.config.bounds import BUCKETS_PER_STAGE
 from vp_train.model import shape
-from vp_train.planning.cluster import replica_seconds, tied_on_two_ranks
+from vp_train.planning.cluster import replica_seconds
 from vp_train.planning.plan import StepPlan
 
 _MIB = 1 << 20
@@ -111,8 +111,6 @@ def _runs(step: StepPlan, optim: OptimConfig, rank: int) -> list[_Run]:
         if not rows or not ended:
             continue
         complete = max(ended)
-        if tied_on_two_ranks(step.problem, model):  # the two copies are summed after all passes
-            complete = step.timeline.makespan
         needed = min(
             (first[_READS[one], rank][0] for one in both if (_READS[one], rank) in first),
             default=0.0,

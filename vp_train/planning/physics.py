@@ -34,6 +34,7 @@ _ATTENTION_BACKWARD = 3.0
 # H100 a layer of llama3_8b that is not compiled takes 22.0 ms, and four sums for biases 95 us.
 _SLOW = 2.0
 _TERM_VALUES = 2 + 2.5 + 2.5  # that S and T move per token and hidden value: `terms_seconds`
+_CAST = 1 + 2  # values of 2 bytes that a cast between 2 and 4 bytes moves
 _FORWARD_KERNELS, _BACKWARD_KERNELS = 14, 40  # of a layer
 
 
@@ -163,7 +164,7 @@ def layer_seconds(
     backward /= linear_speed
     weights = sum(device.product(outputs, inputs, tokens) for outputs, inputs in products)
     kernels = device.kernel_seconds
-    there, back = _moved_values(model, compiled, sequence_ranks)
+    there, back = _moved_values(model, compiled, sequence_ranks, item_bytes)
     weights += device.moved(sum_bytes * shape.layer_matrix_parameters(model)) + 4 * kernels
     rest = device.moved(item_bytes * tokens * there) + _FORWARD_KERNELS * kernels
     whole = sum(forward) + attention + rest
@@ -210,23 +211,29 @@ def elementwise_bytes(
 
     What is read or written at half of the bandwidth counts twice.
     """
-    there, back = _moved_values(model, compiled, sequence_ranks)
+    there, back = _moved_values(model, compiled, sequence_ranks, item_bytes)
     return item_bytes * num_tokens * there, item_bytes * num_tokens * back
 
 
-def _moved_values(model: ModelConfig, compiled: bool, sequence_ranks: int) -> tuple[float, float]:
+def _moved_values(
+    model: ModelConfig, compiled: bool, sequence_ranks: int, item_bytes: int
+) -> tuple[float, float]:
     """Return the values per token that elementwise kernels move in a forward and in a backward.
 
     They are those of `model/elementwise.py`.  A norm reads x and writes y, and its backward reads
     dy and x and writes dx.  A residual sum reads two and writes one.  Compiled, one kernel forms
     the first sum and the RMSNorm after it, another its gradient and the sum with that from
-    elsewhere, and one kernel each splits and rotates heads, and opens gates.
+    elsewhere, and one kernel each splits and rotates heads, and opens gates.  Norms centred
+    at zero compute in fp32: if nothing is compiled, values of 2 bytes are cast before and after.
     """
     h, f = model.hidden_size / sequence_ranks, model.ffn_hidden_size
     q, kv = shape.query_size(model), shape.kv_size(model)
     turned, qkv, gated = q + kv, q + 2 * kv, shape.is_gated(model)
-    there = 2 * h * shape.num_norms(model) + 2 * 3 * h
-    back = 3 * h * shape.num_norms(model) + 2 * 3 * h
+    of_norm = (2, 3)
+    if model.zero_centred_norm and not compiled and item_bytes == 2:
+        of_norm = (_CAST + 2 * 2 + _CAST, 2 * _CAST + 3 * 2 + _CAST)
+    there = of_norm[0] * h * shape.num_norms(model) + 2 * 3 * h
+    back = of_norm[1] * h * shape.num_norms(model) + 2 * 3 * h
     if compiled and model.pre_norms and model.normalisation == "rmsnorm":
         there, back = there - h, back - 2 * 2 * h
     splits, norms = model.positions == "rope" or model.qk_norm, model.qk_norm
@@ -236,8 +243,8 @@ def _moved_values(model: ModelConfig, compiled: bool, sequence_ranks: int) -> tu
         back += turned * norms
     elif splits:
         rotation = 7 * turned * (model.positions == "rope")
-        there += _SLOW * (rotation + 2 * (turned if norms else kv))
-        back += _SLOW * (rotation + 3 * turned * norms)
+        there += _SLOW * (rotation + (of_norm[0] * turned if norms else 2 * kv))
+        back += _SLOW * (rotation + of_norm[1] * turned * norms)
     if not gated:
         there, back = there + 2 * f, back + 3 * f
     elif compiled:

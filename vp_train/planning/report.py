@@ -443,7 +443,7 @@ def report_of(
         ranks=ranks,
         flops=work.step_flops * step.degrees.dp,
         passes=timeline.makespan,
-        gradients=exchanged.exposed + tied_seconds(work, cluster, step.problem),
+        gradients=exchanged.exposed + tied_seconds(work, cluster, optim, step.problem),
         optimizer=max(updates),
         bubble=timeline.mean_bubble,
         bound=bound.seconds,

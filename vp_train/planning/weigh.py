@@ -480,7 +480,7 @@ class Scales:
             part * exchange(step, cluster, optim, counts, updates).exposed,
             gradient_seconds(step.work, cluster, optim, max(counts)),
         )
-        return exposed + tied_seconds(step.work, cluster, step.problem) + max(updates)
+        return exposed + tied_seconds(step.work, cluster, optim, step.problem) + max(updates)
 
     def cost_of(self, choice: Choice) -> CostConfig:
         """Return the measured or assumed costs of the split of a choice."""

@@ -24,7 +24,8 @@ _LONGEST = 4096  # bytes of a line: a pipe takes as many without waiting, even t
 def leave(ending: Ending, log: Path | None = None) -> NoReturn:
     """Say how this rank ends and end the process at once, without running destructors.
 
-    Destructors of process groups would wait for peers, or abort while their threads still run.
+    Destructors of process groups would wait for peers, or abort while their threads still run.  So
+    would an explicit `destroy_process_group`, and nothing would watch for a peer that never comes.
     """
     prefix = "" if not ending.code or ending.words.startswith("vp-train: ") else "vp-train: "
     said = "" if _tell_agent(ending) or not ending.words else f"{prefix}{ending.words}\n"

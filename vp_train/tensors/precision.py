@@ -64,8 +64,10 @@ def widened(matrix: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> 
 def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sum [H] over the rows of `matrix` [R, H] in `dtype`.
 
-    It works in blocks of rows, because torch would first cast the whole matrix.
+    On a CPU it works in blocks of rows, because torch would first cast the whole matrix.
     """
+    if matrix.is_cuda or len(matrix) <= _SUMMED_ROWS:
+        return matrix.sum(0, dtype=dtype)
     return torch.stack(
         [block.sum(0, dtype=dtype) for block in torch.split(matrix, _SUMMED_ROWS)]
     ).sum(0)

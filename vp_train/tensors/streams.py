@@ -18,6 +18,7 @@ The rule: a tensor must outlive its last use on every stream.  Three things ensu
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -39,6 +40,10 @@ class Streams(Protocol):
         """Let the current stream wait for `mark`."""
         ...
 
+    def reach(self, mark: Mark) -> None:
+        """Let the host wait until the device has reached `mark`."""
+        ...
+
     def beside(self, name: object) -> AbstractContextManager[None]:
         """Return a context in which the side stream `name` is current."""
         ...
@@ -51,6 +56,9 @@ class HostOrder:
         return None
 
     def follow(self, mark: Mark) -> None:
+        pass
+
+    def reach(self, mark: Mark) -> None:
         pass
 
     @contextmanager
@@ -77,6 +85,10 @@ class CudaStreams:
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
+    def reach(self, mark: Mark) -> None:
+        if mark is not None:
+            mark.synchronize()
+
     @contextmanager
     def beside(self, name: object) -> Iterator[None]:
         side = self._sides.get(name)
@@ -89,6 +101,24 @@ class CudaStreams:
 def streams_of(device: torch.device) -> Streams:
     """Return the streams of `device`."""
     return CudaStreams(device) if device.type == "cuda" else HostOrder()
+
+
+class Lead:
+    """Keeps the host at most `most` passes ahead of the device.
+
+    The third part of the rule above holds a sent message, and `lend` holds a tensor, until the host
+    has seen that the device is done.  A host that runs a whole step ahead would hold all of them.
+    """
+
+    def __init__(self, streams: Streams, most: int) -> None:
+        self._streams, self._most = streams, most
+        self._marks: deque[Mark] = deque()
+
+    def passed(self) -> None:
+        """Record that a pass was issued; wait for the device if the host is too far ahead."""
+        self._marks.append(self._streams.mark())
+        if len(self._marks) > self._most:
+            self._streams.reach(self._marks.popleft())
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -57,6 +57,8 @@ class Joined:
     """The backend of GPUs for `chunked` and `recompute`; on a CPU it is right, but slow.
 
     The first `recompute` (a fraction) of the rows keep nothing: T computes their logits again.
+    P is at most exp(SLACK).  In float16 its products need the fp32 results of a GPU, so on a CPU
+    float16 raises AssertionError.
     """
 
     def __init__(
@@ -67,6 +69,9 @@ class Joined:
         recompute: float,
         products: Products | None = None,
     ) -> None:
+        assert weight.is_cuda or weight.dtype is not torch.float16, (
+            "on a CPU products with P overflow float16; take Chunked, whose P is at most 1"
+        )
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
         self._products = products or Products()

@@ -81,8 +81,8 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
 def lifted(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return `scale` [T] times a power of two, and the inverse of that power [].
 
-    x * scale would underflow in float16.  The power makes it as large as the sum over T rows
-    allows.
+    x * scale would underflow in float16.  The power makes it as large as a sum over T rows in
+    float16 allows, for factors of at most 1, such as P of `Chunked`.  A sum in fp32 allows any P.
     """
     if not len(x):
         return scale, None
