@@ -34,9 +34,10 @@ from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import IGNORE_INDEX, token_weights
 from vp_train.vocab.output import OutputLayer, OutputStep, Targets
 
-# How far the host runs ahead of a GPU: so far that the GPU need not wait for it, and no farther,
-# since the messages of these passes stay allocated.
-_PASSES_AHEAD = 2
+# How far the host runs ahead of a GPU: about two microbatches, so that the GPU need not wait for it
+# while S and T, which are short, run between F and B; and no farther, since the messages of these
+# passes stay allocated.  Not measured on a GPU.
+_PASSES_AHEAD = 8
 
 
 class WeightGrads(Protocol):
