@@ -11,6 +11,7 @@ import pytest
 from schedules.generators import GENERATORS, searched_schedules
 from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config import ConfigError
+from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
 from vp_train.planning import choice as choice_module
 from vp_train.planning.choice import (
@@ -566,3 +567,30 @@ def test_what_is_typed_and_searched_is_told():
 def test_numbers_and_lists_are_written_as_they_are_typed():
     for value, word in ((None, "null"), (True, "true"), (3, "3"), (0.5, "0.5"), ((1, 2), "[1,2]")):
         assert choice_module._word(value) == word
+
+
+def test_single_stages_recompute_less_or_more_and_the_rest_stays():
+    choice = Choice(Degrees(1, 4, 2), 1, 16, "1f1b", "one_barrier", "full")
+    mixed = replace(choice, recompute_per_stage=("none", "selective", "full", "selective"))
+
+    def others(choice, **which):
+        found = choice.with_other_stage(**which)
+        return {(one.recompute, one.recompute_per_stage) for one in found}
+
+    kinds = {"n": "none", "s": "selective", "f": "full"}
+
+    def of(words):
+        return {tuple(kinds[letter] for letter in word) for word in words.split()}
+
+    assert others(mixed, fewer=True) == {
+        (max(one, key=RECOMPUTE.index), one) for one in of("nnfs nsns nsss nsfn")
+    }
+    assert others(mixed, fewer=False) == {("full", one) for one in of("ssfs fsfs nffs nsff")}
+    none = replace(mixed, recompute="none", recompute_per_stage=None)
+    assert others(none, fewer=True) == set()
+    assert others(none, fewer=False) == {
+        (max(one, key=RECOMPUTE.index), one)
+        for one in of("snnn nsnn nnsn nnns fnnn nfnn nnfn nnnf")
+    }
+    last = replace(mixed, recompute_per_stage=("selective", "none", "none", "none"))
+    assert others(last, fewer=True) == {("none", None)}

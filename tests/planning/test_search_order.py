@@ -179,12 +179,6 @@ class World:
         fewer = self.facts[step.choice].fewer
         return None if fewer is None else self.draft(self.choices[fewer])
 
-    def with_other_stages(self, candidate, *, fewer):
-        facts = self.facts[candidate.choice]
-        return [
-            self.draft(self.choices[number]) for number in (facts.less if fewer else facts.most)
-        ]
-
     def leanest(self, choice):
         return self.facts[choice].leanest
 
@@ -248,10 +242,15 @@ def enter(monkeypatch):
             made.append((world.limit, optimizers))
             return world
 
+        def with_other_stage(choice, *, fewer):
+            facts = world.facts[choice]
+            return [world.choices[number] for number in (facts.less if fewer else facts.most)]
+
         world.with_optimizers = with_optimizers
         monkeypatch.setattr(search_module, "Scales", scales)
         monkeypatch.setattr(shared_module, "short_step", world.short_step)
         monkeypatch.setattr(search_module, "neighbours", world.neighbours)
+        monkeypatch.setattr(Choice, "with_other_stage", with_other_stage)
         monkeypatch.setattr(search_module, "report_of", world.report_of)
         monkeypatch.setattr(search_module, "most_host_bytes", world.host_bytes)
         monkeypatch.setattr(search_module, "placed_by_short", lambda problem: problem.facts.placed)
@@ -1250,6 +1249,54 @@ def test_single_stages_recompute_more_in_what_only_a_whole_step_shows_to_need_to
     space = Space(tuple(world.choices[:2]), Counter(), (ADAMW,))
     found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
     assert numbers(world, found.best) == [2]
+
+
+def test_single_stages_take_a_twentieth_of_the_effort_of_a_whole_search(enter):
+    """In each round another one almost fits, of which the stages are dear to draft."""
+    missing = {"short_bytes": {"adamw": 1.05 * GIB}, "stages": 100}
+    facts = [Facts(20.0, 20.0)]
+    facts += [Facts(9.0 + n / 100, 9.0, **missing, most=tuple(range(5, 45))) for n in range(4)]
+    facts += [Facts(30.0, 30.0, **missing) for _ in range(40)]
+    world = World(facts)
+    world.choices, others = world.choices[:5], world.choices[5:]
+    enter(world)
+    world.choices += others
+    space = Space(tuple(world.choices[:5]), Counter(), (ADAMW,))
+    search(CONFIG, Limits(1, 0.0, 200_000), lambda: True, lambda words: None, space)
+    drafted = sum(number >= 5 for number in world.asked("draft"))
+    assert drafted * 12 * 100 <= 10_000 + 12 * 100
+    assert drafted >= 8
+
+
+def test_a_stage_does_not_recompute_otherwise_where_that_is_kept(enter):
+    facts = [Facts(10.0, 10.0, less=(1, 2)), Facts(5.0, 5.0), Facts(6.0, 6.0)]
+    choices = [choice_of(0, recompute="full"), choice_of(1), choice_of(2, recompute="full")]
+    world = World(facts, choices)
+    world.choices, others = world.choices[:1], world.choices[1:]
+    enter(world)
+    world.choices += others
+    kept = Kept({"parallel.recompute": "full"})
+    space = Space(tuple(world.choices[:1]), Counter(), (ADAMW,), kept)
+    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    assert numbers(world, found.best) == [2]
+    assert 1 not in world.asked("draft")
+
+
+def test_what_becomes_likelier_to_fit_has_its_turn_again(enter):
+    """The first that is simulated needs far more than expected, and another alike hardly more."""
+    both = {"optimizers": (ADAMW, OFFLOAD), "after": {"offload": 8.0}}
+    one = replace(choice_of(0), offload=1.0)
+    choices = [replace(one, num_microbatches=number) for number in (1, 2, 3, 4)]
+    little, much = {"adamw": GIB, "offload": 0.5 * GIB}, {"adamw": 1.6 * GIB, "offload": GIB}
+    facts = [
+        Facts(1.0, 1.0, short_bytes=much, unexpected=0.7 * GIB, **both),
+        Facts(9.5, 9.5, short_bytes=little, unexpected=0.1 * GIB, optimizers=(ADAMW,)),
+        Facts(2.0, 2.0, short_bytes={"adamw": 0.95 * GIB}, unexpected=0.05 * GIB, **both),
+        Facts(3.0, 3.0, short_bytes={"adamw": 0.95 * GIB}, unexpected=0.05 * GIB, **both),
+    ]
+    world = World(facts, choices)
+    enter(world)
+    assert numbers(world, run(world).best) == [2]
 
 
 def test_what_is_alike_is_expected_to_need_as_much_more(enter):

@@ -513,33 +513,3 @@ def test_what_fits_is_not_refused_and_takes_no_less_than_its_bound_where_w_may_f
         seconds = step.timeline.makespan + scales.after(step, optim)
         assert scales.weigh(choice).seconds <= seconds * (1 + 1e-9)
         assert scales.draft(choice).seconds <= seconds * (1 + 1e-9)
-
-
-def test_single_stages_recompute_less_or_more_and_the_rest_stays():
-    config = load_config(WORDS)
-    scales = Scales(config, math.inf, (config.optim,))
-    mixed = replace(
-        choice_of(4, tp=2), recompute_per_stage=("none", "selective", "full", "selective")
-    )
-
-    def others(choice, **which):
-        found = scales.with_other_stages(scales.draft(choice), **which)
-        return {(one.choice.recompute, one.choice.recompute_per_stage) for one in found}
-
-    kinds = {"n": "none", "s": "selective", "f": "full"}
-
-    def of(words):
-        return {tuple(kinds[letter] for letter in word) for word in words.split()}
-
-    assert others(mixed, fewer=True) == {
-        (max(one, key=weigh.RECOMPUTE.index), one) for one in of("nnfs nsns nsss nsfn")
-    }
-    assert others(mixed, fewer=False) == {("full", one) for one in of("ssfs fsfs nffs nsff")}
-    none = replace(mixed, recompute="none", recompute_per_stage=None)
-    assert others(none, fewer=True) == set()
-    assert others(none, fewer=False) == {
-        (max(one, key=weigh.RECOMPUTE.index), one)
-        for one in of("snnn nsnn nnsn nnns fnnn nfnn nnfn nnnf")
-    }
-    last = replace(mixed, recompute_per_stage=("selective", "none", "none", "none"))
-    assert others(last, fewer=True) == {("none", None)}

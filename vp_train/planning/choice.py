@@ -101,6 +101,16 @@ class Choice:
             self, recompute=most, recompute_per_stage=kinds if len(set(kinds)) > 1 else None
         )
 
+    def with_other_stage(self, *, fewer: bool) -> list[Choice]:
+        """Return the choices in which one stage recomputes less, or more."""
+        kinds = self.recompute_per_stage or (self.recompute,) * self.layout.num_stages
+        found = list[Choice]()
+        for stage, kind in enumerate(kinds):
+            level = RECOMPUTE.index(kind)
+            for other in RECOMPUTE[:level] if fewer else RECOMPUTE[level + 1 :]:
+                found.append(self.with_recompute((*kinds[:stage], other, *kinds[stage + 1 :])))
+        return found
+
     def parallel(self, typed: ParallelConfig) -> ParallelConfig:
         """Return `typed` with this choice."""
         per_stage = self.recompute_per_stage

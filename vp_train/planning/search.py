@@ -26,6 +26,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from schedules.generators import GENERATORS
@@ -76,7 +77,7 @@ _SLACK = 0.01
 # Choices of the same schedule and step exceed their lower bounds by similar factors, at least by
 # this part of the one that was seen.
 _ALIKE = 0.97
-_UNSURE = 0.02  # the part of the limit by which what they need may differ
+_MEMORY_TOLERANCE = 0.02  # the part of the limit by which what they need may differ
 _KEPT_REFUSALS = 100
 _TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
@@ -126,7 +127,6 @@ class _Queue:
     doubtful: those that wait until all others were estimated.
     looks_at_all: whether these have their turn now.
     passed_over: those to look at after all others.
-    num_lowered: how often a simulation had lowered what is expected when the heaps were made.
     """
 
     by_bound: tuple[list[tuple[float, int]], ...] = field(default_factory=lambda: ([], []))
@@ -136,7 +136,6 @@ class _Queue:
     doubtful: list[int] = field(default_factory=list)
     looks_at_all: bool = False
     passed_over: list[int] = field(default_factory=list)
-    num_lowered: int = 0
 
     def add(self, other: _Queue) -> None:
         """Add what another queue has left."""
@@ -196,8 +195,7 @@ class _Search:
         self._exact: set[int] = set()  # those whose bound is what they take
         self._items: list[Candidate | None] = [None] * len(space.choices)
         self._factors: dict[tuple[object, ...], float] = {}  # of estimates above bounds
-        self._beyond: dict[tuple[object, ...], float] = {}  # bytes above what was expected
-        self._num_lowered = 0  # how often one of these became less
+        self._excess_bytes: dict[tuple[object, ...], float] = {}  # above what was expected
         self._done: set[int] = set()
         self._book = Book(Counter(space.excluded))
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
@@ -206,6 +204,7 @@ class _Search:
         self._looked_around: set[Choice] = set()
         # Those of which single stages were changed, and whether they recompute less then.
         self._changed: set[tuple[Choice, bool]] = set()
+        self._for_stages = _FOR_STAGES * limits.effort  # that is left for these
         # What almost fits, with the seconds of its step.
         self._almost: dict[Choice, tuple[float, Candidate]] = {}
 
@@ -444,9 +443,10 @@ class _Search:
                 self._refuse(number, error)
 
     def _confirm(self) -> None:
-        """Plan the best whole while that shows it slower, so that it rules out nothing faster.
+        """Plan the best estimate whole, and if that is slower estimate what it had ruled out.
 
-        Short steps tell least where the backward is split.
+        That goes on up to three times, as far as the effort suffices.  Short steps say least of a
+        whole one where the backward is split, so only such an estimate is doubted.
         """
         for _ in range(_MOST_CONFIRMED):
             best = min(
@@ -459,6 +459,7 @@ class _Search:
                 return
             if self._spent + plan_nodes(candidate) > self._limits.effort:
                 return
+            self._progress(f"{self._words()}; planning a step whole")
             self._plan_one(best)
             self._progress(self._words())
             self._estimate(self._queue, self._limits.top)
@@ -507,7 +508,11 @@ class _Search:
         while self._spent < until and self._in_time():
             firsts = [estimate.candidate.choice for estimate in self._first_estimates()]
             new = [choice for choice in firsts if choice not in self._looked_around]
-            nearly = [choice for choice in self._nearly() if choice not in self._looked_around]
+            nearly = [
+                choice
+                for choice in self._nearly(has_chunks=True)
+                if choice not in self._looked_around
+            ]
             if not new and not nearly:
                 break
             self._looked_around.update(new, nearly)
@@ -537,13 +542,17 @@ class _Search:
             found.setdefault(kind, estimate)
         return list(found.values())
 
-    def _nearly(self) -> list[Choice]:
-        """Return what would be the fastest of its kind if it needed a little less memory."""
+    def _nearly(self, *, has_chunks: bool = False) -> list[Choice]:
+        """Return what would be the fastest of its kind if it needed a little less memory.
+
+        With `has_chunks` the number of its chunks has to be free.
+        """
         _, first_of = self._to_beat(1)
         found = [
             (counted(choice, seconds), place, choice)
             for place, (choice, (seconds, _)) in enumerate(self._almost.items())
             if counted(choice, seconds) < first_of[choice.splits_vocabulary]
+            and (choice.num_chunks is not None or not has_chunks)
         ]
         return [choice for _, _, choice in heapq.nsmallest(_TRIES_NEARLY, found)]
 
@@ -563,9 +572,12 @@ class _Search:
         """
         tried = [(estimate.candidate, True) for estimate in self._first_estimates()]
         tried += [(self._almost[choice][1], False) for choice in self._nearly()]
-        until = self._spent + _FOR_STAGES * self._limits.effort
+        before = self._spent
+        until = before + self._for_stages
         for candidate, fits in tried:
             while (candidate.choice, fits) not in self._changed:
+                if self._spent >= until or not self._in_time():
+                    break
                 self._changed.add((candidate.choice, fits))
                 better = self._with_other_stage(candidate, until, fewer=fits)
                 if better is None:
@@ -573,22 +585,33 @@ class _Search:
                 self._book.add(better)
                 self._progress(self._words())
                 candidate, fits = better.candidate, True
+        self._for_stages -= self._spent - before
 
     def _with_other_stage(
         self, candidate: Candidate, until: float, *, fewer: bool
     ) -> Estimate | None:
-        """Return the first of its kind in which one stage recomputes less, or more, if one is."""
+        """Return the first that beats its kind of those in which one stage recomputes otherwise.
+
+        That is less with `fewer`, else more.  None if none does.
+        """
         drafts = list[Candidate]()
-        for other in self._scales.with_other_stages(candidate, fewer=fewer):
-            if self._space.kept.against(other.choice) is None:
-                drafts.append(other)
-            self._spent += draft_nodes(other)
-        for other in sorted(drafts, key=lambda one: one.seconds):
-            choice = other.choice
+        for choice in candidate.choice.with_other_stage(fewer=fewer):
+            number = self._numbers.get(choice)
+            if number in self._done or self._space.kept.against(choice) is not None:
+                continue
             if self._spent >= until or not self._in_time():
-                break
+                return None
+            self._spent += draft_nodes(candidate)
+            with suppress(ConfigError):
+                drafts.append(self._scales.draft(choice))
+        for other in sorted(drafts, key=lambda one: one.seconds):
+            choice, number = other.choice, self._numbers.get(other.choice)
+            if self._spent >= until or not self._in_time():
+                return None
             if not self._may_be_first(choice, other.seconds):
-                break
+                return None
+            if number is not None:
+                self._done.add(number)
             self._num_estimated += 1
             estimate = self._tried(other)[1]
             if estimate is not None and self._may_be_first(choice, estimate.seconds):
@@ -648,14 +671,15 @@ class _Search:
         """Return about the least seconds of a choice: its bound and what others are above it."""
         choice, item, bound = self._choices[number], self._items[number], self._bounds[number]
         if item is not None and len(item.optimizers) > 1:
-            seconds = item.seconds_within(self._room(item.choice))
+            room = (1 + _MEMORY_TOLERANCE) * self._scales.limit - self._excess_of(item.choice)
+            seconds = item.seconds_within(room)
             bound += seconds - item.seconds if item.seconds < seconds < math.inf else 0.0
         factor = 1.0 if number in self._exact else self._factors.get(_alike(choice), 1.0)
         return counted(choice, bound) * factor
 
-    def _room(self, choice: Choice) -> float:
-        """Return the expected bytes that fit, as those of what is alike exceed or undercut them."""
-        return (1 + _UNSURE) * self._scales.limit - self._beyond.get(_keeping(choice), -math.inf)
+    def _excess_of(self, choice: Choice) -> float:
+        """Return how many bytes more than expected similar choices need at least, or -inf."""
+        return self._excess_bytes.get(_similar_memory(choice), -math.inf)
 
     def _next(self, queue: _Queue, top: int) -> int | None:
         """Take the choice to look at next, None if no other could be among the `top`."""
@@ -679,7 +703,8 @@ class _Search:
         """Return whether a draft waits until all others were estimated."""
         assert item is not None, "it was drafted"
         is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
-        fits = item.seems_to_fit and min(item.expected) <= NEARLY * self._room(item.choice)
+        needs = min(item.expected) + self._excess_of(item.choice)
+        fits = item.seems_to_fit and needs <= NEARLY * self._scales.limit
         return (is_dear or not fits) and not queue.looks_at_all
 
     def _lowest(self, queue: _Queue, top: int) -> int | None:
@@ -689,19 +714,29 @@ class _Search:
         has a third of the effort at least.
         """
         last, first_of = self._to_beat(top)
-        keys = [self._first(heap) for heap in queue.by_bound]
-        kinds = [splits for splits in (False, True) if keys[splits] < max(last, first_of[splits])]
+
+        def open_kinds() -> dict[bool, float]:
+            keys = {splits: self._first(queue.by_bound[splits]) for splits in (False, True)}
+            return {
+                splits: key for splits, key in keys.items() if key < max(last, first_of[splits])
+            }
+
+        kinds = open_kinds()
         if not kinds:
-            if queue.num_lowered == self._num_lowered:
-                return None
-            queue.num_lowered = self._num_lowered  # the heaps may have keys that are too high
-            for heap in queue.by_bound:
-                heap[:] = [(self._key(number), number) for _, number in heap]
-                heapq.heapify(heap)
-            return self._lowest(queue, top)
+            self._renew(queue)
+            kinds = open_kinds()
+        if not kinds:
+            return None
         least = _FOR_OTHER_KIND * sum(self._spent_on) if self._plans else 0.0
-        splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, keys[splits]))
+        splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, kinds[splits]))
         return heapq.heappop(queue.by_bound[splits])[1]
+
+    def _renew(self, queue: _Queue) -> None:
+        """Renew the keys in heaps, since simulations may have lowered what is expected."""
+        for heap in queue.by_bound:
+            left = [number for _, number in heap if number not in self._done]
+            heap[:] = [(self._key(number), number) for number in left]
+            heapq.heapify(heap)
 
     def _first(self, heap: list[tuple[float, int]]) -> float:
         """Return the key of the first choice in a heap, where it stays; infinite if none is left.
@@ -796,13 +831,13 @@ class _Search:
         self._spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
         factor = max(1.0, _ALIKE * passes / candidate.passes)
-        self._lower(self._factors, _alike(candidate.choice), factor)
+        _note_least(self._factors, _alike(candidate.choice), factor)
         refusal: ConfigError | None = None
         found: list[Estimate] = []
         almost: list[float] = []
         totals = self._scales.needs(step, candidate.optimizers)
-        beyond = totals[0][0] - candidate.expected[0]
-        self._lower(self._beyond, _keeping(candidate.choice), beyond)
+        excess = totals[0][0] - candidate.expected[0]
+        _note_least(self._excess_bytes, _similar_memory(candidate.choice), excess)
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
@@ -821,17 +856,8 @@ class _Search:
             self._almost[candidate.choice] = min(almost), candidate
         return step, best, refusal
 
-    def _lower(
-        self, known: dict[tuple[object, ...], float], alike: tuple[object, ...], value: float
-    ) -> None:
-        """Note what a simulation says of choices that are alike, unless less is known of them."""
-        before = known.setdefault(alike, value)
-        if value < before:
-            known[alike] = value
-            self._num_lowered += 1
-
     def _may_be_first(self, choice: Choice, seconds: float) -> bool:
-        """Return whether a choice that takes so many seconds is faster than all of its kind."""
+        """Return whether a step of so many seconds would be the fastest of its kind."""
         _, first_of = self._to_beat(1)
         return counted(choice, seconds) < first_of[choice.splits_vocabulary]
 
@@ -976,14 +1002,24 @@ def _alike(choice: Choice) -> tuple[object, ...]:
     return (*step, choice.recompute, choice.recomputes_partly) if splits else step
 
 
-def _keeping(choice: Choice) -> tuple[object, ...]:
-    """Return what choices have in common which need about as much more than is expected."""
+def _similar_memory(choice: Choice) -> tuple[object, ...]:
+    """Return what choices have in common which need about as much more than is expected.
+
+    Where only some stages recompute, memory has chosen them, so these count only if they are same.
+    """
     degrees = choice.degrees
     return (
         *(choice.schedule, degrees.pp, degrees.tp, choice.micro_batch_size),
         *(choice.sequence_parallel, choice.recompute, choice.recompute_per_stage),
         choice.offload > 0,
     )
+
+
+def _note_least(
+    known: dict[tuple[object, ...], float], similar: tuple[object, ...], value: float
+) -> None:
+    """Note the least value that simulations of similar choices gave."""
+    known[similar] = min(value, known.get(similar, value))
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees, shared: Shared | None = None) -> Result:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -24,7 +23,6 @@ from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, VocabAlgorithm, searched_algorithms
 from vp_train.config import ConfigError, CostConfig, OptimConfig, RunConfig
-from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
 from vp_train.planning.choice import Choice, optimizers_of
 from vp_train.planning.cluster import (
@@ -465,8 +463,13 @@ class Scales:
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
         is_pressed = all(fitting[place].offload for place in likely)
         return Candidate(
-            *(choice, drafted, passes, passes + min(after[place] for place in likely)),
-            *(fitting, tuple(expected), tuple(after)),
+            choice=choice,
+            draft=drafted,
+            passes=passes,
+            seconds=passes + min(after[place] for place in likely),
+            optimizers=fitting,
+            expected=tuple(expected),
+            after=tuple(after),
             seems_to_fit=seems_to_fit,
             is_pressed=is_pressed,
         )
@@ -604,19 +607,6 @@ class Scales:
         if kinds == choice.recompute_per_stage or len(set(kinds)) == 1:
             return None
         return self._drafted(replace(choice, recompute_per_stage=kinds), candidate.optimizers)
-
-    def with_other_stages(self, candidate: Candidate, *, fewer: bool) -> list[Candidate]:
-        """Return candidates in which one stage recomputes less, or more, and which may fit."""
-        choice = candidate.choice
-        kinds = choice.recompute_per_stage or (choice.recompute,) * choice.layout.num_stages
-        found = list[Candidate]()
-        for stage, kind in enumerate(kinds):
-            level = RECOMPUTE.index(kind)
-            for other in RECOMPUTE[:level] if fewer else RECOMPUTE[level + 1 :]:
-                mixed = (*kinds[:stage], other, *kinds[stage + 1 :])
-                with suppress(ConfigError):
-                    found.append(self._drafted(choice.with_recompute(mixed), candidate.optimizers))
-        return found
 
     def _savings_of(self, choice: Choice) -> Savings:
         """Return what every stage of a choice saves if it recomputes as the choice says."""
