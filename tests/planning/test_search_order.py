@@ -1526,6 +1526,30 @@ def test_rows_are_balanced_in_the_place_of_equal_ones_where_that_is_faster(enter
     assert not any(plan.choice.balance for plan in found.best)
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "even", "best"),
+    [
+        (8, Facts(7.0, 12.0, drafted=12.0), 1),
+        (7, Facts(7.0, 12.0, drafted=12.0), 2),
+        (7, Facts(7.0, 12.0, fails={"draft": TooLargeError(2.0 * GIB, GIB, LEANEST)}), 2),
+        (7, Facts(7.0, 10.5, drafted=9.1), 1),
+    ],
+)
+def test_where_ranks_have_other_numbers_of_layers_rows_are_balanced_at_once(
+    enter, num_layers, even, best
+):
+    """If that saves two percent or lets them fit; else they are only where they seem best."""
+    world = balanced_world(
+        (even, Facts(7.0, 9.0, drafted=9.0)), (Facts(8.0, 10.0, least=0.0), None)
+    )
+    enter(world)
+    config = replace(CONFIG, model=replace(CONFIG.model, num_layers=num_layers))
+    choices = world.choices[:2]
+    space = Space(tuple(choices), Counter(), (ADAMW,))
+    found = search(config, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    assert numbers(world, found.best) == [best]
+
+
 def test_what_is_balanced_and_does_not_fit_when_it_is_planned_gives_its_place_back(enter):
     world = balanced_world((Facts(10.0, 10.0), Facts(9.0, 9.5, memory=2.0 * GIB)))
     enter(world)

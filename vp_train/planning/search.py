@@ -90,6 +90,7 @@ _MOST_CONFIRMED = 3  # plans that are made before the best is known, see `_confi
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
+_MUCH_BALANCED = 0.02  # the part that balanced rows must save to come at once, see `_draft`
 _EFFORT_OF_ONE_LINE = 360_000
 
 
@@ -349,7 +350,7 @@ class _Search:
         if number not in self._bounds:
             return
         try:
-            item = self._items[number] = self._scales.draft(self._choices[number])
+            item = self._items[number] = self._draft(self._choices[number])
             self._spent += draft_nodes(item)
             self._bounds[number] = item.seconds
             if not is_sure and self._is_doubtful(item, self._queue):
@@ -384,7 +385,7 @@ class _Search:
             before = self._spent
             try:
                 if item is None:
-                    item = self._items[number] = self._scales.draft(choice)
+                    item = self._items[number] = self._draft(choice)
                     self._spent += draft_nodes(item)
                     self._bounds[number] = item.seconds
                     least = self._shared.least(item)
@@ -408,6 +409,27 @@ class _Search:
             finally:
                 self._spent_on[choice.splits_vocabulary] += self._spent - before
             self._progress(self._words())
+
+    def _draft(self, choice: Choice) -> Candidate:
+        """Return the draft of a choice, with balanced rows where these save much.
+
+        They may where ranks have different numbers of layers.  Raises ConfigError like `draft`.
+        """
+        is_even = self._num_layers % choice.degrees.pp == 0
+        if is_even or not choice.splits_vocabulary or "vocab.balance" in self._space.kept.values:
+            return self._scales.draft(choice)
+        drafts, refusal = list[Candidate](), None
+        for one in (choice, replace(choice, balance=True)):
+            try:
+                drafts.append(self._scales.draft(one))
+            except ConfigError as error:
+                refusal = refusal or error
+        if not drafts:
+            assert refusal is not None
+            raise refusal
+        self._spent += draft_nodes(drafts[0])
+        best = min(drafts, key=lambda item: item.passes)
+        return drafts[0] if drafts[0].passes <= (1 + _MUCH_BALANCED) * best.passes else best
 
     def _refuse(self, number: int, error: ConfigError) -> None:
         """Book a choice as refused, with the stages that recompute once they are known."""
@@ -433,7 +455,7 @@ class _Search:
             if tries > _TRIES_OF_OTHER_KIND:
                 return
             try:
-                item = self._items[number] = self._items[number] or self._scales.draft(choice)
+                item = self._items[number] = self._items[number] or self._draft(choice)
                 if item.seems_to_fit:
                     self._book.add(self._estimate_of(item))
                     self._done.add(number)
