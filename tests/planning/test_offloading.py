@@ -669,3 +669,24 @@ def test_what_is_saved_is_found_whole_where_the_backward_is_split(monkeypatch):
         changed = make_report(load_config([*typed, words]))
         saved = human_bytes(needs_of(report) - needs_of(changed))
         assert f"{words}: about {saved} less, which is not enough alone" in found
+
+
+def test_balanced_rows_are_proposed_where_they_alone_let_a_plan_fit():
+    """Twelve stages of 33 layers: two ranks have a layer less, and their shards may be larger."""
+    typed = ["model=llama3_8b", "cluster=a100_80g_node", "cluster.gpus_per_node=6"]
+    typed += ["model.num_layers=33", "model.vocab_size=256000", "parallel.placement=balanced"]
+    typed += ["parallel.pp=6", "num_microbatches=12", "schedule=v_half", "vocab=one_barrier"]
+    config = load_config(typed)
+    report, balanced = (
+        make_report(load_config([*typed, *more])) for more in ((), ["vocab.balance=true"])
+    )
+    limit = (needs_of(report) + needs_of(balanced)) / 2 / GIB / (1 - Limits().margin)
+    small = replace(config, cluster=replace(config.cluster, memory_gib=limit))
+    saved = human_bytes(needs_of(report) - needs_of(balanced))
+    assert f"vocab.balance=true: about {saved} less" in remedies(small, make_report(small))
+    assert not any(
+        "balance" in words
+        for words in remedies(
+            replace(small, vocab=replace(small.vocab, balance=True)), make_report(small)
+        )
+    )

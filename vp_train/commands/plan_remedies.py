@@ -45,7 +45,8 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     def saved_by(changed: RunConfig) -> float:
         if changed == replace(config, optim=changed.optim):
             return needed - report.memory_with(changed.optim)
-        if not offloads:
+        # Balanced rows move bytes between ranks, and which one needs most then, a plan says.
+        if not offloads and changed.vocab.balance == config.vocab.balance:
             return about_bytes(config) - about_bytes(changed)
         return needed - _changed(changed).memory
 
@@ -62,6 +63,8 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
         tried.append(replace(config, micro_batch_size=1, num_microbatches=count))
     if config.vocab.algorithm == "none":
         tried.append(replace(config, vocab=replace(config.vocab, algorithm="one_barrier")))
+    elif config.vocab.shards is None:
+        tried.append(replace(config, vocab=replace(config.vocab, balance=True)))
     found = []
     for changed in tried:
         if changed == config:
