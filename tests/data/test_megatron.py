@@ -220,14 +220,13 @@ def test_what_is_damaged_is_named(
     assert not list((tmp_path / "cache").glob("text-*"))
 
 
-def test_no_damage_of_an_index_gives_other_tokens(tmp_path: Path, data: DataConfig) -> None:
-    tokenizer = Tokenizer.from_file(str(data.tokenizer))
+def test_no_damage_of_an_index_gives_other_tokens(tmp_path: Path) -> None:
     coin = random.Random(0)
-    index = write_pair(tmp_path / "text/a", random_documents(coin)[:12], np.uint16)
+    index = write_pair(tmp_path / "a", random_documents(coin)[:12], np.uint16)
     whole, messages = index.read_bytes(), set()
 
     def tokens() -> list[int]:
-        found = stored_documents([index], tokenizer, OTHER_END, False, Reading(LeftOut()))
+        found = stored_documents([index], VOCAB_SIZE, OTHER_END, {}, Reading(LeftOut()))
         return [int(token) for document in found for token in document.ids]
 
     def outcome(content: bytes) -> list[int] | None:

@@ -58,6 +58,7 @@ from vp_train.data.tokenizer import (
     num_ids,
     require_bytes,
     save_tokenizer,
+    special_tokens,
     train_tokenizer,
 )
 from vp_train.durable import UnreadableError, advising, read_text, sync
@@ -578,8 +579,8 @@ class _Work:
         size, reading = num_ids(tokenizer), Reading(self.left_out)
         indexes = [path for path in self.files if path.suffix == INDEX]
         if indexes:
-            is_guessed = config.end_token is None
-            found = stored_documents(indexes, tokenizer, end, is_guessed, reading)
+            special = special_tokens(tokenizer) if config.end_token is None else {}
+            found = stored_documents(indexes, size, end, special, reading)
         else:
             found = encoded(
                 read_documents(self.files, config.jsonl_field, reading=reading),

@@ -7,12 +7,11 @@ checked as a whole before megatron-core opens it, since that trusts what it find
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from vp_train.config import ConfigError
 from vp_train.data.documents import Reading
@@ -26,7 +25,6 @@ from vp_train.data.indexed import (
     index_entries,
     open_dataset,
 )
-from vp_train.data.tokenizer import num_ids
 from vp_train.durable import UnreadableError, open_regular
 
 _BLOCK = 1 << 20  # tokens that are read together
@@ -35,18 +33,18 @@ _AGAIN = "copy both files again, or make them again with Megatron-LM"
 
 
 def stored_documents(
-    indexes: Sequence[Path], tokenizer: Tokenizer, end: int, is_guessed: bool, reading: Reading
+    indexes: Sequence[Path], vocab_size: int, end: int, special: Mapping[int, str], reading: Reading
 ) -> Generator[Encoded, None, None]:
     """Yield the tokens of every document in order, without the token `end` where it is the last.
 
-    is_guessed: whether `end` is one that the tokenizer has, and not what the user has set.
+    vocab_size: above every token that the tokenizer has.
+    special: tokens that end documents elsewhere, and their texts; none if the user has set `end`.
 
     A long document comes in pieces.  Raises ConfigError like `check_pair` before any document, for
-    a token that the tokenizer does not have, and for a guessed `end` where the first document ends
-    with another special token.
+    a token that the tokenizer does not have, and where the first document ends with another special
+    token than `end`.
     """
-    size, added = num_ids(tokenizer), tokenizer.get_added_tokens_decoder()
-    others = {number for number, token in added.items() if token.special and number != end}
+    is_first = True
     checked = [check_pair(index) for index in indexes]
     for index, (bounds, itemsize) in zip(indexes, checked, strict=True):
         before, data = reading.num_bytes, index.with_suffix(TOKENS)
@@ -61,22 +59,22 @@ def stored_documents(
                 after = min(first + _BLOCK, stop)
                 # Sequences follow each other without gaps: tokens count from the first of all.
                 ids = dataset.get(0, first, after - first)
-                if int(ids.max()) >= size or int(ids.min()) < 0:
-                    place = int(np.argmax((ids >= size) | (ids < 0)))
+                if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+                    place = int(np.argmax((ids >= vocab_size) | (ids < 0)))
                     raise ConfigError(
                         f"{data}: token {ids[place]} at offset {first + place} (document {number}) "
-                        f"is not in data.tokenizer, which has [0, {size}); give the tokenizer.json "
-                        "that made these tokens"
+                        f"is not in data.tokenizer, which has [0, {vocab_size}); give the "
+                        "tokenizer.json that made these tokens"
                     )
                 is_last = after == stop
-                if is_guessed and is_last:
-                    if (last := int(ids[-1])) in others:
-                        ours, theirs = map(tokenizer.id_to_token, (end, last))
+                if is_first and is_last:
+                    if (last := int(ids[-1])) in special.keys() - {end}:
                         raise ConfigError(
-                            f"{origin} ends with {theirs!r}, but documents of text end with "
-                            f"{ours!r} here; set data.end_token to the one that is meant"
+                            f"{origin} ends with {special[last]!r}, but documents of text end with "
+                            f"{special.get(end, end)!r} here; set data.end_token to the one that "
+                            "is meant"
                         )
-                    is_guessed = False
+                    is_first = False
                 kept = ids[:-1] if is_last and ids[-1] == end else ids
                 yield Encoded(origin, kept.astype(np.uint32), is_last)
                 reading.num_bytes = before + after * itemsize
