@@ -1,12 +1,15 @@
 """Measure what vp-prepare takes for a gigabyte of text, and whether its memory is bounded.
 
-    python benchmarks/prepare.py [--megabytes 48] [--workers 1,2] [--before DIR] [--json FILE]
+    python benchmarks/prepare.py [--megabytes 48] [--workers 1,2] [--tokens MILLIONS]
+        [--before DIR] [--json FILE]
 
 The text is Python's standard library, again and again, with the tokenizer trained once.  Each case
 is a process of its own: text files, .jsonl, .jsonl.gz, .parquet, and with `--huge` one line without
-a blank and one of words, of so many megabytes.  `--before` is the checkout of another version; its
-cases are text files and .jsonl.  Of a machine with other work the CPU seconds say more than the
-seconds: they count all processes and not the time in which others run.
+a blank and one of words, of so many megabytes.  `--tokens` adds corpora of Megatron-LM with so many
+random tokens, in documents of 1,000 and of 100; `--megabytes 0` leaves out the text.  `--before` is
+the checkout of another version; its cases are text files and .jsonl.  Of a machine with other work
+the CPU seconds say more than the seconds: they count all processes and not the time in which others
+run.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from provenance import provenance
 
 VOCAB_SIZE = 32_768
@@ -105,6 +109,21 @@ def write_huge(directory: Path, num_bytes: int) -> dict[str, Path]:
     return forms
 
 
+def write_pairs(directory: Path, num_tokens: int) -> dict[str, Path]:
+    """Write random tokens as Megatron-LM does, in documents of 1,000 and of 100, uint16."""
+    from vp_train.data.indexed import write_dataset
+
+    forms = {}
+    for length in (1_000, 100):
+        random = np.random.default_rng(0)
+        documents = (
+            (random.integers(1, VOCAB_SIZE, length - 1), True) for _ in range(num_tokens // length)
+        )
+        forms[f"tokens/{length}"] = directory / f"{length}_text_document.idx"
+        write_dataset(directory / f"{length}_text_document", documents, 0, VOCAB_SIZE)
+    return forms
+
+
 def measure(
     checkout: Path, path: Path, tokenizer: Path, num_bytes: int, **settings: object
 ) -> dict[str, Any]:
@@ -130,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=48)
     parser.add_argument("--huge", type=int, default=0, metavar="MEGABYTES")
+    parser.add_argument("--tokens", type=int, default=0, metavar="MILLIONS")
     parser.add_argument("--workers", default="1,2")
     parser.add_argument("--before", type=Path)
     parser.add_argument("--json", type=Path)
@@ -144,7 +164,7 @@ def main() -> None:
             result = provenance() | {"load_average": os.getloadavg(), "cases": cases}
             options.json.write_text(json.dumps(result, indent=1) + "\n")
         print(
-            f"{code:<6} {name:<9} {settings.get('workers', '-'):>2} workers  "
+            f"{code:<6} {name:<11} {settings.get('workers', '-'):>2} workers  "
             f"{found['seconds_per_gb']:7.0f} s/GB  {found['cpu_seconds_per_gb']:7.0f} CPU s/GB  "
             f"peak {found['peak_bytes'] / 1e6:,.0f} MB",
             flush=True,
@@ -156,7 +176,8 @@ def main() -> None:
 
         train_tokenizer(texts(1 << 23), VOCAB_SIZE).save(str(tokenizer))
         num_bytes = options.megabytes * 1_000_000
-        for name, path in write_forms(Path(directory), num_bytes).items():
+        forms = write_forms(Path(directory), num_bytes) if num_bytes else {}
+        for name, path in forms.items():
             if options.before is not None and name in ("text", "jsonl"):
                 run("before", name, path, num_bytes)
             for workers in map(int, options.workers.split(",")):
@@ -165,6 +186,9 @@ def main() -> None:
             most = max(map(int, options.workers.split(",")))
             for name, path in write_huge(Path(directory), options.huge * 1_000_000).items():
                 run("now", name, path, options.huge * 1_000_000, workers=most)
+        if options.tokens:
+            for name, path in write_pairs(Path(directory), options.tokens * 1_000_000).items():
+                run("now", name, path, path.with_suffix(".bin").stat().st_size)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from vp_train.failures import EXIT_OK
 
 _EXAMPLES = """\
   vp-prepare data=text data.path=corpus          text or .jsonl files under corpus
-  vp-prepare data=text data.path=corpus data.tokenizer=tokenizer.json model.vocab_size=128256"""
+  vp-prepare data=text data.path=corpus data.tokenizer=tokenizer.json model.vocab_size=128256
+  vp-prepare data=text data.path=corpus_text_document.idx data.tokenizer=tokenizer.json
+                                                 tokens of Megatron-LM: a .bin with its .idx"""
 
 
 def main() -> None:

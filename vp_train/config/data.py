@@ -70,8 +70,8 @@ class DataConfig:
     )
     path: str | None = setting(
         None,
-        "text: a directory or file of text, .jsonl (both also .gz, .zst), .parquet or .arrow, "
-        "or the output of vp-prepare.",
+        "text: a directory or file of text, .jsonl (both also .gz, .zst), .parquet, .arrow or "
+        "Megatron-LM's .bin, or the output of vp-prepare.",
     )
     blend: tuple[BlendEntry, ...] | None = setting(None, "blend: the corpora and their weights.")
     packing: str = setting(

@@ -35,7 +35,7 @@ from vp_train.config import (
 )
 from vp_train.data.documents import LONGEST_LINE, Reading, read_documents
 from vp_train.data.encoding import Encoded, encoded
-from vp_train.data.files import content_hash, find_files, hash_of_file
+from vp_train.data.files import INDEX, content_hash, find_files, hash_of_file, kind_of
 from vp_train.data.indexed import check_index, check_tokens, largest_token, write_dataset
 from vp_train.data.integrity import block_hashes, check_blocks, check_once
 from vp_train.data.left_out import EMPTY, LeftOut, words_of
@@ -48,6 +48,7 @@ from vp_train.data.manifest import (
     read_manifest,
     size_of,
 )
+from vp_train.data.megatron import stored_documents
 from vp_train.data.pieces import LONGEST_PIECE, pieces
 from vp_train.data.progress import reported
 from vp_train.data.tokenizer import (
@@ -57,6 +58,7 @@ from vp_train.data.tokenizer import (
     num_ids,
     require_bytes,
     save_tokenizer,
+    special_tokens,
     train_tokenizer,
 )
 from vp_train.durable import UnreadableError, advising, read_text, sync
@@ -163,7 +165,9 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
     for entry in config.validation or ():  # before hours are spent on the training text
         with _naming_set(entry):
             if _stored(part := _part(config, entry)) is None:
-                find_files(part)
+                files = find_files(part)
+                if config.tokenizer is None:
+                    _require_text(files)
     if config.blend is None:
         return (prepare(config, vocab_size, progress),)
     parts = [_part(config, entry) for entry in config.blend]
@@ -268,7 +272,8 @@ def trained_on(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
         if stored is not None:
             same = stored if read_manifest(stored).content_hash in hashes else None
         else:
-            same = next(filter(None, (_twin(path, by_size) for path in find_files(own))), None)
+            files = [path for path in find_files(own) if path.suffix != INDEX]  # they may be equal
+            same = next(filter(None, (_twin(path, by_size) for path in files)), None)
         if same is not None:
             warnings.append(
                 f"data.validation, {entry.name}: {same} is trained on too, so its loss says little"
@@ -399,6 +404,15 @@ def _given_tokenizer(name: str) -> Path:
     return path
 
 
+def _require_text(files: Iterable[Path]) -> None:
+    """Raise ConfigError for tokens of Megatron-LM, whose tokenizer must be given."""
+    if stored := [path for path in files if kind_of(path) == "tokens"]:
+        raise ConfigError(
+            f"{stored[0]} holds tokens of Megatron-LM; set data.tokenizer to the tokenizer.json "
+            "that made them"
+        )
+
+
 def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) -> Path:
     """Train a tokenizer on the text of all corpora, or find it in the cache.  Returns its path."""
     found = []
@@ -423,6 +437,7 @@ def _trained(
     to merge, the tokenizer is the same for every larger vocabulary.  Raises ConfigError before any
     text is read if `vocab_size` is too small for every tokenizer.
     """
+    _require_text(chain.from_iterable(found))
     require_bytes(vocab_size)
     keys = [
         _content_key(cache_dir, files, None, [part.jsonl_field], progress)
@@ -562,32 +577,30 @@ class _Work:
         end = end_token_id(tokenizer, config.end_token, self.vocab_size)
         save_tokenizer(tokenizer, directory / "tokenizer.json")
         size, reading = num_ids(tokenizer), Reading(self.left_out)
-        found = encoded(
-            read_documents(self.files, config.jsonl_field, reading=reading),
-            directory / "tokenizer.json",
-            longest_run=_LONGEST_WORD,
-            longest_piece=LONGEST_PIECE,
-            workers=config.num_workers,
-        )
+        indexes = [path for path in self.files if path.suffix == INDEX]
+        if indexes:
+            special = special_tokens(tokenizer) if config.end_token is None else {}
+            found = stored_documents(indexes, size, end, special, reading)
+        else:
+            found = encoded(
+                read_documents(self.files, config.jsonl_field, reading=reading),
+                directory / "tokenizer.json",
+                longest_run=_LONGEST_WORD,
+                longest_piece=LONGEST_PIECE,
+                workers=config.num_workers,
+            )
         total = human_bytes(_bytes_of(self.files))
 
         def state() -> str:
             return f"{human_bytes(reading.num_bytes)} of {total}"
 
-        with closing(found), reported("tokenizing", state, self.progress):
+        what = "copying tokens" if indexes else "tokenizing"
+        with closing(found), reported(what, state, self.progress):
             num_documents, num_tokens = write_dataset(
                 directory / "tokens", self._checked(found), end, size
             )
         if num_documents == 0:
-            words = "; ".join(words_of(self.left_out.as_dict()))
-            after, others = "", len(self.files) - 1
-            if others:
-                after = f" and the {others} {plural(others, 'file')} after it"
-            raise ConfigError(
-                f"{self.files[0]}{after} {'hold' if others else 'holds'} no text "
-                f"({words}); set data.path to some that do, or data.jsonl_field to the field "
-                "that has it"
-            )
+            raise ConfigError(self._nothing())
         check_tokens(directory / "tokens", size)
         return Manifest(
             name=config.name,
@@ -603,6 +616,19 @@ class _Work:
             seconds=time.perf_counter() - started,
             largest_token=largest_token(directory / "tokens", size),
             left_out=self.left_out.as_dict(),
+        )
+
+    def _nothing(self) -> str:
+        """Return the message for files without a document."""
+        after, others = "", len(self.files) - 1
+        if others:
+            after = f" and the {others} {plural(others, 'file')} after it"
+        is_text = kind_of(self.files[0]) != "tokens"
+        words = "; ".join(words_of(self.left_out.as_dict())) or "no documents"
+        field = ", or data.jsonl_field to the field that has it" if is_text else ""
+        return (
+            f"{self.files[0]}{after} {'hold' if others else 'holds'} "
+            f"no {'text' if is_text else 'tokens'} ({words}); set data.path to some that do{field}"
         )
 
     def _checked(self, found: Iterator[Encoded]) -> Iterator[tuple[np.ndarray, bool]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from vp_train.config import ConfigError
 from vp_train.data.files import kind_of, open_unpacked
 from vp_train.data.left_out import (
     EMPTY,
@@ -82,6 +83,8 @@ def read_documents(
             yield from _lines(path, field, state)
         elif kind == "text":
             yield from _text(path, state)
+        elif kind == "tokens":
+            raise ConfigError(f"{path} is for the tokens of Megatron-LM; text is needed here")
         else:
             from vp_train.data.tables import rows
 

@@ -25,6 +25,7 @@ from vp_train.data.left_out import (
     OTHER_ENDING,
     LeftOut,
 )
+from vp_train.data.manifest import MANIFEST
 from vp_train.durable import PointerError, UnreadableError, open_regular, read_json
 
 _TEXTS = frozenset(
@@ -33,6 +34,7 @@ _TEXTS = frozenset(
 )
 _LINES = frozenset({".jsonl", ".ndjson"})
 _TABLES = frozenset({".parquet", ".arrow"})
+INDEX, TOKENS = ".idx", ".bin"  # the files of a pair that Megatron-LM has tokenized
 _PACKED = frozenset({".gz", ".zst"})
 INSTALL = "pip install 'vp_train[data]'"
 _BUFFER = 1 << 20  # bytes
@@ -40,7 +42,7 @@ _LARGEST_STATE = 1 << 26  # bytes of a JSON file that describes a data set
 
 
 def kind_of(path: Path) -> str:
-    """Return how a file is read: `lines`, `parquet` or `arrow`, else `text`.
+    """Return how a file is read: `lines`, `parquet`, `arrow` or `tokens`, else `text`.
 
     A file named .json is one text, but .json.gz and .json.zst hold one document a line, as
     published data sets do.
@@ -48,6 +50,8 @@ def kind_of(path: Path) -> str:
     suffix, packed = _suffixes(path)
     if suffix in _TABLES and not packed:
         return suffix[1:]
+    if suffix in (INDEX, TOKENS) and not packed:
+        return "tokens"
     return "lines" if suffix in _LINES or (packed and suffix == ".json") else "text"
 
 
@@ -67,7 +71,8 @@ def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Pat
     """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none.
 
     Files of a directory whose endings are not known are counted in `left_out`, and what is no file:
-    links that lead to a directory or to nothing, pipes, devices; and what is hidden.
+    links that lead to a directory or to nothing, pipes, devices; and what is hidden.  Either all
+    files are text, or all belong to pairs of .bin and .idx, both of which are returned.
     """
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -76,18 +81,24 @@ def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Pat
         assert config.path is not None
         # A link keeps its name: its ending says what it holds, as in the cache of a hub.
         root = Path(os.path.abspath(os.path.expanduser(config.path)))
+        if not root.exists() and Path(f"{root}{INDEX}").is_file():  # the prefix of a pair
+            root = Path(f"{root}{INDEX}")
         if not root.exists():
             raise ConfigError(
                 f"data.path={config.path} does not exist; "
                 "give a directory of text files, or one file"
             )
-        files = [root] if root.is_file() else _files_of(root, left_out or LeftOut())
+        if not root.is_file():
+            files = _files_of(root, left_out or LeftOut())
+        else:
+            files = _pair(root) if kind_of(root) == "tokens" else [root]
     files = sorted(path for path in files if path.is_file())
     if not files:
         known = " ".join(sorted(_TEXTS | _LINES | _TABLES))
         raise ConfigError(
             f"data.path={root} holds no text file; known endings are {known}, "
-            "and all but the last two with .gz or .zst behind them"
+            "and all but the last two with .gz or .zst behind them; or pairs of .bin and .idx of "
+            "Megatron-LM"
         )
     return tuple(files)
 
@@ -112,7 +123,7 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
         raise ConfigError(
             f"data.path={root} is a device, a pipe or a socket; give a directory or a file"
         )
-    found = []
+    found, halves = [], []
     shards: dict[Path, frozenset[str] | None] = {}
     for path in sorted(_below(root, left_out)):
         folder = path.parent
@@ -134,9 +145,39 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
                 left_out.add(NO_FILE, str(path))
         elif _is_known(path):
             found.append(path)
+        elif kind_of(path) == "tokens" and not _is_ours(path):
+            halves.append(path)
         else:
             left_out.add(OTHER_ENDING, str(path))
-    return found
+    if not {path.with_suffix("") for path in halves if path.suffix == INDEX}.intersection(
+        path.with_suffix("") for path in halves if path.suffix == TOKENS
+    ):
+        for path in halves:
+            left_out.add(OTHER_ENDING, str(path))
+        return found
+    if found:
+        raise ConfigError(
+            f"data.path={root} holds text ({found[0]}) and tokens of Megatron-LM ({halves[0]}), "
+            "which may be the same text; give one of them, or both with data.blend"
+        )
+    return sorted({path for half in halves for path in _pair(half)})
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file belongs to a corpus of vp-prepare, which is given by its directory."""
+    return path.stem == "tokens" and (path.parent / MANIFEST).exists()
+
+
+def _pair(path: Path) -> list[Path]:
+    """Return both files of the pair to which one belongs.  Raises ConfigError if one is missing."""
+    pair = [path.with_suffix(TOKENS), path.with_suffix(INDEX)]
+    for file in pair:
+        if not file.is_file():
+            raise ConfigError(
+                f"{path} needs {file.name} beside it: Megatron-LM keeps tokens in a .bin and their "
+                "index in an .idx; copy both, or rename the file if it holds text"
+            )
+    return pair
 
 
 def _below(root: Path, left_out: LeftOut) -> Iterator[Path]:

@@ -1,4 +1,7 @@
-"""Megatron-core's indexed datasets.  No other module writes, checks or samples them."""
+"""Megatron-core's indexed datasets.  No other module writes or samples them.
+
+`megatron` checks and reads those that Megatron-LM has written.
+"""
 
 from __future__ import annotations
 
@@ -81,11 +84,34 @@ def check_tokens(prefix: Path, vocab_size: int) -> None:
             )
 
 
-_HEADER = np.dtype(
+HEADER = np.dtype(  # of an index
     [("magic", "S9"), ("version", "<u8"), ("code", "u1"), ("sequences", "<u8"), ("ends", "<u8")]
 )
+MAGIC, VERSION = b"MMIDIDX", 1
 _CODES = {np.uint16: 8, np.int32: 4}  # Megatron's numbers of the dtypes
 _ENTRIES = 1 << 20  # of an index, checked together
+
+
+def index_bytes(num_sequences: int, num_ends: int) -> int:
+    """Return the size of an index.  Documents are one fewer than their ends: the first is 0."""
+    return HEADER.itemsize + 12 * num_sequences + 8 * num_ends
+
+
+def index_entries(
+    name: str, num_sequences: int, num_ends: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Map the entries of an index that has `index_bytes`.
+
+    Returns the length of every sequence in tokens, int32, the byte at which it begins in the .bin,
+    int64, and the sequence at which every document ends, int64 [num_ends], from 0 on.
+    """
+    offsets = (HEADER.itemsize + bytes_ * num_sequences for bytes_ in (0, 4, 12))
+    sizes = (num_sequences, num_sequences, num_ends)
+    lengths, starts, ends = (
+        np.memmap(name, dtype=kind, mode="r", offset=offset, shape=(size,))
+        for kind, offset, size in zip(("<i4", "<i8", "<i8"), offsets, sizes, strict=True)
+    )
+    return lengths, starts, ends
 
 
 def check_index(prefix: Path, num_documents: int, num_tokens: int, vocab_size: int) -> None:
@@ -96,25 +122,20 @@ def check_index(prefix: Path, num_documents: int, num_tokens: int, vocab_size: i
     """
     name, dtype = f"{prefix}.idx", token_dtype(vocab_size)
     way_out = f"delete {prefix.parent}, and prepare it again"
-    size, expected = os.path.getsize(name), _HEADER.itemsize + 12 * num_documents
-    expected += 8 * (num_documents + 1)
+    size, expected = os.path.getsize(name), index_bytes(num_documents, num_documents + 1)
     if size != expected:
         raise ConfigError(
             f"{name} has {size:,} bytes, but {num_documents:,} documents take {expected:,}; "
             f"{way_out}"
         )
-    header = np.memmap(name, dtype=_HEADER, mode="r", shape=(1,))[0]
-    wanted = (b"MMIDIDX", 1, _CODES[dtype], num_documents, num_documents + 1)
+    header = np.memmap(name, dtype=HEADER, mode="r", shape=(1,))[0]
+    wanted = (MAGIC, VERSION, _CODES[dtype], num_documents, num_documents + 1)
     if (found := tuple(header.tolist())) != wanted:
         raise ConfigError(
             f"{name}: the header (magic, version, dtype, sequences, ends) is {found} "
             f"instead of {wanted}; {way_out}"
         )
-    offsets = [_HEADER.itemsize + bytes_ * num_documents for bytes_ in (0, 4, 12)]
-    lengths, starts, ends = (
-        np.memmap(name, dtype=kind, mode="r", offset=offset, shape=(num_documents + more,))
-        for kind, offset, more in zip(("<i4", "<i8", "<i8"), offsets, (0, 0, 1), strict=True)
-    )
+    lengths, starts, ends = index_entries(name, num_documents, num_documents + 1)
     itemsize, start = np.dtype(dtype).itemsize, 0
     for first in range(0, num_documents, _ENTRIES):
         block = np.asarray(lengths[first : first + _ENTRIES], dtype=np.int64)
@@ -128,7 +149,7 @@ def check_index(prefix: Path, num_documents: int, num_tokens: int, vocab_size: i
             raise ConfigError(
                 f"{name}: document {number} has {int(lengths[number]):,} tokens from byte "
                 f"{int(starts[number]):,}, which is not where the one before it ends "
-                f"(entry at offset {offsets[0] + 4 * number:,}); {way_out}"
+                f"(entry at offset {HEADER.itemsize + 4 * number:,}); {way_out}"
             )
         start = int(after[-1])
     if start != num_tokens * itemsize or int(ends[num_documents]) != num_documents:
@@ -158,7 +179,7 @@ def split_documents(prefix: Path, validation_fraction: float, seed: int) -> tupl
     one document, unless the fraction is 0, and never all of them.  Documents that are larger than
     the whole fraction come last in the random order, smallest first.
     """
-    dataset = _open_dataset(prefix)  # owns the memory: its lengths are a view
+    dataset = open_dataset(prefix)  # owns the memory: its lengths are a view
     lengths = np.array(dataset.sequence_lengths, dtype=np.int64)
     target = int(exact(validation_fraction) * int(lengths.sum()))
     order = np.random.default_rng(seed).permutation(len(lengths)).astype(np.int32)
@@ -215,7 +236,7 @@ class Windows:
     @classmethod
     def of(cls, prefix: Path, share: Share, length: int) -> Windows:
         """Open the dataset at `prefix` and cut the text of `share` into samples."""
-        dataset = _open_dataset(prefix)
+        dataset = open_dataset(prefix)
         lengths = np.asarray(dataset.sequence_lengths)[share.documents]
         ends, start = np.cumsum(lengths, dtype=np.int64), share.start
         return cls(dataset, share.documents, ends, length, start, start + share.num_tokens)
@@ -248,7 +269,8 @@ class Windows:
         )
 
 
-def _open_dataset(prefix: Path) -> Any:
+def open_dataset(prefix: Path) -> Any:
+    """Open the dataset at `prefix`.  Arrays that it returns do not outlive it."""
     with quiet_megatron():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 

@@ -163,6 +163,12 @@ def num_ids(tokenizer: Tokenizer, *, added: bool = True) -> int:
     return max((number + 1 for number in numbers), default=0)
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the special tokens and their texts."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {number: token.content for number, token in added.items() if token.special}
+
+
 def beyond(words: str, largest: int, vocab_size: int) -> str:
     """Return the message about a token that a model does not have.
 
