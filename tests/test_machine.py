@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vp_train.commands.machine import NAMELESS, PRESETS, gpu_name, machine_words
+from vp_train.commands import machine
+from vp_train.commands.machine import PRESETS, gpu_name, machine_words
 from vp_train.commands.place import Place
 from vp_train.commands.train import _on_its_machines, _train
 from vp_train.config import ClusterConfig
@@ -22,8 +24,8 @@ TWO_OF_FOUR = ["cluster.num_nodes=2", "cluster.gpus_per_node=4"]
 RUN = ["model=nano", "run.device=cuda"]
 
 
-def words_of(*overrides, gpu=H100):
-    return machine_words(load_config(overrides), overrides, 2, 4, gpu)
+def words_of(*overrides, gpu=H100, problem=""):
+    return machine_words(load_config(overrides), overrides, 2, 4, gpu, problem)
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS.items())
@@ -58,6 +60,10 @@ def test_an_unknown_gpu_is_said_with_what_to_type_and_no_gpu_is_nothing_to_say()
     assert line.endswith(
         "cluster=NAME: a100_40g_node, a100_80g_node, h100_80g_node, h200_141g_node"
     )
+    words, unread = words_of(*RUN, gpu="", problem="RuntimeError: busy")
+    assert words == TWO_OF_FOUR
+    why = "the name of the GPU cannot be read (RuntimeError: busy)"
+    assert unread == line.replace("no preset for NVIDIA B200", why)
     assert words_of(*RUN, gpu="") == (TWO_OF_FOUR, "")
 
 
@@ -77,9 +83,26 @@ def test_a_resumed_run_keeps_its_cluster_and_takes_one_if_it_had_none(tmp_path, 
     assert load_config([*resumed, *TWO_OF_FOUR]).cluster == replace(
         taken.cluster, num_nodes=2, gpus_per_node=4
     )
-    words, line = words_of(*resumed, gpu=A100)
+    assert words_of(*resumed, gpu="NVIDIA B200") == (
+        TWO_OF_FOUR,
+        "no preset for NVIDIA B200; this run keeps the cluster that it was planned for",
+    )
+
+
+@pytest.mark.parametrize("before", PRESETS)
+@pytest.mark.parametrize("now", PRESETS)
+def test_a_run_that_is_resumed_on_other_gpus_says_so(tmp_path, monkeypatch, before, now):
+    monkeypatch.chdir(tmp_path)
+    first = load_config(["model=nano", "run.name=one", f"cluster={PRESETS[before]}"])
+    first.run.directory.mkdir(parents=True)
+    (first.run.directory / "config.yaml").write_text(config_text(first))
+    words, line = words_of("run.name=one", "run.resume=true", gpu=now)
     assert words == TWO_OF_FOUR
-    assert line == f"the run keeps that of other GPUs; cluster=a100_80g_node is that of {A100}"
+    told = (
+        "this run was planned for other GPUs and keeps that cluster; type "
+        f"cluster={PRESETS[now]} to plan for {now}"
+    )
+    assert line == ("" if now == before else told)
 
 
 @pytest.fixture
@@ -113,6 +136,17 @@ def test_ranks_of_agents_and_of_torchrun_have_the_plan_that_vp_plan_shows(
     assert load_config(typed).cluster == ClusterConfig()
 
 
+def test_nodes_of_torchrun_with_other_numbers_of_ranks_have_the_same_settings(gpus, monkeypatch):
+    typed, found = [*RUN, "parallel.pp=2"], []
+    for name, value in (("WORLD_SIZE", "12"), ("GROUP_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    for num_local in ("8", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", num_local)
+        found.append(_on_its_machines(load_config(typed), typed, None, 0, says=False)[0])
+    assert found[0] == found[1]
+    assert (found[0].cluster.num_nodes, found[0].cluster.gpus_per_node) == (2, 6)
+
+
 def test_what_vp_train_launches_is_planned_for_its_gpus_and_its_ranks_read_the_same(
     gpus, monkeypatch, tmp_path, capsys
 ):
@@ -132,10 +166,39 @@ def test_what_vp_train_launches_is_planned_for_its_gpus_and_its_ranks_read_the_s
 
 
 def test_a_copy_of_this_process_asks_for_the_name(gpus, monkeypatch):
-    assert gpu_name() == H100
+    here, counted = os.getpid(), []
+
+    def count():
+        if os.getpid() == here:
+            counted.append("CUDA may have been started where no later copy can use it")
+        return 8
+
+    monkeypatch.setattr(torch.cuda, "device_count", count)
+    assert gpu_name() == (H100, "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: str(os.getpid()))
-    assert int(gpu_name()) != os.getpid()
-    monkeypatch.delattr(torch.cuda, "get_device_name")
-    assert gpu_name() == NAMELESS
+    assert int(gpu_name()[0]) != here
+    assert not counted
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert gpu_name() == ""
+    assert gpu_name() == ("", "")
+
+
+def test_why_a_name_cannot_be_read_is_said(gpus, monkeypatch):
+    def fails(_):
+        raise RuntimeError("CUDA error:\nout of " + 9999 * "memory")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", fails)
+    name, problem = gpu_name()
+    assert name == ""
+    assert problem.startswith("RuntimeError: CUDA error: out of memory")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: os._exit(1))
+    assert gpu_name() == ("", "the process that asks for it died")
+
+
+def test_a_driver_that_hangs_is_not_waited_for_and_leaves_no_process(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: time.sleep(600))
+    monkeypatch.setattr(machine, "_ASK_SECONDS", 0.2)
+    began = time.monotonic()
+    assert gpu_name() == ("", "its driver does not answer within 0.2 s")
+    assert time.monotonic() - began < 60
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

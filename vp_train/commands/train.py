@@ -6,13 +6,14 @@ Otherwise it is the agent of its node, which on one machine is the launcher of a
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
-from vp_train.commands.command import Command, guarded, path_of, prints, run, whole_number
+from vp_train.commands.command import Command, guarded, path_of, prints, run, typed, whole_number
 from vp_train.commands.orphans import LAUNCHER, die_with_launcher, has_launcher
 from vp_train.commands.place import Place, is_rank, is_slurm_rank, place_of, slurm_rank
 from vp_train.commands.sweep import SWEEP, is_sweep, sweep
@@ -127,17 +128,21 @@ def _on_its_machines(
     """Return `config` and `overrides` with the cluster of the launch and of the GPUs here.
 
     `num_ranks` is the value of --ranks, 0 if it is not given.  A line says which cluster that is if
-    this process `says` it.
+    this process `says` it.  All ranks of torchrun plan for the same nodes, each with the mean of
+    their ranks.
     """
     from vp_train.commands.launch import num_local_ranks
     from vp_train.commands.machine import gpu_name, machine_words
 
+    found = ("", "") if typed(overrides, "cluster") else gpu_name()  # before GPUs are counted
     if place is None:
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        num_nodes = -(-int(os.environ["WORLD_SIZE"]) // num_local)
+        world = int(os.environ["WORLD_SIZE"])
+        of_one = math.ceil(world / int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", of_one))
+        num_local = math.ceil(world / num_nodes)
     else:
         num_nodes, num_local = place.num_nodes, num_local_ranks(config, place, num_ranks)
-    words, line = machine_words(config, overrides, num_nodes, num_local, gpu_name())
+    words, line = machine_words(config, overrides, num_nodes, num_local, *found)
     if line and says:
         print(f"cluster   {printable(line)}", flush=True)
     overrides = [*overrides, *words]
