@@ -142,9 +142,13 @@ def test_nodes_with_other_gpus_are_told_to_type_one_cluster():
     presets = [{"cluster.memory_gib": "75.0"}] * 4 + [{"cluster.memory_gib": "135.0"}] * 4
     (error,) = compare(ranks(settings="beef"), presets).errors
     assert error == (
-        "node b: cluster.memory_gib=135.0 instead of 75.0 on node a; give the command of all nodes "
-        "the same overrides, here cluster=NAME: what is not typed is that of each node"
+        "node b: cluster.memory_gib=135.0 instead of 75.0 on node a; type the same cluster=NAME on "
+        "all nodes, because each otherwise takes the preset of its own GPU"
     )
+    for name in ("cluster.num_nodes", "cluster.gpus_per_node"):
+        counts = [{name: "2"}] * 4 + [{name: "3"}] * 4
+        (error,) = compare(ranks(settings="beef"), counts).errors
+        assert error.endswith("; give the command of all nodes the same overrides")
 
 
 def test_the_minority_is_named_and_at_a_draw_rank_0_is_right():

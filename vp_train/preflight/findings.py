@@ -17,6 +17,7 @@ CLOCK_SECONDS = 5.0  # clocks that differ by less are equal
 SLOW = 3.0  # an all-reduce that takes so many times as long as planned is slow
 _MOST_NAMES = 3  # nodes, or settings, that one line names
 _UNKNOWN = "none"
+_COUNTS = ("cluster.num_nodes", "cluster.gpus_per_node")  # of the launch, not of a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,12 +268,13 @@ def _settings(ranks: Sequence[RankFacts], settings: Sequence[Mapping[str, str]])
     own = settings[found.ranks[0].rank]
     names = [name for name in {**usual, **own} if usual.get(name) != own.get(name)]
     words = [f"{name}={own.get(name)} instead of {usual.get(name)}" for name in names]
-    of_machines = all(name.startswith("cluster.") for name in names)
-    typed = ", here cluster=NAME: what is not typed is that of each node" if of_machines else ""
-    return [
-        f"{found.nodes}: {_some(words)} on node {found.where}; give the command of all nodes the "
-        f"same overrides{typed}"
-    ]
+    remedy = "give the command of all nodes the same overrides"
+    if all(name.startswith("cluster.") and name not in _COUNTS for name in names):
+        remedy = (
+            "type the same cluster=NAME on all nodes, because each otherwise takes the preset of "
+            "its own GPU"
+        )
+    return [f"{found.nodes}: {_some(words)} on node {found.where}; {remedy}"]
 
 
 def _versions(ranks: Sequence[RankFacts]) -> list[str]:
