@@ -13,8 +13,9 @@ from vp_train.config.setting import check_section, setting
 class ClusterConfig:
     """The machines that a run is planned for.
 
-    All plans on GPUs read it, so it decides the order of passes, what is offloaded, and the MFU.
-    `vp-train` takes the preset by the name of the GPU where nobody has typed one.
+    `vp-plan` always reads it, runs and `vp-simulate` only on GPUs.  There it decides the order of
+    passes, what is offloaded, and the MFU.  If you type no `cluster=`, `vp-train` takes the preset
+    named after its GPU, which `--print-config` does not show.
     Links are those of one GPU, in one direction: `node_*` to the other GPUs of its node,
     `network_*` to other nodes.  `host_*` count with optim.offload and
     parallel.offload_activations.  With `multiprocessors` passes are split into matrix products,
