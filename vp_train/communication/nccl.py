@@ -5,7 +5,7 @@ Everything here does nothing if torch has no NCCL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -37,8 +37,9 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
 
     Call it before anything touches the GPU; it sets what CUDA and NCCL read at start.  On a CPU it
     changes nothing.  Raises ConfigError if there is no GPU here, if float8 is wanted and missing,
-    or if NCCL would need more GPUs than the node has.  Where `sees_one_gpu` the preflight decides
-    that: it may be another GPU in every rank.
+    or if NCCL would need more GPUs than the node has.  A rank that sees one GPU does not know that:
+    it may be another one in every rank, as where Slurm binds each to its own.  The preflight
+    decides.
     """
     if settings.device == "cpu":
         require_float8(settings)
@@ -55,16 +56,6 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
     torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % num_devices)
     require_float8(settings)
     return settings.comm_backend
-
-
-def sees_one_gpu(environment: Mapping[str, str], settings: RunSettings) -> bool:
-    """Return whether a rank under NCCL sees one GPU on a node of several ranks.
-
-    So it is where Slurm binds each task to a GPU of its own, and where ranks would share one.
-    """
-    uses_nccl = settings.device == "cuda" and settings.comm_backend == "nccl"
-    several = int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1
-    return uses_nccl and several and torch.cuda.device_count() == 1
 
 
 def require_float8(settings: RunSettings) -> None:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import schedules
 from vp_train.communication.communicators import NCCL
 from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import communicator_options, sees_one_gpu
+from vp_train.communication.nccl import communicator_options
 from vp_train.config import RunConfig, RunSettings
 from vp_train.failures import EXIT_CONFIG, SharedFailure
 from vp_train.planning.cluster import Link
@@ -64,8 +64,13 @@ def spans_nodes(environment: Mapping[str, str]) -> bool:
 
 
 def must_compare(environment: Mapping[str, str], settings: RunSettings) -> bool:
-    """Return whether the ranks of a run compare notes before step 1, whatever the user wants."""
-    return spans_nodes(environment) or sees_one_gpu(environment, settings)
+    """Return whether the ranks of a run compare notes before step 1, whatever the user wants.
+
+    They do on several nodes, and where ranks under NCCL may have the same GPU.  What a rank sees of
+    its node does not count: all must come to the same answer, or some would wait for the others.
+    """
+    uses_nccl = settings.device == "cuda" and settings.comm_backend == NCCL
+    return spans_nodes(environment) or (uses_nccl and int(environment.get("WORLD_SIZE", "1")) > 1)
 
 
 class Preflight:
