@@ -576,7 +576,10 @@ def test_the_number_of_nodes_that_would_do_is_about_the_least(monkeypatch):
     config = load_config(["model=nano", "cluster=h100_80g_node"])
     for now, least, said in ((1, 2, 2), (1, 3, 3), (1, 5, 5), (1, 33, 36), (3, 6, 6), (3, 7, 7)):
         cluster = dataclasses.replace(config.cluster, num_nodes=now)
-        fits = lambda config, *_, least=least: config.cluster.num_nodes >= least or None  # noqa: E731
+
+        def fits(config, *_, least=least):
+            return config.cluster.num_nodes >= least or None
+
         monkeypatch.setattr(search_words, "fits_on", fits)
         found = search_words._more_nodes(
             dataclasses.replace(config, cluster=cluster), Limits(), Kept()
