@@ -138,6 +138,22 @@ def test_zero_centred_norms_that_are_not_compiled_are_cast_to_fp32_and_back():
             assert part - base == casts * 10 * added
 
 
+def test_casts_of_zero_centred_norms_are_kernels_too():
+    """Four in a forward and five in a backward, of six norms: the last counts both of heads."""
+    model = replace(load_config(["model=llama3_8b"]).model, qk_norm=True, post_norms=True)
+    device = Device(1e15, 1e15, 1e30, 1.0, 132)  # so fast that kernels alone take time
+
+    def seconds(model, compiled):
+        found = layer_seconds(device, model, 10, item_bytes=2, sum_bytes=4, compiled=compiled)
+        return found.forward, found.input_grad
+
+    for compiled, added in ((False, (6 * 4, 6 * 5)), (True, (0, 0))):
+        plain, centred = (
+            seconds(replace(model, zero_centred_norm=value), compiled) for value in (False, True)
+        )
+        assert tuple(b - a for a, b in zip(plain, centred, strict=True)) == pytest.approx(added)
+
+
 @pytest.mark.parametrize("name", ["llama3_8b", "gpt_4b"])
 def test_elementwise_work_moves_what_was_counted(name, monkeypatch):
     """Counted in `benchmarks/layers.py` for reduced layers, whose weights are a larger part.

@@ -36,6 +36,8 @@ _SLOW = 2.0
 _TERM_VALUES = 2 + 2.5 + 2.5  # that S and T move per token and hidden value: `terms_seconds`
 _CAST = 1 + 2  # values of 2 bytes that a cast between 2 and 4 bytes moves
 _FORWARD_KERNELS, _BACKWARD_KERNELS = 14, 40  # of a layer
+# More of a norm that is cast: of each tensor, of the weight, and the sum of weight and centre.
+_FORWARD_CASTS, _BACKWARD_CASTS = 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +168,18 @@ def layer_seconds(
     kernels = device.kernel_seconds
     there, back = _moved_values(model, compiled, sequence_ranks, item_bytes)
     weights += device.moved(sum_bytes * shape.layer_matrix_parameters(model)) + 4 * kernels
-    rest = device.moved(item_bytes * tokens * there) + _FORWARD_KERNELS * kernels
+    cast = _casts_norms(model, compiled, item_bytes)
+    norms = cast * (shape.num_norms(model) + 2 * model.qk_norm)  # one each of queries and keys
+    there_kernels = _FORWARD_KERNELS + _FORWARD_CASTS * norms
+    back_kernels = _BACKWARD_KERNELS - 4 + _BACKWARD_CASTS * norms
+    rest = device.moved(item_bytes * tokens * there) + there_kernels * kernels
     whole = sum(forward) + attention + rest
     return LayerSeconds(
         whole,
         backward
         + _ATTENTION_BACKWARD * attention
         + device.moved(item_bytes * tokens * back)
-        + (_BACKWARD_KERNELS - 4) * kernels,
+        + back_kernels * kernels,
         weights,
         selective,
         whole - left_out,
@@ -215,6 +221,11 @@ def elementwise_bytes(
     return item_bytes * num_tokens * there, item_bytes * num_tokens * back
 
 
+def _casts_norms(model: ModelConfig, compiled: bool, item_bytes: int) -> bool:
+    """Return whether norms cast what they read and write: to fp32, and back to 2 bytes."""
+    return model.zero_centred_norm and not compiled and item_bytes == 2
+
+
 def _moved_values(
     model: ModelConfig, compiled: bool, sequence_ranks: int, item_bytes: int
 ) -> tuple[float, float]:
@@ -229,11 +240,11 @@ def _moved_values(
     h, f = model.hidden_size / sequence_ranks, model.ffn_hidden_size
     q, kv = shape.query_size(model), shape.kv_size(model)
     turned, qkv, gated = q + kv, q + 2 * kv, shape.is_gated(model)
-    of_norm = (2, 3)
-    if model.zero_centred_norm and not compiled and item_bytes == 2:
-        of_norm = (_CAST + 2 * 2 + _CAST, 2 * _CAST + 3 * 2 + _CAST)
-    there = of_norm[0] * h * shape.num_norms(model) + 2 * 3 * h
-    back = of_norm[1] * h * shape.num_norms(model) + 2 * 3 * h
+    norm, norm_back = 2, 3
+    if _casts_norms(model, compiled, item_bytes):
+        norm, norm_back = _CAST + 2 * 2 + _CAST, 2 * _CAST + 3 * 2 + _CAST
+    there = norm * h * shape.num_norms(model) + 2 * 3 * h
+    back = norm_back * h * shape.num_norms(model) + 2 * 3 * h
     if compiled and model.pre_norms and model.normalisation == "rmsnorm":
         there, back = there - h, back - 2 * 2 * h
     splits, norms = model.positions == "rope" or model.qk_norm, model.qk_norm
@@ -243,8 +254,8 @@ def _moved_values(
         back += turned * norms
     elif splits:
         rotation = 7 * turned * (model.positions == "rope")
-        there += _SLOW * (rotation + (of_norm[0] * turned if norms else 2 * kv))
-        back += _SLOW * (rotation + of_norm[1] * turned * norms)
+        there += _SLOW * (rotation + (norm * turned if norms else 2 * kv))
+        back += _SLOW * (rotation + norm_back * turned * norms)
     if not gated:
         there, back = there + 2 * f, back + 3 * f
     elif compiled:
