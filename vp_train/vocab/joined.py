@@ -58,7 +58,7 @@ class Joined:
 
     The first `recompute` (a fraction) of the rows keep nothing: T computes their logits again.
     P is at most exp(SLACK).  In float16 its products need the fp32 results of a GPU, so on a CPU
-    float16 raises AssertionError.
+    float16 raises ValueError.
     """
 
     def __init__(
@@ -69,9 +69,10 @@ class Joined:
         recompute: float,
         products: Products | None = None,
     ) -> None:
-        assert weight.is_cuda or weight.dtype is not torch.float16, (
-            "on a CPU products with P overflow float16; take Chunked, whose P is at most 1"
-        )
+        if weight.dtype is torch.float16 and not weight.is_cuda:
+            raise ValueError(
+                "on a CPU products with P overflow float16; take Chunked, whose P is at most 1"
+            )
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
         self._products = products or Products()
