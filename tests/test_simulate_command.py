@@ -708,8 +708,8 @@ def test_a_plan_for_one_model_refuses_measurements_of_another():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "0.05 TFLOP/s, 200 µs a hop and 500 µs a barrier, assumed for a share of a CPU"),
-        (("cost.hop_seconds=0.001",), "0.05 TFLOP/s, 1 ms a hop and 500 µs a barrier, assumed"),
+        ((), "0.05 TFLOP/s, 200 µs a hop and 500 µs a barrier: assumed for a share of a CPU"),
+        (("cost.hop_seconds=0.001",), "0.05 TFLOP/s, 1 ms a hop and 500 µs a barrier: assumed"),
         (("cost=a100",), "180 TFLOP/s, assumed"),
     ],
 )

@@ -94,9 +94,10 @@ class Ending:
 
     @property
     def needs_log(self) -> bool:
-        """Return whether the log says what words do not.
+        """Return whether to name the log.
 
-        Those of a full disk say all, and a lost peer has words of its own.
+        Not for a full disk, whose line says all, nor for a lost peer, whose traceback says nothing
+        new.
         """
         return bool(self.log) and self.code != EXIT_IO and not self.follows
 

@@ -118,7 +118,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
 def _links_lines(config: RunConfig, report: PlanReport) -> list[str]:
     """Return what messages take here, in a line, where a run's own plan assumes something else.
 
-    On a CPU a run and a simulation do not take the links of a cluster, which may be any.
+    On a CPU a run and a simulation do not take the links of a cluster.
     """
     costs = with_costs(config).cost, assumed_costs(report.work, config.cluster, config.cost)
     here, there = (

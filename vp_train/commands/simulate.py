@@ -567,9 +567,8 @@ def cost_words(config: RunConfig, plan: StepPlan) -> str:
         return f"{words}, assumed"
     hop, barrier = (duration(value or 0.0) for value in (cost.hop_seconds, cost.collective_seconds))
     return (
-        f"{words}, {hop} a hop and {barrier} a barrier, assumed for a share of a CPU as in a run, "
-        "while vp-plan takes the links of the cluster; cluster=h100_80g_node or cost=a100 plans "
-        "for GPUs"
+        f"{words}, {hop} a hop and {barrier} a barrier: assumed for a share of a CPU, as in a run. "
+        "vp-plan takes the links of the cluster. cluster=h100_80g_node or cost=a100 plans for GPUs"
     )
 
 

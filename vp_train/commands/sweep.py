@@ -443,8 +443,8 @@ def _numbers_of(line: bytes) -> dict[str, float]:
 def best_of(results: Sequence[Result]) -> Result | None:
     """Return the finished run with the lowest validation loss, or with the lowest loss.
 
-    A run that has diverged, so that one of them is not finite, does not count.  The loss decides if
-    another one has no validation loss.
+    A run that has diverged, so that one of them is not finite, does not count.  If one of the other
+    finished runs has no validation loss, the training loss decides.
     """
     finished = [
         result
