@@ -73,7 +73,10 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
     "explain": (("vp_train/explain", ("tests/test_explain.py",)),),
     "report": (("vp_train/report", ("tests/report", "--ignore=tests/report/test_browser.py")),),
     "inference": (("vp_train/inference", ("tests/inference",)),),
-    "supervision": (("vp_train/supervision", ("tests/supervision", "tests/test_local_ranks.py")),),
+    "supervision": (
+        ("vp_train/supervision/watcher.py", ("tests/test_ends.py",)),
+        ("vp_train/supervision", ("tests/supervision", "tests/test_local_ranks.py")),
+    ),
     "communication": (
         (
             "vp_train/communication",

@@ -12,17 +12,15 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from threading import Event
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
 from schedules.lower import Action
 from schedules.timeline import Span, Timeline
@@ -38,7 +36,7 @@ from vp_train.checkpoint.training import (
 )
 from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import require_gpu, take_gpu, watch
+from vp_train.communication.nccl import require_gpu, take_gpu
 from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.config.run import SETTLED_STEP
@@ -48,15 +46,10 @@ from vp_train.data.tokenizer import tokenizer_config
 from vp_train.durable import checkpoint_name
 from vp_train.failures import (
     EXIT_CONFIG,
-    EXIT_HANG,
     EXIT_OK,
     EXIT_TIME,
-    LOST_PEER,
     Ending,
     SharedFailure,
-    ending_of_rank,
-    log_of,
-    silent_peer,
 )
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.metrics.figures import RankFigures, figures_of
@@ -78,8 +71,9 @@ from vp_train.planning.plan import RunPlan, make_plan, replan
 from vp_train.preflight.nodes import Preflight, must_compare, spans_nodes
 from vp_train.supervision import requests as asked
 from vp_train.supervision.ending import leave
-from vp_train.supervision.heartbeat import Heartbeat, Place
+from vp_train.supervision.heartbeat import Place
 from vp_train.supervision.requests import Requests
+from vp_train.supervision.watcher import Watcher
 from vp_train.tensors import compiling
 
 # What a rank does, as its heartbeat says it.
@@ -87,12 +81,6 @@ _TRAINING = "training"
 _VALIDATING = "validating"
 _COMPARING = "exchanging gradients, loss and norm with other ranks"
 _SAVING = "saving with other ranks"
-
-
-class _Placing(Protocol):
-    """Notes what a rank does before it has a `Run`, and whether it waits for others."""
-
-    def __call__(self, doing: str, *, waits: bool = False) -> None: ...
 
 
 class DivergenceError(SharedFailure):
@@ -126,22 +114,16 @@ def run_rank(
         compiling.turn_off(os.environ)
     requests = Requests.of_rank(rank, config.run, has_lost_store)
     requests.listen()
-    heartbeat = Heartbeat.of_job(os.environ, rank)
-    watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
-
-    def place(doing: str, *, waits: bool = False) -> None:
-        if heartbeat is not None:
-            heartbeat.follow(lambda: Place(doing, waits))
-
+    watcher = Watcher(config.run, rank, num_ranks)
     directory: RunDirectory | None = None
     unused = ExitStack()  # removes the directory of a run that does not start
     try:
-        place("planning")
+        watcher.place("planning")
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
-        place("opening the data")
+        watcher.place("opening the data")
         source = open_source(config)
-        place("preparing to connect")
+        watcher.place("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
             if only_preflight:
@@ -153,24 +135,21 @@ def run_rank(
             preflight = Preflight(
                 config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
             )
-            mesh = _connect(config, plan, place, watcher.watch, preflight.compare_nodes)
+            mesh = _connect(config, plan, watcher, preflight.compare_nodes)
             preflight.measure_network(mesh.world)
         else:
-            mesh = _connect(config, plan, place, watcher.watch)
+            mesh = _connect(config, plan, watcher)
         if only_preflight:
             watcher.stop()
             unused.close()
             leave(Ending(EXIT_OK, ""))
         if rank == 0 and not is_introduced:
             introduce(config, plan, source)
-        place("building the model")
+        watcher.place("building the model")
         parts = compiled_parts(config) if rank == 0 else ()
         model = build_rank(config, plan, mesh, compiling=compiling.announced(parts))
-        watcher.timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, model, requests=requests)
-        watcher.run = run
-        if heartbeat is not None:
-            heartbeat.follow(run.place)
+        watcher.follow(lambda: run.step, run.place)
         run.load()
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
@@ -222,75 +201,17 @@ def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Report
     return reporter
 
 
-class _Watcher:
-    """Ends this rank with a message when it, or another rank, fails."""
-
-    def __init__(
-        self, settings: RunSettings, rank: int, num_ranks: int, heartbeat: Heartbeat | None
-    ) -> None:
-        self._settings, self._rank, self._num_ranks = settings, rank, num_ranks
-        self._heartbeat, self._started = heartbeat, time.time()
-        self._watches: list[Event] = []
-        self.run: Run | None = None
-        self.timeout_seconds = settings.world_timeout_seconds  # until all ranks have connected
-
-    def watch(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        """Watch the NCCL communicators of `groups`."""
-        self._watches.append(watch(groups, self._leave_with_nccl))
-
-    def stop(self) -> None:
-        """End the watch and the heartbeat."""
-        for watched in self._watches:
-            watched.set()
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-
-    @property
-    def _step(self) -> int:
-        return 0 if self.run is None else self.run.step
-
-    def leave(self, error: BaseException) -> NoReturn:
-        """End the process after `error`."""
-        self._leave(ending_of_rank(error, self._settings, self._rank, self._step))
-
-    def _leave_with_nccl(self, error: str) -> None:
-        """End the process before torch's NCCL watchdog aborts it."""
-        silent = silent_peer(self.timeout_seconds, self._settings)
-        failure = silent if error == "TIMEOUT" else LOST_PEER
-        record = flight_recorder.file_of(os.environ, self._settings.directory, self._rank)
-        last = (
-            f"; last communications of rank {self._rank}: {record}"
-            if flight_recorder.wait_for(record, self._started)
-            else ""
-        )
-        words = f"rank {self._rank}: stopped at step {self._step}, {failure.words}{last}"
-        self._leave(replace(failure, words=words))
-
-    def _leave(self, ending: Ending) -> NoReturn:
-        """End the process; if it has waited in vain, say which rank has not answered."""
-        if ending.code == EXIT_HANG and self._heartbeat is not None:
-            stall = self._heartbeat.look(self._num_ranks)
-            if stall is not None:
-                words, log = f"{ending.words}; {stall.words()}", f"{ending.log}\n{stall.table()}"
-                ending = replace(ending, words=words, log=log)
-        path = log_of(self._settings, self._rank)
-        if ending.words and ending.needs_log and str(path) not in ending.words:
-            ending = replace(ending, words=f"{ending.words}; log of rank {self._rank}: {path}")
-        leave(ending, path)
-
-
 def _connect(
     config: RunConfig,
     plan: RunPlan,
-    place: _Placing | None = None,
-    watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
+    watcher: Watcher | None = None,
     comparing: Callable[[ControlGroup], None] | None = None,
 ) -> Mesh:
     """Initialise torch.distributed and build the mesh of process groups.
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
-    `place` notes when this rank begins to wait for others.  `watching` and `comparing` are as in
-    `build_mesh`.  Raises ConfigError like `take_gpu`, before the ranks connect.
+    `watcher` watches the groups.  `comparing` is as in `build_mesh`.  Raises ConfigError like
+    `take_gpu`, before the ranks connect.
     """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -301,9 +222,10 @@ def _connect(
         flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
         )
-    if place is not None:
-        place("connecting to the other ranks", waits=True)
+    if watcher is not None:
+        watcher.place("connecting to the other ranks", waits=True)
     join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
+    watching = None if watcher is None else watcher.watch
     return build_mesh(
         plan.degrees, plan.problem, config.run, watching=watching, comparing=comparing
     )
