@@ -62,7 +62,10 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
         ),
         ("vp_train/data", ("tests/data",)),
     ),
-    "checkpoint": (("vp_train/checkpoint", ("tests/checkpoint",)),),
+    "checkpoint": (
+        ("vp_train/checkpoint/run.py", ("tests/test_resume.py", "tests/test_train.py")),
+        ("vp_train/checkpoint", ("tests/checkpoint",)),
+    ),
     "optim": (("vp_train/optim", ("tests/optim",)),),
     "metrics": (("vp_train/metrics", ("tests/metrics",)),),
     "vocab": (("vp_train/vocab", ("tests/vocab",)),),
