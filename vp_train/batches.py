@@ -56,6 +56,6 @@ class Batches:
         microbatches = self._mesh.degrees.dp * (ramp.until(step) - ramp.until(done))
         return tokens + microbatches * work.num_tokens
 
-    def go_on(self, step: int, tokens: int) -> None:
+    def seek(self, step: int, tokens: int) -> None:
         """Let the steps after `step` take what follows the first `tokens` tokens."""
         self._used = step, tokens

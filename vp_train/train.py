@@ -52,7 +52,7 @@ from vp_train.planning.plan import RunPlan, make_plan
 from vp_train.preflight.nodes import Preflight, must_compare, spans_nodes
 from vp_train.supervision.ending import leave
 from vp_train.supervision.heartbeat import Place
-from vp_train.supervision.requests import NO_READER, Departure, Requests
+from vp_train.supervision.requests import NO_READER, Interruption, Requests
 from vp_train.supervision.watcher import Watcher
 from vp_train.tensors import compiling
 
@@ -224,7 +224,7 @@ class Run:
         self.source, self.model = source, model
         self.step, self.first_step = 0, 1
         self._requests = requests or Requests()
-        self._departure: Departure | None = None  # if the run leaves before its last step
+        self._interruption: Interruption | None = None  # if the run leaves before its last step
         self._doing = "loading"
         degrees = mesh.degrees
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
@@ -259,7 +259,7 @@ class Run:
         """
         self.step = self.first_step - 1
         self._stopwatch.restart()  # to connect and to load is no part of the first step
-        while self.step < self.config.run.steps and self._departure is None:
+        while self.step < self.config.run.steps and self._interruption is None:
             self.step += 1
             self._doing = "beginning"
             yield self.step
@@ -280,7 +280,7 @@ class Run:
         started, settings = time.perf_counter(), self.config.run
         batch, loss, recorder = self._run_passes(step, observer)
         health = self._reduce(loss, reporter)
-        self._departure = Departure.of(
+        self._interruption = Interruption.of(
             health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
         )
         rate = learning_rate(self.config.optim, step, settings.steps)
@@ -301,13 +301,13 @@ class Run:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
-            if self._departure is not None and step < settings.steps:
+            if self._interruption is not None and step < settings.steps:
                 saves = "saves and " if settings.saves else ""
-                reporter.say(f"step {step}: {self._departure.reason}; the run {saves}ends")
+                reporter.say(f"step {step}: {self._interruption.reason}; the run {saves}ends")
         self._doing = _SAVING
         self._stopwatch.switch(Part.CHECKPOINT)
         say = partial(self._say, reporter=reporter)
-        self._checkpoints.save_if_due(step, health, say, leaves=self._departure is not None)
+        self._checkpoints.save_if_due(step, health, say, leaves=self._interruption is not None)
         self._stopwatch.switch(Part.REST)
 
     def _run_passes(
@@ -475,9 +475,9 @@ class Run:
     def ending(self) -> Ending:
         """Return how this rank ends after `finish`; the first rank has the words."""
         warning = self._requests.clear()
-        if self._departure is None or self.step == self.config.run.steps:
+        if self._interruption is None or self.step == self.config.run.steps:
             return Ending(EXIT_OK, warning)
-        ending = self._departure.ending(self.step, is_saved=self.config.run.saves)
+        ending = self._interruption.ending(self.step, is_saved=self.config.run.saves)
         words = f"{ending.words}{warning}" if self.mesh.rank == 0 else ""
         return replace(ending, words=words)
 

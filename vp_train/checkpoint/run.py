@@ -126,7 +126,7 @@ class RunCheckpoints:
             self._notices += [self._passed_over(each) for each in damaged]
         contents = self._batches.contents
         step, progress = restore_run(path, self._config, self._model, self._mesh, contents)
-        self._batches.go_on(step, progress.tokens)
+        self._batches.seek(step, progress.tokens)
         self._judge.restore(progress.losses, progress.norms, progress.spikes, progress.skipped)
         self.await_others()
         return step
@@ -136,7 +136,7 @@ class RunCheckpoints:
         tokens = self._batches.tokens_until(step)
         if done := self.restore():
             self.saved_step = done
-            self._batches.go_on(done, tokens)
+            self._batches.seek(done, tokens)
         return done
 
     def initialise(self, source: str) -> None:

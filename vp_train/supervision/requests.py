@@ -68,7 +68,7 @@ def words(request: int, rank: int, *, spans_nodes: bool = False) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Departure:
+class Interruption:
     """The end of a run before its last step, for a request that all ranks follow.
 
     reason: in words.
@@ -79,8 +79,8 @@ class Departure:
     code: int
 
     @classmethod
-    def of(cls, request: int, rank: int, *, spans_nodes: bool = False) -> Departure | None:
-        """Return the departure that `request` asks for, None if it asks for none.
+    def of(cls, request: int, rank: int, *, spans_nodes: bool = False) -> Interruption | None:
+        """Return the interruption that `request` asks for, None if it asks for none.
 
         `rank` was the first to know of it.
         """
