@@ -65,17 +65,18 @@ def rank_main(directory: str, every: int, saves: int) -> None:
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
     rows: list[tuple[str, float, float]] = []
     blocked: list[float] = []
-    begin = run._saver.begin
+    saver = run._checkpoints._saver
+    begin = saver.begin
 
     def timed(*arguments: Any) -> None:
         started = time.perf_counter()
         begin(*arguments)
         blocked.append(time.perf_counter() - started)
 
-    run._saver.begin = timed  # type: ignore[method-assign]
+    saver.begin = timed  # type: ignore[method-assign]
     before = copied = 0
     for step in range(1, steps + 1):
-        saving = run._saver._save is not None
+        saving = saver._save is not None
         is_due = step % every == 0
         before = resident_bytes() if step == every else before
         mesh.steps.barrier()
@@ -86,7 +87,7 @@ def rank_main(directory: str, every: int, saves: int) -> None:
         kind = "save" if is_due else "beside" if saving else "plain"
         rows.append((kind if step > max(WARMUP, every) else "warm-up", seconds, used))
     run.finish_save()
-    image = run._saver._copy.image.nbytes
+    image = saver._copy.image.nbytes
     gathered = mesh.world.all_gather_json((rows, blocked, image, copied))
     if mesh.rank == 0:
         print(json.dumps(gathered))

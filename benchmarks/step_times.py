@@ -92,7 +92,8 @@ def rank_main(directory: str, model: str, threes: int) -> None:
             reporter._console.file = nowhere
             reporter.start("")
         reporter._console.quiet = True
-    stopwatch, own, of_ranks = run._stopwatch, run._figures, run._figures_of_ranks
+    stopwatch, meter = run._stopwatch, run._meter
+    own, of_ranks = meter.figures, meter._figures_of_ranks
     orders = random.Random(1)
     kinds = ["with"] * WARMUP
     for _ in range(threes):
@@ -102,8 +103,8 @@ def rank_main(directory: str, model: str, threes: int) -> None:
         measures = kind == "with"
         nothing: Callable[[], Any] = lambda: tuple  # noqa: E731
         run._stopwatch = stopwatch if measures else Nothing()  # type: ignore[assignment]
-        run._figures = own if measures else nothing  # type: ignore[method-assign]
-        run._figures_of_ranks = of_ranks if measures else lambda _: {}  # type: ignore[method-assign]
+        meter.figures = own if measures else nothing  # type: ignore[method-assign]
+        meter._figures_of_ranks = of_ranks if measures else lambda *_: {}  # type: ignore[method-assign]
         mesh.steps.barrier()
         started, used = time.perf_counter(), time.process_time()
         run.train_step(step, reporter)
@@ -132,7 +133,7 @@ def seconds_of_calls(run: Any, stopwatch: Any) -> float:
                     pass
         for part in (*Part, Part.WAITING):
             stopwatch.switch(part)
-        numbers = RankFigures(stopwatch.take(), *run._memory()).numbers()
+        numbers = RankFigures(stopwatch.take(), *run._meter.memory()).numbers()
         figures = figures_of(list(map(RankFigures.of, [numbers] * run.mesh.degrees.num_ranks)))
         found.append(time.perf_counter() - started)
     few = {f"figure_{number}": 0.1 * number for number in range(8)}

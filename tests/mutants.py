@@ -62,7 +62,10 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
         ),
         ("vp_train/data", ("tests/data",)),
     ),
-    "checkpoint": (("vp_train/checkpoint", ("tests/checkpoint",)),),
+    "checkpoint": (
+        ("vp_train/checkpoint/run.py", ("tests/test_resume.py", "tests/test_train.py")),
+        ("vp_train/checkpoint", ("tests/checkpoint",)),
+    ),
     "optim": (("vp_train/optim", ("tests/optim",)),),
     "metrics": (("vp_train/metrics", ("tests/metrics",)),),
     "vocab": (("vp_train/vocab", ("tests/vocab",)),),
@@ -73,7 +76,10 @@ PACKAGES: dict[str, tuple[tuple[str | tuple[str, ...], tuple[str, ...]], ...]] =
     "explain": (("vp_train/explain", ("tests/test_explain.py",)),),
     "report": (("vp_train/report", ("tests/report", "--ignore=tests/report/test_browser.py")),),
     "inference": (("vp_train/inference", ("tests/inference",)),),
-    "supervision": (("vp_train/supervision", ("tests/supervision", "tests/test_local_ranks.py")),),
+    "supervision": (
+        ("vp_train/supervision/watcher.py", ("tests/test_ends.py",)),
+        ("vp_train/supervision", ("tests/supervision", "tests/test_local_ranks.py")),
+    ),
     "communication": (
         (
             "vp_train/communication",

@@ -31,6 +31,7 @@ ALLOWED = {
     "vp_train.durable": (),
     "vp_train.failures": ("vp_train.config",),
     "vp_train.supervision": (
+        "vp_train.communication",
         "vp_train.config",
         "vp_train.durable",
         "vp_train.failures",

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import vp_train.train
 from tests.programs import Program, finished
 from tests.ranks import free_port, ready_context
 from vp_train.commands.train import main
 from vp_train.communication import flight_recorder
 from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, EXIT_IO, EXIT_TIME
+from vp_train.supervision import watcher
 from vp_train.train import Run
 
 
@@ -62,7 +62,7 @@ def misbehaving(rank, port, deed, overrides, directory):
             deed()
         inner(self, step, reporter)
 
-    vp_train.train.watch, Run.train_step = watch, failing
+    watcher.watch, Run.train_step = watch, failing
     sys.argv = ["vp-train", *overrides]
     main()
 

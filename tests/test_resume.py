@@ -22,8 +22,8 @@ from tests.training import (
     train,
     uncompiled,
 )
-from vp_train import train as module
 from vp_train.assembly import build_rank
+from vp_train.checkpoint import run as checkpoints
 from vp_train.checkpoint.manifest import MANIFEST, StoredFile, file_name, write_manifest
 from vp_train.checkpoint.training import _require_same_text, saved_batch
 from vp_train.commands.place import Place
@@ -112,7 +112,7 @@ def train_and_take(rank, num_ranks, config, stop_after):
     """
     taken, run = [], loaded_run(config, num_ranks)
     for step in run.steps():
-        batch, _ = run._batch(step)
+        batch, _ = run._batches.make(step)
         taken.append(batch.tokens.flatten().tolist())
         run.train_step(step, None)
         if step == stop_after:
@@ -224,7 +224,7 @@ def who_loaded(rank, num_ranks, config, place):
     """Let rank 1 load late, and return the ranks that had loaded when this one goes on."""
     with pytest.MonkeyPatch.context() as patched:
         for name in ("restore_run", "load_weights"):
-            patched.setattr(module, name, late(getattr(module, name), rank, place))
+            patched.setattr(checkpoints, name, late(getattr(checkpoints, name), rank, place))
         loaded_run(config, num_ranks)
         return sorted(os.listdir(place))
 

@@ -8,78 +8,52 @@ from __future__ import annotations
 
 import math
 import os
-import platform
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import astuple, replace
+from dataclasses import replace
 from datetime import timedelta
-from functools import cached_property
-from pathlib import Path
-from threading import Event
-from typing import Any, NoReturn, Protocol
+from functools import partial
+from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
 from schedules.lower import Action
-from schedules.timeline import Span, Timeline
 from vp_train.assembly import RankModel, build_rank, compiled_parts, rank_device
-from vp_train.checkpoint.saver import CheckpointError, Saver, set_aside
-from vp_train.checkpoint.store import Damage, find
-from vp_train.checkpoint.training import (
-    Progress,
-    begin_save,
-    latest_of_run,
-    load_weights,
-    restore_run,
-)
+from vp_train.batches import Batches
+from vp_train.checkpoint.run import RunCheckpoints
+from vp_train.checkpoint.saver import CheckpointError
 from vp_train.communication import flight_recorder
 from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import require_gpu, take_gpu, watch
+from vp_train.communication.nccl import require_gpu, take_gpu
 from vp_train.communication.rendezvous import join_world
 from vp_train.config import ConfigError, RunConfig, RunSettings
-from vp_train.config.run import SETTLED_STEP
 from vp_train.data import Batch, Source, open_source
-from vp_train.data.ahead import Ahead
 from vp_train.data.tokenizer import tokenizer_config
-from vp_train.durable import checkpoint_name
-from vp_train.failures import (
-    EXIT_CONFIG,
-    EXIT_HANG,
-    EXIT_OK,
-    EXIT_TIME,
-    LOST_PEER,
-    Ending,
-    SharedFailure,
-    ending_of_rank,
-    log_of,
-    silent_peer,
-)
+from vp_train.failures import EXIT_CONFIG, EXIT_OK, Ending, SharedFailure
 from vp_train.mesh import Mesh, build_mesh
-from vp_train.metrics.figures import RankFigures, figures_of
+from vp_train.metrics.bits import BitsPerByte
 from vp_train.metrics.header import introduce
+from vp_train.metrics.meter import Meter, worst_of_stages
 from vp_train.metrics.profiler import profiling
-from vp_train.metrics.progress import StepReport, Validation
+from vp_train.metrics.progress import Validation
 from vp_train.metrics.reporter import Reporter, write_report
 from vp_train.metrics.run_directory import RunDirectory, removed_if_unused
-from vp_train.metrics.step_times import RankTimes, pass_seconds
+from vp_train.metrics.tracing import Tracer, traced_step
 from vp_train.metrics.trackers import require_trackers
 from vp_train.optim.adamw import StepHealth, clip_scale, gather_health, learning_rate
 from vp_train.optim.verdict import Judge, Verdict
-from vp_train.pipeline.executor import Observer, PlacedBatch
-from vp_train.pipeline.recorder import Named, Recorder, joined_communications
+from vp_train.pipeline.executor import Observer
+from vp_train.pipeline.recorder import Named, Recorder
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import timer_of
-from vp_train.planning.cluster import known_peak_flops
-from vp_train.planning.plan import RunPlan, make_plan, replan
+from vp_train.planning.plan import RunPlan, make_plan
 from vp_train.preflight.nodes import Preflight, must_compare, spans_nodes
-from vp_train.supervision import requests as asked
 from vp_train.supervision.ending import leave
-from vp_train.supervision.heartbeat import Heartbeat, Place
-from vp_train.supervision.requests import Requests
+from vp_train.supervision.heartbeat import Place
+from vp_train.supervision.requests import NO_READER, Interruption, Requests
+from vp_train.supervision.watcher import Watcher
 from vp_train.tensors import compiling
 
 # What a rank does, as its heartbeat says it.
@@ -87,12 +61,6 @@ _TRAINING = "training"
 _VALIDATING = "validating"
 _COMPARING = "exchanging gradients, loss and norm with other ranks"
 _SAVING = "saving with other ranks"
-
-
-class _Placing(Protocol):
-    """Notes what a rank does before it has a `Run`, and whether it waits for others."""
-
-    def __call__(self, doing: str, *, waits: bool = False) -> None: ...
 
 
 class DivergenceError(SharedFailure):
@@ -126,22 +94,16 @@ def run_rank(
         compiling.turn_off(os.environ)
     requests = Requests.of_rank(rank, config.run, has_lost_store)
     requests.listen()
-    heartbeat = Heartbeat.of_job(os.environ, rank)
-    watcher = _Watcher(config.run, rank, num_ranks, heartbeat)
-
-    def place(doing: str, *, waits: bool = False) -> None:
-        if heartbeat is not None:
-            heartbeat.follow(lambda: Place(doing, waits))
-
+    watcher = Watcher(config.run, rank, num_ranks)
     directory: RunDirectory | None = None
     unused = ExitStack()  # removes the directory of a run that does not start
     try:
-        place("planning")
+        watcher.place("planning")
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
-        place("opening the data")
+        watcher.place("opening the data")
         source = open_source(config)
-        place("preparing to connect")
+        watcher.place("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
             if only_preflight:
@@ -153,24 +115,21 @@ def run_rank(
             preflight = Preflight(
                 config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
             )
-            mesh = _connect(config, plan, place, watcher.watch, preflight.compare_nodes)
+            mesh = _connect(config, plan, watcher, preflight.compare_nodes)
             preflight.measure_network(mesh.world)
         else:
-            mesh = _connect(config, plan, place, watcher.watch)
+            mesh = _connect(config, plan, watcher)
         if only_preflight:
             watcher.stop()
             unused.close()
             leave(Ending(EXIT_OK, ""))
         if rank == 0 and not is_introduced:
             introduce(config, plan, source)
-        place("building the model")
+        watcher.place("building the model")
         parts = compiled_parts(config) if rank == 0 else ()
         model = build_rank(config, plan, mesh, compiling=compiling.announced(parts))
-        watcher.timeout_seconds = config.run.timeout_seconds
         run = Run(config, plan, mesh, source, model, requests=requests)
-        watcher.run = run
-        if heartbeat is not None:
-            heartbeat.follow(run.place)
+        watcher.follow(lambda: run.step, run.place)
         run.load()
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
@@ -193,19 +152,6 @@ def run_rank(
     leave(run.ending())
 
 
-def traced_step(trace_step: int, done: int, steps: int) -> int:
-    """Return the step that a run of `steps` times after it has `done` some, 0 for none.
-
-    A resumed run that has done run.trace_step, or would begin with it, times step `SETTLED_STEP` of
-    its own.  With fewer left it times none: a step of a process that still warms up would replace
-    the one that was timed.
-    """
-    if not trace_step or not done or trace_step > done + 1:
-        return trace_step
-    later = done + SETTLED_STEP
-    return later if later <= steps else 0
-
-
 def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
@@ -222,75 +168,17 @@ def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Report
     return reporter
 
 
-class _Watcher:
-    """Ends this rank with a message when it, or another rank, fails."""
-
-    def __init__(
-        self, settings: RunSettings, rank: int, num_ranks: int, heartbeat: Heartbeat | None
-    ) -> None:
-        self._settings, self._rank, self._num_ranks = settings, rank, num_ranks
-        self._heartbeat, self._started = heartbeat, time.time()
-        self._watches: list[Event] = []
-        self.run: Run | None = None
-        self.timeout_seconds = settings.world_timeout_seconds  # until all ranks have connected
-
-    def watch(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        """Watch the NCCL communicators of `groups`."""
-        self._watches.append(watch(groups, self._leave_with_nccl))
-
-    def stop(self) -> None:
-        """End the watch and the heartbeat."""
-        for watched in self._watches:
-            watched.set()
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-
-    @property
-    def _step(self) -> int:
-        return 0 if self.run is None else self.run.step
-
-    def leave(self, error: BaseException) -> NoReturn:
-        """End the process after `error`."""
-        self._leave(ending_of_rank(error, self._settings, self._rank, self._step))
-
-    def _leave_with_nccl(self, error: str) -> None:
-        """End the process before torch's NCCL watchdog aborts it."""
-        silent = silent_peer(self.timeout_seconds, self._settings)
-        failure = silent if error == "TIMEOUT" else LOST_PEER
-        record = flight_recorder.file_of(os.environ, self._settings.directory, self._rank)
-        last = (
-            f"; last communications of rank {self._rank}: {record}"
-            if flight_recorder.wait_for(record, self._started)
-            else ""
-        )
-        words = f"rank {self._rank}: stopped at step {self._step}, {failure.words}{last}"
-        self._leave(replace(failure, words=words))
-
-    def _leave(self, ending: Ending) -> NoReturn:
-        """End the process; if it has waited in vain, say which rank has not answered."""
-        if ending.code == EXIT_HANG and self._heartbeat is not None:
-            stall = self._heartbeat.look(self._num_ranks)
-            if stall is not None:
-                words, log = f"{ending.words}; {stall.words()}", f"{ending.log}\n{stall.table()}"
-                ending = replace(ending, words=words, log=log)
-        path = log_of(self._settings, self._rank)
-        if ending.words and ending.needs_log and str(path) not in ending.words:
-            ending = replace(ending, words=f"{ending.words}; log of rank {self._rank}: {path}")
-        leave(ending, path)
-
-
 def _connect(
     config: RunConfig,
     plan: RunPlan,
-    place: _Placing | None = None,
-    watching: Callable[[Sequence[dist.ProcessGroup]], None] | None = None,
+    watcher: Watcher | None = None,
     comparing: Callable[[ControlGroup], None] | None = None,
 ) -> Mesh:
     """Initialise torch.distributed and build the mesh of process groups.
 
     Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
-    `place` notes when this rank begins to wait for others.  `watching` and `comparing` are as in
-    `build_mesh`.  Raises ConfigError like `take_gpu`, before the ranks connect.
+    `watcher` watches the groups.  `comparing` is as in `build_mesh`.  Raises ConfigError like
+    `take_gpu`, before the ranks connect.
     """
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -301,9 +189,10 @@ def _connect(
         flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
         )
-    if place is not None:
-        place("connecting to the other ranks", waits=True)
+    if watcher is not None:
+        watcher.place("connecting to the other ranks", waits=True)
     join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
+    watching = None if watcher is None else watcher.watch
     return build_mesh(
         plan.degrees, plan.problem, config.run, watching=watching, comparing=comparing
     )
@@ -313,11 +202,6 @@ def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
     """Leave a run whose newest checkpoint is of step `done`, with nothing left to do."""
     words = f"{settings.directory} has done all of its {done} steps; run.steps=N goes on to step N"
     leave(Ending(EXIT_OK, words if rank == 0 else ""))
-
-
-def _spans(values: list[list[Any]]) -> list[Span]:
-    """Return spans from the lists of fields that JSON makes of them."""
-    return [Span(*fields) for fields in values]
 
 
 class Run:
@@ -338,45 +222,35 @@ class Run:
     ) -> None:
         self.config, self.plan, self.mesh = config, plan, mesh
         self.source, self.model = source, model
-        self.step = 0
+        self.step, self.first_step = 0, 1
         self._requests = requests or Requests()
-        self._left: str | None = None  # why the run leaves before its last step
-        self._left_code = EXIT_TIME  # where it does
+        self._interruption: Interruption | None = None  # if the run leaves before its last step
         self._doing = "loading"
         degrees = mesh.degrees
         self._judge = Judge(config.run, degrees.pp * degrees.tp if degrees.dp > 1 else None)
-        self._timer = timer_of(rank_device(config), host_waits=config.run.comm_backend == "gloo")
-        self._stopwatch = Stopwatch(self._timer)
-        self._most_bytes = 0.0
-        self._plans = {plan.work.num_microbatches: plan}  # by the microbatches of a step
-        # A step, and the tokens that steps up to it have used, or that were left out.
-        self._used = (0, 0)
-        self._batches = Ahead(self._batch, config.run.steps)
-        self._saver = Saver(
-            config.run.checkpoints,
-            mesh.steps,
-            config.run.keep_checkpoints,
-            device=config.run.device,
-            patience_seconds=config.run.world_timeout_seconds,
+        timer = timer_of(rank_device(config), host_waits=config.run.comm_backend == "gloo")
+        self._stopwatch = Stopwatch(timer)
+        self._meter = Meter(config, plan, self._stopwatch)
+        self._tracer = Tracer(config.run.device, mesh, model, timer)
+        self._batches = Batches(config, plan, mesh, source, model)
+        self._checkpoints = RunCheckpoints(
+            config,
+            mesh,
+            model,
+            batches=self._batches,
+            judge=self._judge,
+            requests=self._requests,
         )
-        self._counts: dict[str, list[float]] = {}  # labels and bytes of every validation set
-        self._saved_step = 0  # of the newest checkpoint that was begun
-        self._notices: list[str] = []
-        self.first_step = 1
+        self._bits_per_byte = BitsPerByte(source, mesh)
 
     def load(self) -> None:
         """Resume from the newest checkpoint, or start from the weights of run.init_from."""
         settings = self.config.run
         if settings.resume:
-            self.first_step = 1 + self._resume()
+            self.first_step = 1 + self._checkpoints.restore()
         if settings.init_from is not None and self.first_step == 1:
-            self._initialise(settings.init_from)
-        self._await_others()
-
-    @property
-    def _traced_step(self) -> int:
-        settings = self.config.run
-        return traced_step(settings.trace_step, self.first_step - 1, settings.steps)
+            self._checkpoints.initialise(settings.init_from)
+        self._checkpoints.await_others()
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that remain, counted from 1, until the run is asked to leave.
@@ -385,47 +259,10 @@ class Run:
         """
         self.step = self.first_step - 1
         self._stopwatch.restart()  # to connect and to load is no part of the first step
-        while self.step < self.config.run.steps and self._left is None:
+        while self.step < self.config.run.steps and self._interruption is None:
             self.step += 1
             self._doing = "beginning"
             yield self.step
-
-    def _batch(self, step: int) -> tuple[Batch, PlacedBatch | None]:
-        """Return this replica's data of `step`, and on CUDA its copy on the device."""
-        data_rank, num_replicas = self.mesh.data_rank, self.mesh.degrees.dp
-        plan, start = self._plan_of(step), self._tokens_until(step - 1)
-        batch = self.source.train_batch(start, plan.work.num_microbatches, data_rank, num_replicas)
-        if self.config.run.device == "cpu":
-            return batch, None
-        return batch, self.model.trainer.place(batch.tokens, batch.labels)
-
-    def _plan_of(self, step: int) -> RunPlan:
-        """Return the plan of `step`, which the batch-size ramp may give fewer microbatches."""
-        count = self.plan.ramp.at(step)
-        if count not in self._plans:
-            self._plans[count] = replan(self.config, self.plan, count)
-        return self._plans[count]
-
-    def _tokens_until(self, step: int) -> int:
-        """Return the tokens that the steps up to `step` use, with those that were left out."""
-        done, tokens = self._used
-        ramp, work = self.plan.ramp, self.plan.work
-        microbatches = self.mesh.degrees.dp * (ramp.until(step) - ramp.until(done))
-        return tokens + microbatches * work.num_tokens
-
-    def place(self) -> Place:
-        """Return where this rank stands; another thread calls it.
-
-        On CUDA the host runs ahead of the device, so the device may not have come so far.
-        """
-        doing = self._doing
-        if doing not in (_TRAINING, _VALIDATING):
-            return Place(f"step {self.step}, {doing}", waits=doing in (_COMPARING, _SAVING))
-        op = (self.model.trainer if doing == _TRAINING else self.model.evaluator).operation
-        if op is None:
-            return Place(f"step {self.step}, {doing}")
-        waits = op.action in (Action.ARRIVE, Action.WAIT, Action.NEED)
-        return Place(f"step {self.step}, {doing}, {op}", waits)
 
     def train_step(self, step: int, reporter: Reporter | None) -> None:
         """Run optimizer step `step`, and the validation, trace and checkpoint that are due then.
@@ -440,106 +277,87 @@ class Run:
             self._train_step(step, reporter, Named(self._stopwatch))
 
     def _train_step(self, step: int, reporter: Reporter | None, observer: Observer) -> None:
-        started, stopwatch = time.perf_counter(), self._stopwatch
-        stopwatch.switch(Part.DATA)
-        self._doing = "waiting for data"
-        batch, placed = self._batches.take(step)
-        self._doing = _TRAINING
-        self.model.trainer.follow(self._plan_of(step).program)
-        stopwatch.switch(Part.OPTIMIZER)
-        self.model.gradients.zero()
-        stopwatch.switch(Part.DATA)
-        if step == self._traced_step:
-            loss, traced = self._traced(batch, placed, observer)
-        else:
-            loss = self.model.train_step(
-                batch.tokens, batch.labels, observer, segments=batch.segments, placed=placed
-            )
-            traced = None
-        self._doing = _COMPARING
-        stopwatch.switch(Part.GRADIENT_SUM)
-        self.model.optimizer.reduce()
-        stopwatch.switch(Part.OPTIMIZER)
-        norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
-        poison = self.model.optimizer.poison()
-        stopwatch.switch(Part.WAITING)
-        figures = self._figures()
-        health = gather_health(
-            self._own(loss),
-            norm,
-            self.mesh.steps,
-            self._most_bytes,
-            poison=poison,
-            request=self._request(reporter),
-            saved=self._saver.is_ready,
-            figures=figures,
+        started, settings = time.perf_counter(), self.config.run
+        batch, loss, recorder = self._run_passes(step, observer)
+        health = self._reduce(loss, reporter)
+        self._interruption = Interruption.of(
+            health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
         )
-        stopwatch.switch(Part.REST)
-        if asked.leaves(health.request):
-            self._left = asked.words(
-                health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
-            )
-            self._left_code = asked.exit_code(health.request)
-        rate = learning_rate(self.config.optim, step, self.config.run.steps)
+        rate = learning_rate(self.config.optim, step, settings.steps)
         if not self._update(step, health, rate, reporter):
             return
         seconds = time.perf_counter() - started
         if reporter is not None:
             speed = self.mesh.degrees.dp * batch.tokens.numel() / seconds
-            reporter.step(self._report_of(step, health, rate, speed))
-        if traced is not None:
-            self._report_trace(traced, health, reporter)
-        if self._is_due(step, self.config.run.eval_every):
-            stopwatch.switch(Part.VALIDATION)
+            report = self._meter.report(step, health, self._judge, rate=rate, speed=speed)
+            reporter.step(report)
+        if recorder is not None:
+            self._tracer.report(recorder, self._batches.plan_of(step), health.figures, reporter)
+        if settings.is_due(step, settings.eval_every):
+            self._stopwatch.switch(Part.VALIDATION)
             validation = self._validate()
-            stopwatch.switch(Part.REST)
+            self._stopwatch.switch(Part.REST)
             if reporter is not None:
                 reporter.validation(step, validation)
         if reporter is not None:
             reporter.record()
-            if self._left is not None and step < self.config.run.steps:
-                saves = "saves and " if self.config.run.saves else ""
-                reporter.say(f"step {step}: {self._left}; the run {saves}ends")
-        self._save_if_due(step, health, reporter)
-
-    def _report_of(self, step: int, health: StepHealth, rate: float, speed: float) -> StepReport:
-        """Return what is shown and recorded of a step; `speed` is in tokens per second."""
-        return StepReport(
-            step,
-            health.loss,
-            health.grad_norm,
-            rate,
-            speed,
-            health.peak_bytes,
-            self._judge.spikes,
-            self._judge.skipped,
-            self._figures_of_ranks(health),
-        )
-
-    def _save_if_due(self, step: int, health: StepHealth, reporter: Reporter | None) -> None:
-        """Go on with the checkpoint that is being written, and begin one if it is due."""
+            if self._interruption is not None and step < settings.steps:
+                saves = "saves and " if settings.saves else ""
+                reporter.say(f"step {step}: {self._interruption.reason}; the run {saves}ends")
         self._doing = _SAVING
         self._stopwatch.switch(Part.CHECKPOINT)
-        if health.saved:
-            self._saver.advance()
-        is_last = step == self.config.run.steps
-        wanted = self.config.run.saves and (is_last or health.request != asked.NOTHING)
-        if wanted or self._is_due(step, self.config.run.checkpoint_every):
-            self.begin_save(step, reporter)
-        if not is_last and self._left is None:
-            self._warn_of_save(reporter)
+        say = partial(self._say, reporter=reporter)
+        self._checkpoints.save_if_due(step, health, say, leaves=self._interruption is not None)
         self._stopwatch.switch(Part.REST)
 
-    def _request(self, reporter: Reporter | None) -> int:
-        """Return what this rank is asked for."""
+    def _run_passes(
+        self, step: int, observer: Observer
+    ) -> tuple[Batch, torch.Tensor | None, Recorder | None]:
+        """Run all forward and backward passes of a step.
+
+        Returns its batch, the loss on the rank that has it, and the recorder of a traced step.
+        """
+        settings, recorder = self.config.run, None
+        self._stopwatch.switch(Part.DATA)
+        self._doing = "waiting for data"
+        batch, placed = self._batches.take(step)
+        self._doing = _TRAINING
+        self.model.trainer.follow(self._batches.plan_of(step).program)
+        self._stopwatch.switch(Part.OPTIMIZER)
+        self.model.gradients.zero()
+        self._stopwatch.switch(Part.DATA)
+        if step == traced_step(settings.trace_step, self.first_step - 1, settings.steps):
+            observer = recorder = self._tracer.begin(observer, self._stopwatch)
+        loss = self.model.train_step(
+            batch.tokens, batch.labels, observer, segments=batch.segments, placed=placed
+        )
+        return batch, loss, recorder
+
+    def _reduce(self, loss: torch.Tensor | None, reporter: Reporter | None) -> StepHealth:
+        """Complete the gradients, and exchange loss, norm and requests.  Collective."""
+        self._doing = _COMPARING
+        self._stopwatch.switch(Part.GRADIENT_SUM)
+        self.model.optimizer.reduce()
+        self._stopwatch.switch(Part.OPTIMIZER)
+        norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
+        poison = self.model.optimizer.poison()
+        self._stopwatch.switch(Part.WAITING)
+        figures = self._meter.figures()
         request = self._requests.current()
         if reporter is not None and reporter.has_no_reader:
-            return max(request, asked.NO_READER)
-        return request
-
-    def _is_due(self, step: int, every: int) -> bool:
-        """Return whether something that happens every `every` steps, and at the end, is due."""
-        return every > 0 and (step % every == 0 or step == self.config.run.steps)
+            request = max(request, NO_READER)
+        health = gather_health(
+            self._own(loss),
+            norm,
+            self.mesh.steps,
+            self._meter.most_bytes,
+            poison=poison,
+            request=request,
+            saved=self._checkpoints.is_ready,
+            figures=figures,
+        )
+        self._stopwatch.switch(Part.REST)
+        return health
 
     def _update(
         self, step: int, health: StepHealth, rate: float, reporter: Reporter | None
@@ -554,7 +372,7 @@ class Run:
             self._judge.overflowed()
             self._say(f"step {step} skipped: {words}", reporter)
             return True
-        can_go_back = self._saved_step > 0 or self.first_step > 1
+        can_go_back = self._checkpoints.saved_step > 0 or self.first_step > 1
         judgement = self._judge.judge(step, health, can_go_back=can_go_back)
         match judgement.verdict:
             case Verdict.APPLY:
@@ -583,84 +401,34 @@ class Run:
         """
         self._doing = "saving"
         self._stopwatch.switch(Part.CHECKPOINT)
-        self._saver.finish()
-        self._warn_of_save(reporter)
-        tokens = self._tokens_until(step)
-        done = self._resume()
+        self._checkpoints.settle(partial(self._say, reporter=reporter))
+        self._doing = "loading"
+        done = self._checkpoints.go_back(step)
         if not done:
             words = f"{words}; there is no checkpoint to go back to"
             self._say(f"step {step} skipped: {words}", reporter)
             self._stopwatch.switch(Part.REST)
             return False
-        self.step = self._saved_step = done
-        self._used = done, tokens
+        self.step = done
         if reporter is not None:
-            for line in self.take_notices():
+            for line in self._checkpoints.take_notices():
                 reporter.note(line)
             reporter.go_back(done)
         words = f"{words}; going back to step {done} and leaving out the data since then"
         self._say(f"step {step}: {words}", reporter)
         return True
 
-    def _say(self, line: str, reporter: Reporter | None) -> None:
-        """Print a line once for all ranks."""
-        if reporter is not None:
-            reporter.say(line)
-        elif self.mesh.rank == 0:
-            print(line, file=sys.stderr, flush=True)
-
     def _validate(self) -> list[Validation]:
         """Return the mean loss of every validation set, the same on all ranks."""
-        found = []
+        found, replica = [], (self.mesh.data_rank, self.mesh.degrees.dp)
         for name in self.source.validation_sets:
             self._doing = _VALIDATING
-            batch = self.source.validation_batch(
-                self.mesh.data_rank, self.mesh.degrees.dp, name=name
-            )
+            batch = self.source.validation_batch(*replica, name=name)
             loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
             self._doing = _COMPARING
             mean = gather_health(self._own(loss), None, self.mesh.steps).loss
-            per_byte = self._labels_per_byte(name, batch)
-            bits = None if per_byte is None else mean * per_byte / math.log(2)
-            found.append(Validation(name, mean, bits))
+            found.append(Validation(name, mean, self._bits_per_byte.of(name, batch.labels, mean)))
         return found
-
-    def _labels_per_byte(self, name: str, batch: Batch) -> float | None:
-        """Return the labels with a loss for each byte of their text, over all replicas.
-
-        It is None where bytes are not known.  Collective in the first call for a set.
-        """
-        lengths = self.source.byte_lengths
-        if lengths is None:
-            return None
-        if name not in self._counts:
-            own = torch.zeros(2, dtype=torch.float64)
-            if self.mesh.pipeline_rank == self.mesh.tensor_rank == 0:
-                counted = batch.labels[batch.labels >= 0]
-                own += torch.tensor([len(counted), int(lengths[counted].sum())])
-            self._counts[name] = self.mesh.steps.all_gather(own).sum(0).tolist()
-        num_labels, num_bytes = self._counts[name]
-        return num_labels / num_bytes if num_bytes else None
-
-    def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the loss on the rank that reports it, else None."""
-        return loss if self.model.reports_loss else None
-
-    def begin_save(self, step: int, reporter: Reporter | None) -> None:
-        """Begin a checkpoint, and return when its tensors are copied.  Collective.
-
-        It is written beside the next steps.  One that is still being written is awaited first.
-        """
-        if step == self._saved_step:
-            return
-        self._saver.finish()
-        self._warn_of_save(reporter)
-        self._requests.saved()
-        contents = self.source.contents
-        judge = self._judge
-        progress = Progress(self._tokens_until(step), *judge.history, judge.spikes, judge.skipped)
-        begin_save(self._saver, step, self.config, self.model, self.mesh, contents, progress)
-        self._saved_step = step
 
     def finish_save(self) -> None:
         """Return when the newest checkpoint that was begun is complete.  Collective.
@@ -668,9 +436,27 @@ class Run:
         Raises CheckpointError on all ranks if it could not be written.
         """
         self._doing = "saving"
-        self._saver.finish()
-        if (failure := self._saver.take_failure()) is not None:
-            raise failure
+        self._checkpoints.finish()
+
+    def finish(self, reporter: Reporter | None) -> None:
+        """Finish the last step's communication, and report the peak memory of every stage.
+
+        Raises CheckpointError on all ranks if the last checkpoint could not be written, or is not
+        there any more.
+        """
+        self._doing = "saving"
+        self.model.optimizer.settle()
+        if self.config.run.device == "cuda":
+            torch.cuda.synchronize()  # no rank may leave while others still gather
+        self.finish_save()
+        missing = None if reporter is None else reporter.missing(self._checkpoints.newest)
+        self._meter.memory()
+        gathered = self.mesh.world.all_gather_json((self._meter.most_bytes, missing))
+        for _, words in gathered:
+            if words is not None:
+                raise CheckpointError(f"the run is not whole: {words}")
+        if reporter is not None:
+            reporter.finish(worst_of_stages([peak for peak, _ in gathered], self.mesh.degrees))
 
     def give_up(self, words: str, reporter: Reporter | None) -> None:
         """Complete the checkpoint that was begun, if it can be, and close the metrics.  Collective.
@@ -686,186 +472,40 @@ class Run:
                 reporter.close(failed=True)
         self.mesh.world.barrier()
 
-    def _warn_of_save(self, reporter: Reporter | None) -> None:
-        """Say that the newest save has failed, if it has.  The run goes on."""
-        failure = self._saver.take_failure()
-        if failure is not None and reporter is not None:
-            reporter.say(f"{failure}; going on, the checkpoints before it are untouched")
-
-    def _resume(self) -> int:
-        """Load the newest undamaged checkpoint and return its step, 0 if there is none."""
-        self._doing = "loading"
-        path, damaged = latest_of_run(self.config.run.checkpoints, self.mesh.world)
-        if path is None:
-            return 0
-        self._saver.leave_uncounted([each.name for each in damaged])
-        if self.mesh.rank == 0:
-            self._notices += [self._passed_over(each) for each in damaged]
-        step, progress = restore_run(path, self.config, self.model, self.mesh, self.source.contents)
-        self._used = step, progress.tokens
-        self._judge.restore(progress.losses, progress.norms, progress.spikes, progress.skipped)
-        self._await_others()
-        return step
-
-    def _passed_over(self, damage: Damage) -> str:
-        """Set a checkpoint aside if its bytes were altered, and return a line for the notices.
-
-        Only the first rank does so.  What else is wrong may be right again, as on a disk that did
-        not answer.
-        """
-        directory, words = self.config.run.checkpoints, f"checkpoint passed over: {damage.words}"
-        aside = set_aside(directory, damage.name) if damage.is_altered else None
-        if aside is None:
-            return words
-        print(f"{directory / damage.name} is {aside.name} now", file=sys.stderr, flush=True)
-        return f"{words}; it is {aside.name} now"
-
-    def take_notices(self) -> list[str]:
-        """Return what was said before there was a reporter, and forget it."""
-        notices, self._notices = self._notices, []
-        return notices
-
-    def _initialise(self, source: str) -> None:
-        """Load the weights of another run or of an import."""
-        load_weights(find(Path(source).expanduser(), self.mesh.world), self.config, self.model)
-
-    def _await_others(self) -> None:
-        """Return when all ranks have compiled their kernels and loaded their parameters.
-
-        A slow disk or compiler may take longer than a step's timeout.
-        """
-        self.mesh.world.barrier()
-
-    def _traced(
-        self, batch: Batch, placed: PlacedBatch | None, observer: Observer
-    ) -> tuple[torch.Tensor | None, Recorder]:
-        """Run a training step that times every pass and communication, from a common start."""
-        recorder = Recorder(
-            self.mesh.pipeline_rank,
-            self._timer,
-            list(self.model.parameters.values()),
-            observer,
-        )
-        self._stopwatch.switch(Part.WAITING)
-        self.mesh.steps.barrier()
-        self._stopwatch.switch(Part.DATA)
-        self._timer.start()
-        loss = self.model.train_step(
-            batch.tokens, batch.labels, recorder, segments=batch.segments, placed=placed
-        )
-        return loss, recorder
-
-    def _figures(self) -> Callable[[], list[float]]:
-        """Return a function that returns the numbers of `RankFigures` when the device is done.
-
-        The memory is that of now: on a GPU the most in this step, since all of it is issued.
-        """
-        allocated, reserved = self._memory()
-        self._most_bytes = max(self._most_bytes, allocated)
-        return lambda: RankFigures(self._stopwatch.take(), allocated, reserved).numbers()
-
-    def _figures_of_ranks(self, health: StepHealth) -> dict[str, float]:
-        """Return the figures of all ranks for the record of a step."""
-        best, ramp = self._best_seconds, self.plan.ramp
-        if best is not None:
-            best *= ramp.at(self.step) / ramp.full
-        return figures_of(list(map(RankFigures.of, health.figures)), best)
-
-    def _memory(self) -> tuple[float, float]:
-        """Return the most bytes allocated and reserved; see `RankFigures`.
-
-        CUDA graphs use memory that counts only as reserved, so with them that is both.
-        """
-        if self.config.run.device == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, 0.0
-        stats = torch.cuda.memory_stats_as_nested_dict()
-        torch.cuda.reset_peak_memory_stats()
-        allocated, reserved = (
-            float(stats[f"{name}_bytes"]["all"]["peak"]) for name in ("allocated", "reserved")
-        )
-        return reserved if self.config.run.cuda_graphs else allocated, reserved
-
-    @cached_property
-    def _best_seconds(self) -> float | None:
-        """The seconds of a whole step with all ranks at their peak; None if that is unknown."""
-        config, work, degrees = self.config, self.plan.work, self.mesh.degrees
-        peak = known_peak_flops(config.cluster, config.run.dtype)
-        if peak is None:
-            return None
-        return degrees.dp * work.step_flops / (peak * degrees.num_ranks)
-
-    def _report_trace(
-        self, recorder: Recorder, health: StepHealth, reporter: Reporter | None
-    ) -> None:
-        """Report all spans of the first pipeline, and the sums by kind of pass of all ranks."""
-        # Other replicas and tensor-parallel ranks run the same passes.
-        is_first = self.mesh.data_rank == 0 and self.mesh.tensor_rank == 0
-        spans = recorder.spans
-        passes, messages = (
-            [astuple(span) for span in found] if is_first else []
-            for found in (spans, recorder.communications)
-        )
-        processor = (
-            recorder.processor_seconds if is_first and self.config.run.device == "cpu" else []
-        )
-        times = platform.node(), pass_seconds(spans)
-        peak = recorder.peak_bytes
-        own = (passes, messages, peak, self.model.num_parameters, processor, *times)
-        gathered = self.mesh.world.all_gather_json(own)
-        if reporter is not None:
-            degrees = self.mesh.degrees
-            ranks = [
-                RankTimes(rank, *degrees.place(rank), host=host, pass_seconds=seconds)
-                for rank, (*_, host, seconds) in enumerate(gathered)
-            ]
-            first = [gathered[degrees.rank(0, p, 0)][:5] for p in range(self.plan.num_ranks)]
-            computed, communications, peaks, parameters, processors = zip(*first, strict=True)
-            timeline = Timeline(
-                tuple(tuple(_spans(values)) for values in computed),
-                joined_communications([_spans(values) for values in communications]),
-                tuple(map(float, peaks)),
-                self._plan_of(self.step).timeline.peak_in_flight,
-            )
-            figures = list(map(RankFigures.of, health.figures))
-            plan = self._plan_of(self.step)
-            reporter.trace(timeline, parameters, ranks, figures, plan, processors=processors)
-
     def ending(self) -> Ending:
         """Return how this rank ends after `finish`; the first rank has the words."""
         warning = self._requests.clear()
-        if self._left is None or self.step == self.config.run.steps:
+        if self._interruption is None or self.step == self.config.run.steps:
             return Ending(EXIT_OK, warning)
-        saved = (
-            "a checkpoint is saved, run.resume=true goes on"
-            if self.config.run.saves
-            else "no checkpoint is saved, for run.checkpoint_every=0"
-        )
-        words = f"vp-train: stopped after step {self.step}, because {self._left}; {saved}{warning}"
-        return Ending(self._left_code, words if self.mesh.rank == 0 else "")
+        ending = self._interruption.ending(self.step, is_saved=self.config.run.saves)
+        words = f"{ending.words}{warning}" if self.mesh.rank == 0 else ""
+        return replace(ending, words=words)
 
-    def finish(self, reporter: Reporter | None) -> None:
-        """Finish the last step's communication, and report the peak memory of every stage.
+    def place(self) -> Place:
+        """Return where this rank stands; another thread calls it.
 
-        Raises CheckpointError on all ranks if the last checkpoint could not be written, or is not
-        there any more.
+        On CUDA the host runs ahead of the device, so the device may not have come so far.
         """
-        self._doing = "saving"
-        self.model.optimizer.settle()
-        if self.config.run.device == "cuda":
-            torch.cuda.synchronize()  # no rank may leave while others still gather
-        self.finish_save()
-        saved = self.config.run.checkpoints / checkpoint_name(self._saved_step)
-        missing = (
-            reporter.missing(saved if self._saved_step else None) if reporter is not None else None
-        )
-        peak = max(self._most_bytes, self._memory()[0])
-        gathered = self.mesh.world.all_gather_json((peak, missing))
-        for _, words in gathered:
-            if words is not None:
-                raise CheckpointError(f"the run is not whole: {words}")
+        doing = self._doing
+        where = f"step {self.step}, {doing}"
+        if doing not in (_TRAINING, _VALIDATING):
+            return Place(where, waits=doing in (_COMPARING, _SAVING))
+        op = (self.model.trainer if doing == _TRAINING else self.model.evaluator).operation
+        if op is None:
+            return Place(where)
+        return Place(f"{where}, {op}", op.action in (Action.ARRIVE, Action.WAIT, Action.NEED))
+
+    def take_notices(self) -> list[str]:
+        """Return what was said before there was a reporter, and forget it."""
+        return self._checkpoints.take_notices()
+
+    def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the loss on the rank that reports it, else None."""
+        return loss if self.model.reports_loss else None
+
+    def _say(self, line: str, reporter: Reporter | None) -> None:
+        """Print a line once for all ranks."""
         if reporter is not None:
-            worst = [0.0] * self.plan.num_ranks
-            for rank, (peak, _) in enumerate(gathered):
-                pipeline_rank = self.mesh.degrees.place(rank)[1]
-                worst[pipeline_rank] = max(worst[pipeline_rank], peak)
-            reporter.finish(worst)
+            reporter.say(line)
+        elif self.mesh.rank == 0:
+            print(line, file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from vp_train.supervision.requests import (
     NO_READER,
     NOTHING,
     SIGNALS,
+    Interruption,
     Requests,
     exit_code,
     held,
@@ -60,6 +61,21 @@ def test_nothing_is_asked_for_by_default(tmp_path):
     clock.now += 1e9
     assert requests.current() == NOTHING
     assert not leaves(NOTHING)
+
+
+def test_a_run_is_interrupted_only_by_a_request_to_leave():
+    assert Interruption.of(NOTHING, 0) is None
+    clock = Clock()
+    to_save = Requests(checkpoint_minutes=1, clock=clock)
+    clock.now += 60
+    assert Interruption.of(to_save.current(), 0) is None
+    interruption = Interruption.of(NO_READER, 1)
+    assert interruption == Interruption(words(NO_READER, 1), exit_code(NO_READER))
+    for is_saved, said in ((True, "run.resume=true goes on"), (False, "no checkpoint is saved")):
+        ending = interruption.ending(7, is_saved=is_saved)
+        assert ending.code == EXIT_TIME
+        assert said in ending.words
+        assert f"stopped after step 7, because {interruption.reason}" in ending.words
 
 
 def test_the_minutes_between_checkpoints_count_from_the_last_one():

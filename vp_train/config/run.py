@@ -223,6 +223,10 @@ class RunSettings:
         """Return whether the run writes checkpoints at all."""
         return self.checkpoint_every > 0 or self.checkpoint_minutes > 0
 
+    def is_due(self, step: int, every: int) -> bool:
+        """Return whether something that happens every `every` steps, and at the end, is due."""
+        return every > 0 and (step % every == 0 or step == self.steps)
+
     @property
     def profiles(self) -> Path:
         """The directory of what torch's profiler recorded."""

@@ -10,11 +10,12 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vp_train.config import RunSettings
-from vp_train.failures import EXIT_INTERNAL, EXIT_TIME
+from vp_train.failures import EXIT_INTERNAL, EXIT_TIME, Ending
 
 # A request is a number, so that it fits into the message of a step.  The largest one of all ranks
 # counts.  _SIGNALS + n is a request to leave by signal n, _PASSED_ON + n by one that the launcher
@@ -64,6 +65,38 @@ def words(request: int, rank: int, *, spans_nodes: bool = False) -> str:
         return f"{signal.Signals(request - _SIGNALS).name} reached rank {rank}"
     launcher = f"the launcher on the node of rank {rank}" if spans_nodes else "the launcher"
     return f"{signal.Signals(request - _PASSED_ON).name} reached {launcher}"
+
+
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """The end of a run before its last step, for a request that all ranks follow.
+
+    reason: in words.
+    code: the exit code.
+    """
+
+    reason: str
+    code: int
+
+    @classmethod
+    def of(cls, request: int, rank: int, *, spans_nodes: bool = False) -> Interruption | None:
+        """Return the interruption that `request` asks for, None if it asks for none.
+
+        `rank` was the first to know of it.
+        """
+        if not leaves(request):
+            return None
+        return cls(words(request, rank, spans_nodes=spans_nodes), exit_code(request))
+
+    def ending(self, step: int, *, is_saved: bool) -> Ending:
+        """Return how a run ends that leaves after `step`."""
+        saved = (
+            "a checkpoint is saved, run.resume=true goes on"
+            if is_saved
+            else "no checkpoint is saved, for run.checkpoint_every=0"
+        )
+        words = f"vp-train: stopped after step {step}, because {self.reason}; {saved}"
+        return Ending(self.code, words)
 
 
 def is_ignored(number: int) -> bool:
