@@ -419,7 +419,8 @@ def test_what_a_plan_has_is_not_tried_again(monkeypatch):
         plan_remedies, "outlook_of", lambda one, **of: tried.append(one) or real(one, **of)
     )
     found = remedies(config, make_report(config))
-    assert [changes_of(config, one) for one in tried] == ["parallel.recompute=selective"]
+    changed = ["parallel.recompute=selective", "vocab.balance=true"]
+    assert [changes_of(config, one) for one in tried] == changed
     assert sum("optim.offload=true" in one for one in found) == 1
     assert not any("zero1" in one for one in found)
 
