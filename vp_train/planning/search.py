@@ -623,7 +623,7 @@ class _Search:
                 continue
             if self._spent >= until or not self._in_time():
                 return None
-            self._spent += draft_nodes(candidate)
+            self._spent += draft_nodes(replace(candidate, choice=choice))
             with suppress(ConfigError):
                 drafts.append(self._scales.draft(choice))
         for other in sorted(drafts, key=lambda one: one.seconds):
