@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from schedules.generators import Shortened
+from schedules.ir import Kind
 from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS
@@ -54,6 +55,7 @@ class Facts:
     fails: the errors of weighing and of drafting it.
     more, fewer: the number of the same choice of which more, or fewer, stages recompute, if there
         is one.
+    vocabulary: the seconds of S, and those of T.
     less, most: the numbers of the choices of which one stage recomputes less, or more.
     """
 
@@ -78,6 +80,7 @@ class Facts:
     fails: dict[str, Exception] = field(default_factory=dict)
     more: int | None = None
     fewer: int | None = None
+    vocabulary: float = 1.0
     less: tuple[int, ...] = ()
     most: tuple[int, ...] = ()
 
@@ -154,7 +157,10 @@ class World:
         if "draft" in facts.fails:
             raise facts.fails["draft"]
         problem = SimpleNamespace(layout=SimpleNamespace(num_stages=facts.stages), facts=facts)
-        draft = SimpleNamespace(choice=choice, problem=problem, with_named=lambda name: choice)
+        cost = SimpleNamespace(pass_seconds=dict.fromkeys((Kind.S, Kind.T), (facts.vocabulary,)))
+        draft = SimpleNamespace(
+            choice=choice, problem=problem, cost=cost, with_named=lambda name: choice
+        )
         names, sizes = [name_of(optim) for optim in facts.optimizers], facts.short_bytes
         after = facts.drafted - facts.passes
         return Candidate(
@@ -1533,6 +1539,7 @@ def test_rows_are_balanced_in_the_place_of_equal_ones_where_that_is_faster(enter
         (7, Facts(7.0, 12.0, drafted=12.0), 2),
         (7, Facts(7.0, 12.0, fails={"draft": TooLargeError(2.0 * GIB, GIB, LEANEST)}), 2),
         (7, Facts(7.0, 10.5, drafted=9.1), 1),
+        (7, Facts(7.0, 12.0, drafted=12.0, vocabulary=0.1), 1),
     ],
 )
 def test_where_ranks_have_other_numbers_of_layers_rows_are_balanced_at_once(

@@ -424,6 +424,9 @@ class _Search:
                 drafts.append(self._scales.draft(one))
             except ConfigError as error:
                 refusal = refusal or error
+            else:
+                if drafts[0].vocabulary_part <= _MUCH_BALANCED:
+                    return drafts[0]
         if not drafts:
             assert refusal is not None
             raise refusal

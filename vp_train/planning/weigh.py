@@ -189,6 +189,13 @@ class Candidate:
     seems_to_fit: bool
     is_pressed: bool = False
 
+    @property
+    def vocabulary_part(self) -> float:
+        """The largest part of the passes that S and T of a rank take."""
+        seconds = self.draft.cost.pass_seconds
+        shards = map(sum, zip(seconds[Kind.S], seconds[Kind.T], strict=True))
+        return max(shards) * self.choice.num_microbatches / self.passes
+
     def seconds_within(self, limit: float) -> float:
         """Return the least seconds with an optimizer of at most `limit` expected bytes, or inf."""
         fitting = [
