@@ -266,10 +266,20 @@ def enter(monkeypatch):
     return entered
 
 
-def run(world, *, top=1, effort=10**9, margin=0.0, config=CONFIG, in_time=lambda: True, said=None):
-    """Search all choices of a world that were there when it was made."""
+def run(
+    world,
+    *,
+    top=1,
+    effort=10**9,
+    margin=0.0,
+    config=CONFIG,
+    in_time=lambda: True,
+    said=None,
+    first=None,
+):
+    """Search all choices of a world that were there when it was made, or the `first` of them."""
     said = [] if said is None else said
-    space = Space(tuple(world.choices), Counter(), (ADAMW,))
+    space = Space(tuple(world.choices[:first]), Counter(), (ADAMW,))
     return search(config, Limits(top, margin, effort), in_time, said.append, space)
 
 
@@ -1192,11 +1202,8 @@ def test_of_what_needs_too_much_more_stages_recompute_while_it_may_be_the_fastes
     facts += [Facts(1.0 + n, 9.0, short_bytes=large, more=n + 1) for n in range(1, 8)]
     facts[number + 1] = Facts(3.0, 5.0) if number else Facts(10.0, 10.0)
     world = World(facts, [choice_of(n, offload=float(n > 0)) for n in range(len(facts))])
-    world.choices, others = world.choices[:2], world.choices[2:]
     enter(world)
-    world.choices += others
-    space = Space(tuple(world.choices[:2]), Counter(), (ADAMW,))
-    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    found = run(world, first=2)
     is_found = number in (2, 4)
     assert numbers(world, found.best) == [number + 1 if is_found else 0]
     tried = {0: [], 2: [1, 2, 3], 4: [1, 2, 3, 4, 5], 6: [1, 2, 3, 4, 5]}
@@ -1217,11 +1224,8 @@ def test_of_what_fits_fewer_stages_recompute_while_that_is_faster(enter, last, b
     facts = [Facts(10.0, 10.0), Facts(1.0, 9.0, short_bytes={"adamw": GIB + 1.0}, more=2)]
     facts += [Facts(2.0, 9.0, fewer=3), Facts(3.0, 8.0, fewer=4), last]
     world = World(facts)
-    world.choices, others = world.choices[:2], world.choices[2:]
     enter(world)
-    world.choices += others
-    space = Space(tuple(world.choices[:2]), Counter(), (ADAMW,))
-    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    found = run(world, first=2)
     assert numbers(world, found.best) == [best]
     assert [n for n in world.asked("short") if n] == tried
 
@@ -1237,11 +1241,8 @@ def test_single_stages_recompute_more_in_what_almost_fits_and_less_in_the_best(e
         *(Facts(5.5, 7.0, less=(9,)), Facts(7.0, 1.0)),
     ]
     world = World(facts)
-    world.choices, others = world.choices[:3], world.choices[3:]
     enter(world)
-    world.choices += others
-    space = Space(tuple(world.choices[:3]), Counter(), (ADAMW,))
-    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    found = run(world, first=3)
     assert numbers(world, found.best) == [8]
     assert world.asked("short") == [0, 2, 1, 4, 3, 6, 8]
 
@@ -1249,11 +1250,8 @@ def test_single_stages_recompute_more_in_what_almost_fits_and_less_in_the_best(e
 def test_single_stages_recompute_more_in_what_only_a_whole_step_shows_to_need_too_much(enter):
     facts = [Facts(10.0, 10.0), Facts(5.0, 5.0, memory=1.05 * GIB, most=(2,)), Facts(6.0, 6.5)]
     world = World(facts)
-    world.choices, others = world.choices[:2], world.choices[2:]
     enter(world)
-    world.choices += others
-    space = Space(tuple(world.choices[:2]), Counter(), (ADAMW,))
-    found = search(CONFIG, Limits(1, 0.0, 10**9), lambda: True, lambda words: None, space)
+    found = run(world, first=2)
     assert numbers(world, found.best) == [2]
 
 
