@@ -673,7 +673,7 @@ def test_what_is_saved_is_found_whole_where_the_backward_is_split(monkeypatch):
 
 
 def test_balanced_rows_are_proposed_where_they_alone_let_a_plan_fit():
-    """Of 33 layers in twelve stages ranks have five or six, so their shards may differ too."""
+    """Ranks have five or six of the 33 layers, so their shards may differ too."""
     typed = ["model=llama3_8b", "cluster=a100_80g_node", "cluster.gpus_per_node=6"]
     typed += ["model.num_layers=33", "model.vocab_size=256000", "parallel.placement=balanced"]
     typed += ["parallel.pp=6", "num_microbatches=12", "schedule=v_half", "vocab=one_barrier"]

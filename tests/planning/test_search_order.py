@@ -1256,7 +1256,7 @@ def test_single_stages_recompute_more_in_what_only_a_whole_step_shows_to_need_to
 
 
 def test_single_stages_take_a_twentieth_of_the_effort_of_a_whole_search(enter):
-    """In each round another one almost fits, of which the stages are dear to draft."""
+    """Their drafts are dear, and four choices almost fit."""
     missing = {"short_bytes": {"adamw": 1.05 * GIB}, "stages": 100}
     facts = [Facts(20.0, 20.0)]
     facts += [Facts(9.0 + n / 100, 9.0, **missing, most=tuple(range(5, 45))) for n in range(4)]
@@ -1543,7 +1543,7 @@ def test_rows_are_balanced_in_the_place_of_equal_ones_where_that_is_faster(enter
 def test_where_ranks_have_other_numbers_of_layers_rows_are_balanced_at_once(
     enter, num_layers, even, best
 ):
-    """If that saves two percent or lets them fit; else they are only where they seem best."""
+    """They must save two percent, or let a choice fit; else they have to seem best."""
     world = balanced_world(
         (even, Facts(7.0, 9.0, drafted=9.0)), (Facts(8.0, 10.0, least=0.0), None)
     )

@@ -9,7 +9,6 @@ import json
 import os
 import select
 import signal
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -17,6 +16,7 @@ from typing import NoReturn
 
 from vp_train.commands.command import typed
 from vp_train.commands.local_ranks import default_signals, fork
+from vp_train.commands.nodes import wait_until
 from vp_train.commands.orphans import die_with_launcher
 from vp_train.config import ClusterConfig, RunConfig
 from vp_train.durable import write_all
@@ -33,7 +33,6 @@ PRESETS = {
 }
 _ASK_SECONDS = 30.0  # a driver that hangs never answers
 _REAP_SECONDS = 1.0  # a process that waits for such a driver does not go
-_POLL_SECONDS = 0.01
 _MOST_CHARACTERS = 400  # of an error
 
 
@@ -134,6 +133,4 @@ def _end(copy: int) -> None:
     """Kill a copy of this process, and wait a little for its end."""
     with suppress(ProcessLookupError):
         os.kill(copy, signal.SIGKILL)
-    until = time.monotonic() + _REAP_SECONDS
-    while not os.waitpid(copy, os.WNOHANG)[0] and time.monotonic() < until:
-        time.sleep(_POLL_SECONDS)
+    wait_until(lambda: os.waitpid(copy, os.WNOHANG)[0] or None, _REAP_SECONDS)

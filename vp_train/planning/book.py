@@ -115,6 +115,10 @@ class Book:
             and planned.report.step_seconds <= one.seconds * (1 + SAME)
         ]
 
+    def fastest(self) -> Estimate | None:
+        """Return the fastest of all, as planned if it was."""
+        return _fastest(self.as_planned())
+
     def without_offloading(self) -> Estimate | None:
         """Return the fastest of `distinct` that offloads no activations, as planned if it was."""
         return _fastest(e for e in self.distinct()[0] if not e.candidate.choice.offload)

@@ -94,6 +94,11 @@ class Choice:
     def layout(self) -> Layout:
         return GENERATORS[self.schedule].layout_of(self.degrees.pp, self.num_chunks)
 
+    @property
+    def recompute_of_stages(self) -> tuple[str, ...]:
+        """What every stage recomputes."""
+        return self.recompute_per_stage or (self.recompute,) * self.layout.num_stages
+
     def with_recompute(self, kinds: tuple[str, ...]) -> Choice:
         """Return the choice whose stages recompute these `kinds`, one of each stage."""
         most = max(kinds, key=RECOMPUTE.index)
@@ -103,8 +108,7 @@ class Choice:
 
     def with_other_stage(self, *, fewer: bool) -> list[Choice]:
         """Return the choices in which one stage recomputes less, or more."""
-        kinds = self.recompute_per_stage or (self.recompute,) * self.layout.num_stages
-        found = list[Choice]()
+        kinds, found = self.recompute_of_stages, list[Choice]()
         for stage, kind in enumerate(kinds):
             level = RECOMPUTE.index(kind)
             for other in RECOMPUTE[:level] if fewer else RECOMPUTE[level + 1 :]:

@@ -474,9 +474,7 @@ class _Search:
         whole one where the backward is split, so only such an estimate is doubted.
         """
         for _ in range(_MOST_CONFIRMED):
-            best = min(
-                self._book.as_planned(), key=lambda estimate: estimate.known_key, default=None
-            )
+            best = self._book.fastest()
             if best is None or best.is_planned or not self._in_time():
                 return
             candidate = best.candidate
@@ -601,7 +599,7 @@ class _Search:
         until = before + self._for_stages
         for candidate, fits in tried:
             while (candidate.choice, fits) not in self._changed:
-                if self._spent >= until or not self._in_time():
+                if self._is_over(until):
                     break
                 self._changed.add((candidate.choice, fits))
                 better = self._with_other_stage(candidate, until, fewer=fits)
@@ -611,6 +609,10 @@ class _Search:
                 self._progress(self._words())
                 candidate, fits = better.candidate, True
         self._for_stages -= self._spent - before
+
+    def _is_over(self, until: float) -> bool:
+        """Return whether the effort `until` some point, or the time, is spent."""
+        return self._spent >= until or not self._in_time()
 
     def _with_other_stage(
         self, candidate: Candidate, until: float, *, fewer: bool
@@ -624,14 +626,14 @@ class _Search:
             number = self._numbers.get(choice)
             if number in self._done or self._space.kept.against(choice) is not None:
                 continue
-            if self._spent >= until or not self._in_time():
+            if self._is_over(until):
                 return None
             self._spent += draft_nodes(replace(candidate, choice=choice))
             with suppress(ConfigError):
                 drafts.append(self._scales.draft(choice))
         for other in sorted(drafts, key=lambda one: one.seconds):
             choice, number = other.choice, self._numbers.get(other.choice)
-            if self._spent >= until or not self._in_time():
+            if self._is_over(until):
                 return None
             if not self._may_be_first(choice, other.seconds):
                 return None
@@ -924,7 +926,7 @@ class _Search:
         enough = self._spent + _FOR_BALANCE * self._limits.effort
         for seconds, _, item, estimate in sorted(promising, key=lambda one: one[:2]):
             last, first_of = self._to_beat(self._limits.top)
-            if seconds >= max(last, first_of[True]) or self._spent >= enough or not self._in_time():
+            if seconds >= max(last, first_of[True]) or self._is_over(enough):
                 return
             try:
                 balanced = self._estimate_of(item)

@@ -356,10 +356,9 @@ class Scales:
         if not choice.offload:
             return 0.0
         layout = placed.layout
-        kinds = choice.recompute_per_stage or (choice.recompute,) * layout.num_stages
         of_stage = [
             split.layer_bytes(kind)[0] * offloaded_layers(layers, choice.offload)
-            for kind, layers in zip(kinds, placed.counts, strict=True)
+            for kind, layers in zip(choice.recompute_of_stages, placed.counts, strict=True)
         ]
         of_rank = [
             sum(
