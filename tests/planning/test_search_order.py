@@ -25,10 +25,13 @@ from vp_train.planning import no_choice
 from vp_train.planning import search as search_module
 from vp_train.planning import shared as shared_module
 from vp_train.planning import short as short_module
+from vp_train.planning import trials as trials_module
 from vp_train.planning.choice import Choice, Kept, Space
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, order_of
+from vp_train.planning.learned import alike
+from vp_train.planning.queue import Option
 from vp_train.planning.search import _Search, fits_on, search
 from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
 from vp_train.planning.weigh import Weight as Weighed
@@ -257,8 +260,8 @@ def enter(monkeypatch):
         monkeypatch.setattr(shared_module, "short_step", world.short_step)
         monkeypatch.setattr(search_module, "neighbours", world.neighbours)
         monkeypatch.setattr(Choice, "with_other_stage", with_other_stage)
-        monkeypatch.setattr(search_module, "report_of", world.report_of)
-        monkeypatch.setattr(search_module, "most_host_bytes", world.host_bytes)
+        monkeypatch.setattr(trials_module, "report_of", world.report_of)
+        monkeypatch.setattr(trials_module, "most_host_bytes", world.host_bytes)
         monkeypatch.setattr(search_module, "placed_by_short", lambda problem: problem.facts.placed)
         monkeypatch.setattr(short_module, "placed_by", lambda problem: problem.facts.whole)
         return made
@@ -363,7 +366,7 @@ def test_a_search_without_end_finds_the_fastest_plans_and_leaves_nothing_open(en
         assert len(set(planned)) == len(planned)
         assert found.num_planned == sum(every[number].memory <= GIB for number in planned)
         assert len(world.asked("draft")) == len(set(world.asked("draft")))
-        assert searching._spent == world.spent()
+        assert searching._effort.spent == world.spent()
         assert found.num_estimated < len(every)
         refused = {
             **{n: "weigh" for n in world.asked("weigh") if "weigh" in every[n].fails},
@@ -509,7 +512,8 @@ def test_what_is_alike_is_expected_to_exceed_its_bounds_by_nearly_the_least_fact
     assert sorted(world.asked("short")) == [0, 1, 2, 3]
     assert [plan.report.step_seconds for plan in found.best] == [0.5, 1.0, 1.6, 3.0]
     factors = (0.97 * 1.5, 1.0, 1.0)
-    assert [searching._key(number) for number in (4, 5, 6)] == [9.0 * one for one in factors]
+    options = [searching._options[world.choices[number]] for number in (4, 5, 6)]
+    assert [searching._key(option) for option in options] == [9.0 * one for one in factors]
     of_short = [estimate.seconds for estimate in searching._book.estimates]
     assert sorted(of_short) == [1.0, 1.0, 1.5, 3.0], "passes take at least their bound"
 
@@ -524,10 +528,10 @@ def test_a_kind_that_differs_in_any_way_is_not_alike():
         replace(one, degrees=Degrees(1, 2, 5)),
         replace(one, num_microbatches=5),
     ]
-    kinds = {search_module._alike(choice) for choice in (one, *others)}
+    kinds = {alike(choice) for choice in (one, *others)}
     assert len(kinds) == 7
     same = replace(one, micro_batch_size=9, recompute="full", degrees=Degrees(3, 2, 1))
-    assert search_module._alike(same) == search_module._alike(one)
+    assert alike(same) == alike(one)
 
 
 def test_with_a_split_backward_what_recomputes_otherwise_is_not_alike():
@@ -538,8 +542,8 @@ def test_with_a_split_backward_what_recomputes_otherwise_is_not_alike():
         replace(one, recompute="full", recompute_where_needed=True),
         replace(one, recompute="selective"),
     ]
-    assert len({search_module._alike(choice) for choice in (one, *others)}) == 4
-    assert search_module._alike(replace(one, micro_batch_size=9)) == search_module._alike(one)
+    assert len({alike(choice) for choice in (one, *others)}) == 4
+    assert alike(replace(one, micro_batch_size=9)) == alike(one)
 
 
 @pytest.mark.parametrize("early", [0, 1])
@@ -689,13 +693,12 @@ def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_th
     searching = _Search(
         CONFIG, Limits(1, 0.0, 4_000), lambda: True, len, Space((), Counter(), (ADAMW,))
     )
-    searching._book.add(searching._estimate_of(world.draft(choices[0])))
-    searching._num_estimated = 0
+    searching._book.add(searching._trials.estimate(world.draft(choices[0])))
     world.log.clear()
-    for number in range(2, 42):
-        searching._bounds[number] = 1.0
-    searching._choices, searching._items = choices, [None] * len(choices)
-    searching._numbers = {choice: number for number, choice in enumerate(choices)}
+    searching._options = {
+        choice: Option(number, choice, 1.0 if number >= 2 else None)
+        for number, choice in enumerate(choices)
+    }
     searching._look_around()
     tried = world.asked("short")
     assert [sum(number < 20 for number in tried), sum(number >= 20 for number in tried)] == [3, 3]
@@ -780,9 +783,14 @@ def test_of_equally_fast_ones_less_memory_is_first_by_three_digits_and_four_when
     assert numbers(world, found.best) == [1, 0, 2, 3]
     assert number_of(world, found.with_vocabulary) == 1, "three take 1.000 s"
     searching = _Search(
-        CONFIG, Limits(4, 0.0, 10**9), lambda: True, len, Space(tuple(world.choices), Counter())
+        CONFIG,
+        Limits(4, 0.0, 10**9),
+        lambda: True,
+        len,
+        Space(tuple(world.choices), Counter()),
+        plans=False,
     )
-    unplanned = searching.run(plans=False)
+    unplanned = searching.run()
     assert [number_of(world, one) for one in unplanned.estimated] == [0, 1, 2, 3]
     assert [one.memory for one in unplanned.estimated] == [3.0, 2.0, 1.0, 4.0]
     assert not any(one.is_planned for one in unplanned.estimated)
@@ -890,10 +898,15 @@ def test_estimates_end_when_exactly_their_part_of_the_effort_is_spent(
     world = World(facts)
     enter(world)
     searching = _Search(
-        CONFIG, Limits(30, 0.0, effort), lambda: True, len, Space(tuple(world.choices), Counter())
+        CONFIG,
+        Limits(30, 0.0, effort),
+        lambda: True,
+        len,
+        Space(tuple(world.choices), Counter()),
+        plans=False,
     )
-    assert searching.run(plans=False).num_estimated == simulated
-    assert searching._spent == 100 * (1 + simulated)
+    assert searching.run().num_estimated == simulated
+    assert searching._effort.spent == 100 * (1 + simulated)
 
 
 def test_what_may_be_faster_than_the_last_of_the_best_is_open(enter):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from vp_train.config import ConfigError
 from vp_train.planning.choice import Choice
-from vp_train.planning.found import NO_MORE, SAME, Estimate, Found, Refusal, memory_of, order_of
+from vp_train.planning.found import (
+    NO_MORE,
+    SAME,
+    Estimate,
+    Found,
+    Refusal,
+    counted,
+    memory_of,
+    order_of,
+)
 from vp_train.planning.weigh import (
     LEANEST,
     HostMemoryError,
@@ -27,20 +37,26 @@ class Book:
     """What was found so far.
 
     excluded: how many choices each constraint rules out.
+    below: the seconds that a choice must be faster than to be looked for.
+    has_kinds: whether the best with and without vocabulary parallelism are looked for.
     num_same: how many choices are another one, too.
     """
 
     excluded: Counter[str]
+    below: float = math.inf
+    has_kinds: bool = True
     num_same: int = 0
     refused: list[Refusal] = field(default_factory=list)
     estimates: list[Estimate] = field(default_factory=list)
     planned: dict[Choice, Found] = field(default_factory=dict)
-    # What follows from these, until something is added: estimates as planned, and `distinct`.
+    # What follows from these, until something is added: estimates as planned, `distinct`, and the
+    # seconds of the first of each kind.
     _as_planned: list[Estimate] | None = None
     _distinct: tuple[list[Estimate], set[Choice]] | None = None
+    _first_seconds: dict[bool, float] | None = None
 
     def _forget(self) -> None:
-        self._as_planned = self._distinct = None
+        self._as_planned = self._distinct = self._first_seconds = None
 
     def add(self, estimate: Estimate) -> None:
         self._forget()
@@ -72,6 +88,36 @@ class Book:
     def first(self, *, splits_vocabulary: bool) -> Estimate | None:
         """Return the fastest with or without vocabulary parallelism, as planned if it was."""
         return _fastest(e for e in self.as_planned() if e.splits_vocabulary is splits_vocabulary)
+
+    @property
+    def knows_time(self) -> bool:
+        """Whether a time is known which others have to beat."""
+        return bool(self.estimates) or self.below < math.inf
+
+    def to_beat(self, top: int) -> dict[bool, float]:
+        """Return the seconds that a choice without and with vocabulary parallelism has to beat.
+
+        Those of the last of the `top`, or of the first of its kind if that is slower.
+        """
+        shown = sorted(one.counted for one in self.distinct()[0])
+        last = min(shown[top - 1] if len(shown) >= top else math.inf, self.below)
+        if not self.has_kinds:
+            return {False: last, True: last}
+        return {splits: max(last, first) for splits, first in self._firsts().items()}
+
+    def may_be_first(self, choice: Choice, seconds: float) -> bool:
+        """Return whether a step of so many seconds would be the fastest of its kind."""
+        firsts = self._firsts() if self.has_kinds else self.to_beat(1)
+        return counted(choice, seconds) < firsts[choice.splits_vocabulary]
+
+    def _firsts(self) -> dict[bool, float]:
+        """Return the seconds of the first without and with vocabulary parallelism, or infinity."""
+        if self._first_seconds is None:
+            self._first_seconds = {False: math.inf, True: math.inf}
+            for one in self.as_planned():
+                known = self._first_seconds[one.splits_vocabulary]
+                self._first_seconds[one.splits_vocabulary] = min(known, one.counted)
+        return self._first_seconds
 
     def as_planned(self) -> list[Estimate]:
         """Return all estimates, as planned where they were."""

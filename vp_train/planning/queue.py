@@ -1,0 +1,130 @@
+"""The choices that a search has left to look at, in the order in which it looks at them."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vp_train.planning.choice import Choice
+from vp_train.planning.weigh import Candidate
+
+# Drafts without an estimate after which the most promising of them is estimated, see `Queue`.
+FIRST_DRAFTS = 32
+
+
+@dataclass(slots=True, eq=False)
+class Option:
+    """A choice and what a search knows of it.
+
+    number: its place among all, which decides between equals.
+    bound: the lower bound of its step in seconds, None before it is weighed.
+    is_exact: whether the step takes just that.
+    candidate: its draft, None before it is made.
+    is_done: whether it was estimated, or refused after it was weighed.
+    """
+
+    number: int
+    choice: Choice
+    bound: float | None = None
+    is_exact: bool = False
+    candidate: Candidate | None = None
+    is_done: bool = False
+
+    def __lt__(self, other: Option) -> bool:
+        return self.number < other.number
+
+    @property
+    def is_weighed(self) -> bool:
+        return self.bound is not None
+
+    @property
+    def splits_vocabulary(self) -> bool:
+        return self.choice.splits_vocabulary
+
+
+class Queue:
+    """Options by the least seconds that `key` expects of them, and by their least bytes.
+
+    drafted: those that were drafted since something fits.
+    next_drafts: how many of these there are when one of them is estimated.
+    doubtful: those that wait until all others were estimated.
+    looks_at_all: whether these have their turn now.
+    passed_over: those to look at after all others.
+    """
+
+    def __init__(self, key: Callable[[Option], float]) -> None:
+        self._key = key
+        # Without (False) and with (True) vocabulary parallelism.
+        self._by_seconds: tuple[list[tuple[float, Option]], ...] = ([], [])
+        self._by_bytes: list[tuple[float, Option]] = []
+        self.drafted: list[Option] = []
+        self.next_drafts = FIRST_DRAFTS
+        self.doubtful: list[Option] = []
+        self.looks_at_all = False
+        self.passed_over: list[Option] = []
+
+    def push(self, option: Option, num_bytes: float | None = None) -> None:
+        """Put an option into the queue; by its bytes, too, if they are given."""
+        heapq.heappush(self._by_seconds[option.splits_vocabulary], (self._key(option), option))
+        if num_bytes is not None:
+            heapq.heappush(self._by_bytes, (num_bytes, option))
+
+    def add(self, other: Queue) -> None:
+        """Add what another queue has left."""
+        for ours, theirs in zip(self._by_seconds, other._by_seconds, strict=True):
+            ours += theirs
+            heapq.heapify(ours)
+        self._by_bytes = sorted(self._by_bytes + other._by_bytes)
+        self.drafted += other.drafted
+        self.next_drafts = 2 * max(FIRST_DRAFTS, len(self.drafted))
+        self.doubtful += other.doubtful
+        self.looks_at_all = False
+        self.passed_over += other.passed_over
+
+    @property
+    def left(self) -> list[Option]:
+        """Those that were not estimated yet, the first ones first."""
+        waiting = {option for heap in self._by_seconds for _, option in heap}
+        waiting.update(self.doubtful, self.passed_over)
+        return sorted(option for option in waiting if not option.is_done)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self._by_seconds)
+
+    def first(self, *, splits_vocabulary: bool) -> float:
+        """Return the seconds expected of the first of a kind, infinite if none is left.
+
+        What simulations told since may have raised them.
+        """
+        heap = self._by_seconds[splits_vocabulary]
+        while heap:
+            known, option = heap[0]
+            key = self._key(option)
+            if option.is_done:
+                heapq.heappop(heap)
+            elif key > known:
+                heapq.heapreplace(heap, (key, option))
+            else:
+                return key
+        return math.inf
+
+    def pop(self, *, splits_vocabulary: bool) -> Option:
+        """Take the first of a kind, after `first`."""
+        return heapq.heappop(self._by_seconds[splits_vocabulary])[1]
+
+    def pop_leanest(self) -> Option | None:
+        """Take the one that seems to need least memory, None if none is left."""
+        while self._by_bytes:
+            _, option = heapq.heappop(self._by_bytes)
+            if not option.is_done:
+                return option
+        return None
+
+    def renew(self) -> None:
+        """Order the options again, since simulations may have lowered what is expected."""
+        for heap in self._by_seconds:
+            heap[:] = [(self._key(option), option) for _, option in heap if not option.is_done]
+            heapq.heapify(heap)

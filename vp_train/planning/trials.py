@@ -1,0 +1,230 @@
+"""Trials of choices: drafts, simulated short steps and planned whole steps, and their effort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from vp_train.config import ConfigError, OptimConfig, RunConfig
+from vp_train.planning.book import Book
+from vp_train.planning.choice import Choice, Kept
+from vp_train.planning.found import Estimate, Found
+from vp_train.planning.learned import Learned
+from vp_train.planning.memory import most_host_bytes
+from vp_train.planning.plan import StepPlan
+from vp_train.planning.report import report_of
+from vp_train.planning.shared import Shared
+from vp_train.planning.short import draft_nodes, effort_of, plan_nodes
+from vp_train.planning.weigh import (
+    NEARLY,
+    SIMULATED,
+    Candidate,
+    HostMemoryError,
+    Scales,
+    TooLargeError,
+    check_hosts,
+)
+
+_ROUNDS = 4  # of more stages that recompute, see `Trials.estimate`
+_MUCH_BALANCED = 0.02  # the part that balanced rows must save to come at once, see `Trials.draft`
+
+
+@dataclass(slots=True)
+class Effort:
+    """The effort of a search, in passes and collectives that it places, and its time.
+
+    total: what may be spent.
+    in_time: whether there is time left.
+    """
+
+    total: float
+    in_time: Callable[[], bool]
+    spent: float = 0.0
+
+    def is_over(self, until: float) -> bool:
+        """Return whether the effort `until` some point, or the time, is spent."""
+        return self.spent >= until or not self.in_time()
+
+
+class Trials:
+    """Tries choices one by one, and keeps what that tells about others.
+
+    effort: what trials have cost, and may.
+    learned: what simulations tell about similar choices.
+    almost: what almost fits, with the seconds of its step.
+    num_estimated: the number of estimates.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        scales: Scales,
+        shared: Shared,
+        kept: Kept,
+        book: Book,
+        effort: Effort,
+    ) -> None:
+        self._cluster, self._num_layers = config.cluster, config.model.num_layers
+        self._scales, self._shared, self._kept, self._book = scales, shared, kept, book
+        self.effort = effort
+        self.learned = Learned()
+        self.almost: dict[Choice, tuple[float, Candidate]] = {}
+        self.num_estimated = 0
+
+    def draft(self, choice: Choice) -> Candidate:
+        """Return the draft of a choice, with balanced rows where these save much.
+
+        They may where ranks have different numbers of layers.  Raises ConfigError if it needs too
+        much memory or cannot be run.
+        """
+        is_even = self._num_layers % choice.degrees.pp == 0
+        if is_even or not choice.splits_vocabulary or "vocab.balance" in self._kept.values:
+            return self.draft_as_it_is(choice)
+        drafts, refusal = list[Candidate](), None
+        for one in (choice, replace(choice, balance=True)):
+            try:
+                drafts.append(self.draft_as_it_is(one))
+            except ConfigError as error:
+                refusal = refusal or error
+            else:
+                if drafts[0].vocabulary_part <= _MUCH_BALANCED:
+                    return drafts[0]
+        if not drafts:
+            assert refusal is not None
+            raise refusal
+        best = min(drafts, key=lambda item: item.passes)
+        return drafts[0] if drafts[0].passes <= (1 + _MUCH_BALANCED) * best.passes else best
+
+    def draft_as_it_is(self, choice: Choice) -> Candidate:
+        """Return the draft of a choice.  Raises ConfigError like `draft`."""
+        candidate = self._scales.draft(choice)
+        self.effort.spent += draft_nodes(candidate)
+        return candidate
+
+    def estimate(self, candidate: Candidate) -> Estimate:
+        """Return the estimate for the fastest optimizer that fits.
+
+        Where some stages may recompute, more of them do until one fits, beside offloading up to
+        `_ROUNDS` times, else once; then fewer of them do, up to `_ROUNDS` times, as long as that is
+        faster.  That goes on only while it may be the fastest of its kind.  Raises TooLargeError if
+        none fits, and HostMemoryError if only the hosts lack memory.
+        """
+        self.num_estimated += 1
+        step, best, refusal = self._short_step(candidate)
+        for _ in range(_ROUNDS if candidate.choice.offload else 1):
+            if best is not None:
+                break
+            more = self._other(self._scales.with_more_recompute, candidate, step)
+            if more is None:
+                break
+            candidate = more
+            step, best, _ = self._short_step(candidate)
+        if best is None:
+            assert refusal is not None
+            raise refusal
+        for _ in range(_ROUNDS):
+            which = best.candidate, step, best.optim
+            fewer = self._other(self._scales.with_fewer_recompute, *which)
+            if fewer is None:
+                break
+            fewer_step, other, _ = self._short_step(fewer)
+            if other is None or other.seconds >= best.seconds:
+                break
+            step, best = fewer_step, other
+        return best
+
+    def estimate_as_it_is(self, candidate: Candidate) -> Estimate | None:
+        """Return the estimate for the fastest optimizer, None if none fits."""
+        self.num_estimated += 1
+        return self._short_step(candidate)[1]
+
+    def _other(
+        self, drafted: Callable[..., Candidate | None], *arguments: object
+    ) -> Candidate | None:
+        """Return a candidate in which other stages recompute if it may be the first of its kind."""
+        try:
+            other = drafted(*arguments)
+        except ConfigError:
+            return None
+        if other is None or self._kept.against(other.choice) is not None:
+            return None
+        self.effort.spent += draft_nodes(other)
+        return other if self._book.may_be_first(other.choice, other.seconds) else None
+
+    def _short_step(
+        self, candidate: Candidate
+    ) -> tuple[StepPlan, Estimate | None, ConfigError | None]:
+        """Return a short step, and the estimate for the fastest optimizer that fits, else why not.
+
+        What almost fits is noted.
+        """
+        step, passes, placed = self._shared.short_step(candidate)
+        self.effort.spent += effort_of(candidate.choice, placed)
+        passes = max(passes, candidate.passes)
+        refusal: ConfigError | None = None
+        found: list[Estimate] = []
+        almost: list[float] = []
+        totals = self._scales.needs(step, candidate.optimizers)
+        self.learned.note(candidate, passes, totals[0][0])
+        for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
+            if needs > self._scales.limit:
+                refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
+                if needs <= NEARLY * self._scales.limit:
+                    almost.append(passes + self._scales.after(step, optim))
+                continue
+            try:
+                host = self._host_bytes(step, optim)
+            except HostMemoryError as error:
+                refusal = refusal or error
+                continue
+            seconds = passes + self._scales.after(step, optim)
+            found.append(Estimate(candidate, optim, seconds, needs, host))
+        best = min(found, key=lambda estimate: estimate.seconds, default=None)
+        if almost and (best is None or min(almost) < best.seconds):
+            self.almost[candidate.choice] = min(almost), candidate
+        return step, best, refusal
+
+    def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
+        """Return what a step keeps in host memory.  Raises HostMemoryError for too much."""
+        if not optim.offload and not step.cost.offload_bytes:
+            return 0.0
+        needs = most_host_bytes(step, optim, self._cluster.gpus_per_node).total
+        check_hosts(needs, self._scales.host_limit)
+        return needs
+
+    def plan(self, estimate: Estimate) -> None:
+        """Plan the whole step of an estimate, and drop the estimate if no optimizer fits.
+
+        The step may need more than it seemed to, and another optimizer less.
+        """
+        choice, candidate = estimate.candidate.choice, estimate.candidate
+        self.effort.spent += plan_nodes(candidate)
+        step = candidate.draft.with_named(choice.schedule)
+        others = [optim for optim in candidate.optimizers if optim != estimate.optim]
+        refusal: ConfigError | None = None
+        for optimizers in ([estimate.optim], others):
+            found = list[Found]()
+            for optim in optimizers:
+                try:
+                    found.append(self._found(step, choice, optim))
+                except ConfigError as error:
+                    refusal = refusal or error
+            if found:
+                self._book.plan(choice, min(found, key=lambda one: one.report.step_seconds))
+                return
+        assert refusal is not None, "nothing was found"
+        if isinstance(refusal, TooLargeError) and refusal.needs <= NEARLY * self._scales.limit:
+            self.almost[choice] = estimate.seconds, candidate
+        self._book.refuse(choice, refusal, estimate.seconds)
+        self._book.replace(estimate, estimate.unbalanced)
+        if estimate.unbalanced is not None:
+            self.plan(estimate.unbalanced)
+
+    def _found(self, step: StepPlan, choice: Choice, optim: OptimConfig) -> Found:
+        """Return the report of a whole step.  Raises ConfigError if it does not fit."""
+        report = report_of(step, self._cluster, optim, cost=self._scales.cost_of(choice))
+        check_hosts(report.host.total, self._scales.host_limit)
+        needs = report.ranks[report.worst].memory.total
+        if needs > self._scales.limit:
+            raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
+        return Found(replace(choice, optimizer=optim), report)
