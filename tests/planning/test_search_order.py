@@ -21,6 +21,7 @@ from schedules.problem import Problem
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands import search_words
 from vp_train.config import ConfigError
+from vp_train.planning import explore as explore_module
 from vp_train.planning import no_choice
 from vp_train.planning import search as search_module
 from vp_train.planning import shared as shared_module
@@ -262,7 +263,7 @@ def enter(monkeypatch):
         monkeypatch.setattr(Choice, "with_other_stage", with_other_stage)
         monkeypatch.setattr(trials_module, "report_of", world.report_of)
         monkeypatch.setattr(trials_module, "most_host_bytes", world.host_bytes)
-        monkeypatch.setattr(search_module, "placed_by_short", lambda problem: problem.facts.placed)
+        monkeypatch.setattr(explore_module, "placed_by_short", lambda problem: problem.facts.placed)
         monkeypatch.setattr(short_module, "placed_by", lambda problem: problem.facts.whole)
         return made
 
@@ -512,8 +513,8 @@ def test_what_is_alike_is_expected_to_exceed_its_bounds_by_nearly_the_least_fact
     assert sorted(world.asked("short")) == [0, 1, 2, 3]
     assert [plan.report.step_seconds for plan in found.best] == [0.5, 1.0, 1.6, 3.0]
     factors = (0.97 * 1.5, 1.0, 1.0)
-    options = [searching._options[world.choices[number]] for number in (4, 5, 6)]
-    assert [searching._key(option) for option in options] == [9.0 * one for one in factors]
+    options = [searching._explorer.options[world.choices[number]] for number in (4, 5, 6)]
+    assert [searching._explorer.key(option) for option in options] == [9.0 * one for one in factors]
     of_short = [estimate.seconds for estimate in searching._book.estimates]
     assert sorted(of_short) == [1.0, 1.0, 1.5, 3.0], "passes take at least their bound"
 
@@ -695,7 +696,7 @@ def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_th
     )
     searching._book.add(searching._trials.estimate(world.draft(choices[0])))
     world.log.clear()
-    searching._options = {
+    searching._explorer.options = {
         choice: Option(number, choice, 1.0 if number >= 2 else None)
         for number, choice in enumerate(choices)
     }

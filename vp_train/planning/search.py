@@ -23,14 +23,12 @@ from __future__ import annotations
 
 import heapq
 import math
-import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from schedules.generators import GENERATORS
-from schedules.render import duration
 from vp_train.config import ConfigError, RunConfig
 from vp_train.planning.book import Book
 from vp_train.planning.choice import (
@@ -48,23 +46,19 @@ from vp_train.planning.choice import (
 )
 from vp_train.planning.cluster import limit_of
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.explore import Explorer
 from vp_train.planning.found import Estimate, Limits, Result, counted
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
-from vp_train.planning.queue import Option, Queue
 from vp_train.planning.shared import Shared
-from vp_train.planning.short import placed_by_short, plan_nodes
+from vp_train.planning.short import plan_nodes
 from vp_train.planning.trials import Effort, Trials
-from vp_train.planning.weigh import NEARLY, Candidate, Scales, Weight
+from vp_train.planning.weigh import Candidate, Scales
 
-_WEIGH_NODES = 4  # nodes that can be placed while a choice is weighed
-_DEAR = 0.1  # part of the effort that one estimate may take before others had their turn
-_FOR_OTHER_KIND = 1 / 3  # part of the effort of estimates, see `_lowest`
 _FOR_ESTIMATES = 0.5  # part of the effort; the rest is for whole plans
 # A whole step may take so much less than its estimate.
 _SLACK = 0.01
-_MEMORY_TOLERANCE = 0.02  # the part of the limit by which what they need may differ
 _KEPT_REFUSALS = 100
-_TRIES_OF_OTHER_KIND, _TRIES_OF_DOUBTFUL, _TRIES_TO_FIT = 20, 3, 50
+_TRIES_OF_OTHER_KIND, _TRIES_TO_FIT = 20, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
@@ -121,29 +115,18 @@ class _Search:
         self._plans, self._below = plans, below
         self._limits, self._space = limits, space
         self._typed = as_typed(config)
-        self._progress = progress
         if shared is None:
             limit = limit_of(config.cluster, limits.margin)
             shared = Shared(Scales(config, limit, margin=limits.margin), keeps_steps=False)
         self._shared = shared
         self._scales = shared.scales.with_optimizers(space.optimizers)
         self._effort = Effort(limits.effort, in_time)
-        self._spent_on = [0.0, 0.0]  # by `_estimate`: without and with vocabulary parallelism
-        self._enough = 0.0  # the effort at which estimates end once something fits
         self._book = Book(Counter(space.excluded), below, has_kinds=plans)
         self._trials = Trials(config, self._scales, shared, space.kept, self._book, self._effort)
         self._num_layers = config.model.num_layers
-        self._num_drafted = 0
-        self._num_before = 0  # estimates of what was typed and does not fit
+        self._explorer = Explorer(space, self._scales, shared, self._trials, self._book, progress)
         self._offloads = config.run.device == "cuda" and plans
-        self._options = {
-            choice: Option(number, choice) for number, choice in enumerate(space.choices)
-        }
-        self._queue = Queue(self._key)
-        self._unweighed: list[Option] = []
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
-        self._pressed: list[Choice] = []  # those that seem to fit with an optimizer on hosts only
-        self._beyond: set[Choice] = set()  # those beyond the space that were weighed
         self._looked_around: set[Choice] = set()
         # Those of which single stages were changed, and whether they recompute less then.
         self._changed: set[tuple[Choice, bool]] = set()
@@ -153,18 +136,18 @@ class _Search:
         """Search.  `firsts` are estimated before others, whatever effort that takes."""
         offloads = self._offloads
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
-        self._enough = part * self._limits.effort
-        self._weigh()
+        self._explorer.until = part * self._limits.effort
+        self._explorer.weigh()
         for choice in firsts:
-            self._estimate_first(self._options[choice])
+            self._explorer.estimate_first(self._explorer.options[choice])
         if self._plans:
             self._estimate_typed()
         while True:
             before = self._seen
-            self._estimate(self._queue, self._limits.top)
+            self._explorer.estimate(self._limits.top)
             if offloads and self._effort.in_time():
                 self._offload_instead()
-                self._estimate(self._queue, self._limits.top)
+                self._explorer.estimate(self._limits.top)
                 offloads = False
             if self._plans:
                 self._estimate_other_kind()
@@ -173,7 +156,7 @@ class _Search:
                 self._change_stages()
                 self._balance()
                 self._plan()
-            if not self._plans or self._seen == before or not self._goes_on():
+            if not self._plans or self._seen == before or not self._explorer.goes_on():
                 return self._result()
 
     def _result(self) -> Result:
@@ -184,8 +167,8 @@ class _Search:
             top[-1] = first
         best = tuple(self._book.planned[e.candidate.choice] for e in top if e.is_planned)
         last = top[-1].counted if len(top) == self._limits.top else float("inf")
-        left = self._queue.left
-        num_open = len(self._unweighed) + sum(self._key(option) < last for option in left)
+        left, unweighed = self._explorer.queue.left, self._explorer.unweighed
+        num_open = len(unweighed) + sum(self._explorer.key(option) < last for option in left)
         num_open += sum(
             not estimate.is_planned and estimate.counted * (1 - _SLACK) < last
             for estimate in self._book.as_planned()
@@ -202,13 +185,13 @@ class _Search:
             leanest=self._book.closest(self._scales),
             refused=tuple(refused[:_KEPT_REFUSALS]),
             excluded=+self._book.excluded,  # without those that ruled out nothing
-            num_choices=len(self._options) + self._num_excluded - self._book.num_same,
-            num_added=len(self._options) - len(self._space.choices),
+            num_choices=len(self._explorer.options) + self._num_excluded - self._book.num_same,
+            num_added=len(self._explorer.options) - len(self._space.choices),
             num_same=self._book.num_same,
             num_estimated=self._trials.num_estimated,
             num_planned=len(self._book.planned),
             num_open=num_open,
-            num_unseen=Counter(option.splits_vocabulary for option in (*left, *self._unweighed)),
+            num_unseen=Counter(option.splits_vocabulary for option in (*left, *unweighed)),
             ended=self._ended if num_open else "",
             kept=self._space.kept,
         )
@@ -227,138 +210,11 @@ class _Search:
     def _ended(self) -> str:
         return "effort" if self._effort.in_time() else "time"
 
-    def _key(self, option: Option) -> float:
-        """Return about the least seconds of an option: its bound and what others are above it."""
-        choice, item, bound = option.choice, option.candidate, option.bound
-        assert bound is not None, "it was weighed"
-        learned = self._trials.learned
-        if item is not None and len(item.optimizers) > 1:
-            room = (1 + _MEMORY_TOLERANCE) * self._scales.limit - learned.excess_bytes(item.choice)
-            seconds = item.seconds_within(room)
-            bound += seconds - item.seconds if item.seconds < seconds < math.inf else 0.0
-        factor = 1.0 if option.is_exact else learned.factor(choice)
-        return counted(choice, bound) * factor
-
-    def _weigh(self) -> None:
-        """Weigh all choices.  Out of time, those that were weighed are a sample of all."""
-        self._scales.check(self._options)
-        options = list(self._options.values())
-        random.Random(1).shuffle(options)
-        before = self._num_excluded  # a summary counts them too
-        for place, option in enumerate(options):
-            if place % 128 == 0:
-                total = before + len(options)
-                self._progress(f"{before + place:,} of {total:,} choices weighed")
-                if not self._queue.is_empty and not self._effort.in_time():
-                    self._unweighed = options[place:]
-                    break
-            choice = option.choice
-            self._effort.spent += _WEIGH_NODES
-            try:
-                if self._below < math.inf and self._scales.bound(choice) >= self._below:
-                    continue  # it will not be looked at, whatever memory it needs
-                weight = self._scales.weigh(choice)
-            except ConfigError as error:
-                self._book.refuse(choice, error, 0.0)
-            else:
-                self._put(self._queue, option, weight)
-
-    def _put(self, queue: Queue, option: Option, weight: Weight) -> None:
-        """Put an option that was weighed into a queue."""
-        option.bound = weight.seconds
-        if weight.optimizer is not None and weight.optimizer.offload:
-            self._pressed.append(option.choice)
-        queue.push(option, weight.needs)
-
-    def _goes_on(self) -> bool:
-        """Return whether to estimate another choice: the first one always, if no time is known."""
-        enough = self._enough
-        if not self._book.knows_time:
-            if self._trials.num_estimated == self._num_before:
-                return True
-            enough = max(self._limits.effort, self._enough)
-        return not self._effort.is_over(enough)
-
     def _estimate_typed(self) -> None:
         """Estimate the run as it was typed if it seems to fit, so that no result is slower."""
-        option = None if self._typed is None else self._options.get(self._typed)
+        option = None if self._typed is None else self._explorer.options.get(self._typed)
         if option is not None:
-            self._estimate_first(option, is_sure=False)
-
-    def _estimate_first(self, option: Option, *, is_sure: bool = True) -> None:
-        """Estimate an option before others; unless `is_sure` only if it seems to fit cheaply."""
-        if not option.is_weighed:
-            return
-        try:
-            item = option.candidate = self._trials.draft(option.choice)
-            option.bound = item.seconds
-            if not is_sure and self._is_doubtful(item, self._queue):
-                return
-            option.is_done = True
-            self._book.add(self._trials.estimate(item))
-        except ConfigError as error:
-            self._refuse(option, error)
-            self._num_before = self._trials.num_estimated  # the leanest is estimated in any case
-
-    def _estimate(self, queue: Queue, top: int) -> None:
-        """Estimate choices until none left could be among the `top`, or the effort is spent.
-
-        What seems not to fit comes last, and what takes a large part of the effort.  It may take
-        thousands of drafts, which tighten the bounds, to know the choice with the lowest bound.  So
-        after 32, 64, 128 ... drafts the lowest of those is estimated: a search that ends early has
-        then seen more than the leanest choice.
-        """
-        # Plans may be slower than their estimates were, or not fit.
-        for passed in queue.passed_over:
-            queue.push(passed)
-        queue.passed_over = []
-        while self._goes_on():
-            option = self._next(queue, top)
-            if option is None:
-                if not queue.doubtful:
-                    return
-                self._look_at_doubtful(queue)
-                continue
-            before = self._effort.spent
-            try:
-                self._look_at(option, queue)
-            except ConfigError as error:
-                self._refuse(option, error)
-                self._progress(self._words())
-            finally:
-                self._spent_on[option.splits_vocabulary] += self._effort.spent - before
-
-    def _look_at(self, option: Option, queue: Queue) -> None:
-        """Draft an option, or estimate it if it was drafted or nothing fits yet.
-
-        Raises ConfigError if it does not fit.
-        """
-        item = option.candidate
-        if item is None:
-            item = option.candidate = self._trials.draft(option.choice)
-            least = self._shared.least(item)
-            option.bound, option.is_exact = (
-                (item.seconds, False) if least is None else (least, True)
-            )
-            if self._book.knows_time:
-                queue.push(option)
-                queue.drafted.append(option)
-                self._num_drafted += 1
-                self._progress(f"{self._num_drafted:,} looked at, {self._words()}")
-                return
-        if self._is_doubtful(item, queue):
-            queue.doubtful.append(option)
-            return
-        option.is_done = True
-        self._book.add(self._trials.estimate(item))
-        self._progress(self._words())
-
-    def _refuse(self, option: Option, error: ConfigError) -> None:
-        """Book an option as refused, with the stages that recompute once they are known."""
-        option.is_done = True
-        item, bound = option.candidate, option.bound
-        assert bound is not None, "it was weighed"
-        self._book.refuse(option.choice if item is None else item.choice, error, bound)
+            self._explorer.estimate_first(option, is_sure=False)
 
     def _estimate_other_kind(self) -> None:
         """Estimate a choice with or without vocabulary parallelism if only the other was found.
@@ -368,8 +224,10 @@ class _Search:
         kinds = {estimate.splits_vocabulary for estimate in self._book.estimates}
         if len(kinds) != 1 or not self._effort.in_time():
             return
-        left = [option for option in self._queue.left if option.splits_vocabulary not in kinds]
-        for option in heapq.nsmallest(_TRIES_OF_OTHER_KIND, left, key=self._key):
+        left = [
+            option for option in self._explorer.queue.left if option.splits_vocabulary not in kinds
+        ]
+        for option in heapq.nsmallest(_TRIES_OF_OTHER_KIND, left, key=self._explorer.key):
             try:
                 item = option.candidate = option.candidate or self._trials.draft(option.choice)
                 if item.seems_to_fit:
@@ -377,7 +235,7 @@ class _Search:
                     option.is_done = True
                     return
             except ConfigError as error:
-                self._refuse(option, error)
+                self._explorer.refuse(option, error)
 
     def _confirm(self) -> None:
         """Plan the best estimate whole, and if that is slower estimate what it had ruled out.
@@ -395,19 +253,17 @@ class _Search:
             if self._effort.spent + plan_nodes(candidate) > self._limits.effort:
                 return
             self._plan_one(best)
-            self._estimate(self._queue, self._limits.top)
+            self._explorer.estimate(self._limits.top)
 
     def _offload_instead(self) -> None:
         """Estimate offloaded activations where device memory alone may rule out faster choices.
 
         They have a queue of their own, in which only the best of each kind is looked for.
         """
-        queue = Queue(self._key)
-        self._weigh_into(queue, self._offloading())
-        effort = self._limits.effort
-        self._enough = max(_FOR_ESTIMATES * effort, self._effort.spent + _FOR_OFFLOADING * effort)
-        self._estimate(queue, 1)
-        self._queue.add(queue)
+        queue = self._explorer.queue_of(self._offloading())
+        effort, spent = self._limits.effort, self._effort.spent
+        self._explorer.until = max(_FOR_ESTIMATES * effort, spent + _FOR_OFFLOADING * effort)
+        self._explorer.estimate_apart(queue)
 
     def _offloading(self) -> list[Choice]:
         """Return the choices with offloaded activations to try.
@@ -421,31 +277,16 @@ class _Search:
         binding = [e.candidate.choice for e in best if e.choice.recompute != "none"]
         binding += [e.candidate.choice for e in self._book.estimates if e.optim.offload]
         binding += [refusal.choice for refusal in self._book.refused if refusal.needs is not None]
-        binding += self._pressed
-        drafted = [(o.choice, o.candidate) for o in self._options.values() if o.candidate]
+        binding += self._explorer.pressed
+        drafted = [(o.choice, o.candidate) for o in self._explorer.options.values() if o.candidate]
         binding += [choice for choice, item in drafted if item.is_pressed or not item.seems_to_fit]
         return [
             choice
             for choice in dict.fromkeys(
                 other for bound in binding for other in offloading(bound, self._num_layers)
             )
-            if choice not in self._options and self._space.kept.against(choice) is None
+            if choice not in self._explorer.options and self._space.kept.against(choice) is None
         ]
-
-    def _weigh_into(self, queue: Queue, choices: Iterable[Choice]) -> None:
-        """Put choices that are not in the space into a queue if they may be the best of a kind."""
-        for choice in choices:
-            if choice in self._beyond:
-                continue
-            self._beyond.add(choice)
-            self._effort.spent += _WEIGH_NODES
-            try:
-                weight = self._scales.weigh(choice)
-            except ConfigError:
-                continue
-            if weight.seems_to_fit and self._book.may_be_first(choice, weight.seconds):
-                option = self._options[choice] = Option(len(self._options), choice)
-                self._put(queue, option, weight)
 
     def _look_around(self) -> None:
         """Estimate what differs in one thing from the best of each kind, as long as that helps.
@@ -455,7 +296,7 @@ class _Search:
         and what is offloaded was weighed for some of the choices only.  What is next to the best is
         the likeliest to be better.
         """
-        before, part = self._enough, _FOR_NEIGHBOURS * self._limits.effort
+        before, part = self._explorer.until, _FOR_NEIGHBOURS * self._limits.effort
         until = self._effort.spent + part
         while not self._effort.is_over(until):
             firsts = [estimate.candidate.choice for estimate in self._first_estimates()]
@@ -472,17 +313,12 @@ class _Search:
             around += [other for one in nearly for other in self._in_more_stages(one)]
             found = list(dict.fromkeys(around))
             for splits in (True, False):
-                queue = Queue(self._key)
-                of_kind = [choice for choice in found if choice.splits_vocabulary is splits]
-                for choice in of_kind:
-                    option = self._options.get(choice)
-                    if option is not None and option.is_weighed and not option.is_done:
-                        queue.push(option, 0.0)
-                self._weigh_into(queue, (one for one in of_kind if one not in self._options))
-                self._enough = min(until, self._effort.spent + part / 2)
-                self._estimate(queue, 1)
-                self._queue.add(queue)
-        self._enough = before
+                queue = self._explorer.queue_of(
+                    choice for choice in found if choice.splits_vocabulary is splits
+                )
+                self._explorer.until = min(until, self._effort.spent + part / 2)
+                self._explorer.estimate_apart(queue)
+        self._explorer.until = before
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
@@ -541,7 +377,7 @@ class _Search:
                 if better is None:
                     break
                 self._book.add(better)
-                self._progress(self._words())
+                self._explorer.say()
                 candidate, fits = better.candidate, True
         self._for_stages -= self._effort.spent - before
 
@@ -564,81 +400,15 @@ class _Search:
             choice = other.choice
             if self._effort.is_over(until) or not self._book.may_be_first(choice, other.seconds):
                 return None
-            if choice in self._options:
-                self._options[choice].is_done = True
+            if choice in self._explorer.options:
+                self._explorer.options[choice].is_done = True
             estimate = self._trials.estimate_as_it_is(other)
             if estimate is not None and self._book.may_be_first(choice, estimate.seconds):
                 return estimate
         return None
 
     def _is_done(self, choice: Choice) -> bool:
-        return choice in self._options and self._options[choice].is_done
-
-    def _look_at_doubtful(self, queue: Queue) -> None:
-        """Let what is dear or seems not to fit have its turn.
-
-        Of the latter hardly any fits, so where a time is known by short steps only a few are tried.
-        """
-        options = queue.doubtful
-        if not self._plans and self._book.knows_time:
-            ordered = sorted(options, key=lambda option: (self._key(option), option))
-            options = [one for one in ordered if one.candidate and one.candidate.seems_to_fit]
-            others = [one for one in ordered if one not in options]
-            options += others[:_TRIES_OF_DOUBTFUL]
-            queue.passed_over += others[_TRIES_OF_DOUBTFUL:]
-        for place, option in enumerate(options):
-            queue.push(option, float(place))
-        queue.doubtful, queue.looks_at_all = [], True
-
-    def _is_doubtful(self, item: Candidate, queue: Queue) -> bool:
-        """Return whether a draft waits until all others were estimated."""
-        is_dear = placed_by_short(item.draft.problem) > _DEAR * self._limits.effort
-        needs = min(item.expected) + self._trials.learned.excess_bytes(item.choice)
-        fits = item.seems_to_fit and needs <= NEARLY * self._scales.limit
-        return (is_dear or not fits) and not queue.looks_at_all
-
-    def _next(self, queue: Queue, top: int) -> Option | None:
-        """Take the option to look at next, None if no other could be among the `top`."""
-        if not self._book.knows_time:
-            return queue.pop_leanest()
-        if len(queue.drafted) >= queue.next_drafts:
-            queue.next_drafts *= 2
-            seen = {*queue.doubtful, *queue.passed_over}
-            waiting = [
-                (self._key(option), option)
-                for option in queue.drafted
-                if not option.is_done
-                and option not in seen
-                and option.candidate is not None
-                and not self._is_doubtful(option.candidate, queue)
-            ]
-            if waiting:
-                key, option = min(waiting)
-                if key < self._book.to_beat(top)[option.splits_vocabulary]:
-                    return option
-        return self._lowest(queue, top)
-
-    def _lowest(self, queue: Queue, top: int) -> Option | None:
-        """Take what may be the fastest choice that is left, unless it cannot be among the `top`.
-
-        Where the best of both kinds are looked for, with and without vocabulary parallelism, each
-        has a third of the effort at least.
-        """
-        to_beat = self._book.to_beat(top)
-
-        def open_kinds() -> dict[bool, float]:
-            keys = {splits: queue.first(splits_vocabulary=splits) for splits in (False, True)}
-            return {splits: key for splits, key in keys.items() if key < to_beat[splits]}
-
-        kinds = open_kinds()
-        if not kinds:
-            queue.renew()
-            kinds = open_kinds()
-        if not kinds:
-            return None
-        least = _FOR_OTHER_KIND * sum(self._spent_on) if self._plans else 0.0
-        splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, kinds[splits]))
-        return queue.pop(splits_vocabulary=splits)
+        return choice in self._explorer.options and self._explorer.options[choice].is_done
 
     def _balance(self) -> None:
         """Estimate vocab.balance in the place of what may be among the best with it.
@@ -680,7 +450,7 @@ class _Search:
                 self._book.add(balanced)
             elif balanced.seconds < (1 - _LEAST_BALANCED) * estimate.seconds:
                 self._book.replace(estimate, replace(balanced, unbalanced=estimate))
-            self._progress(self._words())
+            self._explorer.say()
 
     def _plan(self) -> None:
         """Plan the best estimates, as far as the effort suffices.
@@ -716,15 +486,9 @@ class _Search:
             self._plan_one(estimate)
 
     def _plan_one(self, estimate: Estimate) -> None:
-        self._progress(f"{self._words()}; planning a step whole")
+        self._explorer.say("; planning a step whole")
         self._trials.plan(estimate)
-        self._progress(self._words())
-
-    def _words(self) -> str:
-        best = min((e.seconds for e in self._book.estimates), default=None)
-        shown = "none fits yet" if best is None else f"the best takes about {duration(best)}"
-        planned = f", {len(self._book.planned)} planned" if self._book.planned else ""
-        return f"{self._trials.num_estimated:,} simulated{planned}; {shown}"
+        self._explorer.say()
 
 
 def without_vocabulary(config: RunConfig, degrees: Degrees, shared: Shared | None = None) -> Result:
