@@ -60,10 +60,12 @@ def variants(config, pp, tp):
     tried = {place: counts_of_chunks(pp, layers, at) for place, at in (("", None), (REDIS, head))}
     splits = tp > 1 and config.run.device == "cuda" and config.model.seq_length % tp == 0
     for name in GENERATORS:
-        if name not in (searched_schedules() if pp > 1 else ("1f1b",)):
+        if name not in (searched_schedules() if pp > 1 else ("1f1b", "interleaved")):
             continue
         layout = GENERATORS[name].layout
         counts = [None] if layout != "loop" else range(2, 100)
+        if pp == 1 and layout == "loop":
+            counts = [layers]  # every layer may recompute or not
         for chunks in counts:
             stages = pp * {"linear": 1, "v": 2, "loop": chunks}[layout]
             even = layers % stages == 0
@@ -78,10 +80,11 @@ def variants(config, pp, tp):
                     *(("none", False), ("selective", False), ("full", False)),
                     *(("selective", True), ("full", True)),
                 ):
-                    if needed and stages == 1:
+                    if needed if stages == 1 else pp == 1 and not needed:
                         continue
                     for place, split in itertools.product(places, {False, splits}):
-                        if layout == "loop" and chunks not in tried[REDIS * (place == REDIS)]:
+                        known = tried[REDIS * (place == REDIS)]
+                        if layout == "loop" and pp > 1 and chunks not in known:
                             continue
                         yield name, chunks, vocab, place, recompute, needed, split
 
@@ -216,12 +219,16 @@ def test_what_offloads_recomputes_at_most_as_much_and_a_stage_of_a_layer_all_or_
         assert offloading(one, layers) == everywhere
 
 
-def test_one_rank_offloads_with_a_stage_for_every_layer_too():
-    """Stages of one layer keep activations long enough for both ways of the link."""
+def test_one_rank_offloads_with_stages_of_a_layer_or_of_two_of_which_one_moves():
+    """Such stages keep activations long enough for both ways of the link."""
     one = Choice(Degrees(4, 1, 2), 1, 4, "1f1b", "none", "none")
-    split = replace(one, schedule="interleaved", num_chunks=8, offload=1.0)
-    assert offloading(one, 8) == [replace(one, offload=0.5), replace(one, offload=1.0), split]
-    assert split.layout.num_stages == 8
+    whole = [replace(one, offload=0.5), replace(one, offload=1.0)]
+    split = replace(one, schedule="interleaved", num_chunks=7, placement="even", offload=1.0)
+    two = replace(split, num_chunks=4, placement="balanced", offload=0.5)
+    assert offloading(one, 7) == [*whole, two, split]
+    assert split.layout.num_stages == 7
+    assert offloading(split, 7) == [split, two], "each once"
+    assert offloading(one, 2) == [*whole, replace(split, num_chunks=2)]
     assert offloading(one, 1) == [replace(one, offload=1.0)]
 
 

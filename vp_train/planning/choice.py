@@ -32,6 +32,7 @@ MICRO_BATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # those that divide the b
 _MOST_EMPTY = 2  # stages without a layer
 # What rules out a step that has too many passes.
 TOO_LONG = f"more than {MOST_FORWARD_PASSES:,} forward passes (microbatches x stages)"
+_OF_ONE_RANK = (("1f1b", "none"), ("interleaved", "none"))  # schedules and algorithms
 OFFLOADED = (0.5, 1.0)  # parts of the layers that searches offload, besides none
 # Settings that a choice makes.  These are printed always, the others where they differ.
 _ALWAYS = (
@@ -456,12 +457,18 @@ def offloading(choice: Choice, num_layers: int, *, where_needed: bool = False) -
 
     With `where_needed` also those in which only the stages recompute that need it: it is dear to
     find out which, so a search tries them beside the best only.  A stage of one layer offloads all
-    or nothing.  One rank gives every layer a stage of its own, too: in one stage activations live
-    too short for both ways of the link.
+    or nothing.  One rank also gives every layer a stage of its own, or two layers one of which goes
+    to the host: in one stage activations live too short for both ways of the link.
     """
-    strongest, bases = RECOMPUTE.index(choice.recompute), [choice]
-    if choice.degrees.pp == 1 and num_layers > 1:
-        bases.append(replace(choice, schedule="interleaved", num_chunks=num_layers))
+    strongest = RECOMPUTE.index(choice.recompute)
+    moves_half = choice.layout.num_stages < num_layers
+    bases = [(choice, OFFLOADED if moves_half else OFFLOADED[-1:])]
+    for part in OFFLOADED if choice.degrees.pp == 1 else ():
+        count = math.ceil(num_layers * part)
+        if count > 1:
+            place = _even(num_layers, count)
+            split = replace(choice, schedule="interleaved", num_chunks=count, placement=place)
+            bases.append((split, (part,)))
     return [
         replace(
             base,
@@ -471,10 +478,10 @@ def offloading(choice: Choice, num_layers: int, *, where_needed: bool = False) -
             offload=part,
             optimizer=None,
         )
-        for base in bases
+        for base, parts in dict.fromkeys(bases)
         for recompute in RECOMPUTE[: strongest + 1]
         for needed in _where_needed(recompute, base.layout.num_stages)[: 1 + where_needed]
-        for part in (OFFLOADED if base.layout.num_stages < num_layers else OFFLOADED[-1:])
+        for part in parts
     ]
 
 
@@ -583,7 +590,8 @@ def _divisors(count: int) -> list[int]:
 def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator[Choice]:
     """Yield the choices for one split, as if each step had one microbatch of one sequence.
 
-    They include values that are tried only because they are `kept`.
+    They include values that are tried only because they are `kept`.  One rank gives every layer a
+    stage of its own where only some recompute, and nothing else comes from more stages then.
     """
     pp, tp, model = degrees.pp, degrees.tp, config.model
     splits_sequences = config.run.device in SEQUENCE_DEVICES and model.seq_length % tp == 0
@@ -592,9 +600,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
     algorithms = kept.with_value("vocab.algorithm", searched_algorithms())
     offload = kept.values.get("parallel.offload_activations", 0.0)
     balance = kept.values.get("vocab.balance", False)
-    for schedule, vocab in product(
-        schedules if pp > 1 else ("1f1b",), algorithms if pp > 1 else ("none",)
-    ):
+    for schedule, vocab in product(schedules, algorithms) if pp > 1 else _OF_ONE_RANK:
         moves = pp > 1 and not VOCAB_ALGORITHMS[vocab].sharded
         for redistributes in (False, True) if moves else (False,):
             for num_chunks in _chunks(schedule, pp, model, kept, redistributes=redistributes):
@@ -604,6 +610,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
                     (recompute, needed)
                     for recompute in RECOMPUTE
                     for needed in _where_needed(recompute, num_stages)
+                    if needed or pp > 1 or num_stages == 1
                 ]
                 for (recompute, needed), sequences in product(kinds, both):
                     yield Choice(
@@ -682,6 +689,8 @@ def _chunks(
     family = GENERATORS[schedule]
     if family.layout != "loop":
         return (None,) if family.layout_of(pp).num_stages <= model.num_layers else ()
+    if pp == 1:
+        return (model.num_layers,) if model.num_layers > 1 else ()
     head = shape.head_in_layers(model) if redistributes else None
     counts = counts_of_chunks(pp, model.num_layers, head)
     wanted = kept.values.get("schedule.num_chunks")
