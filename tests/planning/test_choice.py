@@ -593,6 +593,11 @@ def test_single_stages_recompute_less_or_more_and_the_rest_stays():
         (max(one, key=RECOMPUTE.index), one) for one in of("nnfs nsns nsss nsfn")
     }
     assert others(mixed, fewer=False) == {("full", one) for one in of("ssfs fsfs nffs nsff")}
+    assert others(mixed, fewer=False, rank=0) == {("full", one) for one in of("ssfs fsfs")}
+    folded = replace(mixed, schedule="v_half", degrees=Degrees(1, 2, 2))
+    assert others(folded, fewer=True, rank=1) == {
+        (max(one, key=RECOMPUTE.index), one) for one in of("nnfs nsss nsns")
+    }
     none = replace(mixed, recompute="none", recompute_per_stage=None)
     assert others(none, fewer=True) == set()
     assert others(none, fewer=False) == {

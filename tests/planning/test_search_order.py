@@ -252,7 +252,7 @@ def enter(monkeypatch):
             made.append((world.limit, optimizers))
             return world
 
-        def with_other_stage(choice, *, fewer):
+        def with_other_stage(choice, *, fewer, rank=None):
             facts = world.facts[choice]
             return [world.choices[number] for number in (facts.less if fewer else facts.most)]
 
@@ -1259,6 +1259,21 @@ def test_single_stages_recompute_more_in_what_almost_fits_and_less_in_the_best(e
     found = run(world, first=3)
     assert numbers(world, found.best) == [8]
     assert world.asked("short") == [0, 2, 1, 4, 3, 6, 8]
+
+
+@pytest.mark.parametrize(("needs", "tried"), [(1.04, [0, 1, 2, 4]), (1.05, [0, 1, 2, 3, 4])])
+def test_stages_recompute_more_one_by_one_where_that_helps_the_rank_that_needs_most(
+    enter, needs, tried
+):
+    """Else the next dearer stage comes first."""
+    missing = [{"short_bytes": {"adamw": part * GIB}} for part in (1.05, needs)]
+    facts = [Facts(10.0, 10.0), Facts(5.0, 5.0, **missing[0], most=(2, 3))]
+    facts += [Facts(6.0, 6.0, **missing[1], most=(4,)), Facts(7.0, 7.0), Facts(6.5, 6.5)]
+    world = World(facts)
+    enter(world)
+    found = run(world, first=2)
+    assert world.asked("short") == tried
+    assert numbers(world, found.best) == [4]
 
 
 def test_single_stages_recompute_more_in_what_only_a_whole_step_shows_to_need_too_much(enter):

@@ -107,11 +107,11 @@ class Choice:
             self, recompute=most, recompute_per_stage=kinds if len(set(kinds)) > 1 else None
         )
 
-    def with_other_stage(self, *, fewer: bool) -> list[Choice]:
-        """Return the choices in which one stage recomputes less, or more."""
+    def with_other_stage(self, *, fewer: bool, rank: int | None = None) -> list[Choice]:
+        """Return the choices in which one stage recomputes less, or more; of `rank` if given."""
         kinds, found = self.recompute_of_stages, list[Choice]()
-        for stage, kind in enumerate(kinds):
-            level = RECOMPUTE.index(kind)
+        for stage in range(len(kinds)) if rank is None else self.layout.stages_of(rank):
+            level = RECOMPUTE.index(kinds[stage])
             for other in RECOMPUTE[:level] if fewer else RECOMPUTE[level + 1 :]:
                 found.append(self.with_recompute((*kinds[:stage], other, *kinds[stage + 1 :])))
         return found

@@ -51,8 +51,8 @@ from vp_train.planning.found import Estimate, Limits, Result, counted
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import plan_nodes
-from vp_train.planning.trials import Effort, Trials
-from vp_train.planning.weigh import Candidate, Scales
+from vp_train.planning.trials import Almost, Effort, Trials
+from vp_train.planning.weigh import Candidate, Scales, TooLargeError
 
 _FOR_ESTIMATES = 0.5  # part of the effort; the rest is for whole plans
 # A whole step may take so much less than its estimate.
@@ -352,9 +352,9 @@ class _Search:
         With `has_chunks` the number of its chunks has to be free.
         """
         found = [
-            (counted(choice, seconds), place, choice)
-            for place, (choice, (seconds, _)) in enumerate(self._trials.almost.items())
-            if self._book.may_be_first(choice, seconds)
+            (counted(choice, almost.seconds), place, choice)
+            for place, (choice, almost) in enumerate(self._trials.almost.items())
+            if self._book.may_be_first(choice, almost.seconds)
             and (choice.num_chunks is not None or not has_chunks)
         ]
         return [choice for _, _, choice in heapq.nsmallest(_TRIES_NEARLY, found)]
@@ -364,51 +364,83 @@ class _Search:
 
         Where the backward is split, no sum over stages says what a rank keeps.  So each is tried.
         """
-        tried = [(estimate.candidate, True) for estimate in self._first_estimates()]
-        tried += [(self._trials.almost[choice][1], False) for choice in self._nearly()]
         before = self._effort.spent
         until = before + self._for_stages
-        for candidate, fits in tried:
-            while (candidate.choice, fits) not in self._changed:
-                if self._effort.is_over(until):
-                    break
-                self._changed.add((candidate.choice, fits))
-                better = self._with_other_stage(candidate, until, fewer=fits)
-                if better is None:
-                    break
-                self._book.add(better)
-                self._explorer.say()
-                candidate, fits = better.candidate, True
+        for estimate in self._first_estimates():
+            self._recompute_less(estimate.candidate, until)
+        for choice in self._nearly():
+            fitting = self._made_to_fit(self._trials.almost[choice], until)
+            if fitting is not None:
+                self._add(fitting)
+                self._recompute_less(fitting.candidate, until)
         self._for_stages -= self._effort.spent - before
 
-    def _with_other_stage(
-        self, candidate: Candidate, until: float, *, fewer: bool
-    ) -> Estimate | None:
-        """Return the first that beats its kind of those in which one stage recomputes otherwise.
+    def _recompute_less(self, candidate: Candidate, until: float) -> None:
+        """Let one stage after the other recompute less while a step is the fastest of its kind."""
+        while (candidate.choice, True) not in self._changed:
+            self._changed.add((candidate.choice, True))
+            for other in self._with_other_stage(candidate, until, fewer=True):
+                if self._effort.is_over(until):
+                    return
+                with suppress(ConfigError):
+                    estimate = self._trials.estimate_as_it_is(other)
+                    if self._book.may_be_first(other.choice, estimate.seconds):
+                        self._add(estimate)
+                        candidate = other
+                        break
 
-        That is less with `fewer`, else more.  None if none does.
+    def _made_to_fit(self, almost: Almost, until: float) -> Estimate | None:
+        """Let stages of the rank that needs most recompute more, one by one, until a step fits.
+
+        Returns None if none does that may be the fastest of its kind.
+        """
+        candidate, rank, needs = almost.candidate, almost.rank, almost.needs
+        while (candidate.choice, False) not in self._changed:
+            self._changed.add((candidate.choice, False))
+            for other in self._with_other_stage(candidate, until, fewer=False, rank=rank):
+                if self._effort.is_over(until):
+                    return None
+                try:
+                    estimate = self._trials.estimate_as_it_is(other)
+                except TooLargeError as error:
+                    if error.needs < needs:
+                        candidate, rank, needs = other, error.rank, error.needs
+                        break
+                except ConfigError:
+                    continue
+                else:
+                    if self._book.may_be_first(other.choice, estimate.seconds):
+                        return estimate
+        return None
+
+    def _with_other_stage(
+        self, candidate: Candidate, until: float, *, fewer: bool, rank: int | None = None
+    ) -> list[Candidate]:
+        """Return those in which one stage recomputes less, or more, the fastest first.
+
+        Only those that may be the fastest of their kind; none if the effort does not suffice.
         """
         drafts = list[Candidate]()
-        for choice in candidate.choice.with_other_stage(fewer=fewer):
+        for choice in candidate.choice.with_other_stage(fewer=fewer, rank=rank):
             if self._is_done(choice) or self._space.kept.against(choice) is not None:
                 continue
             if self._effort.is_over(until):
-                return None
+                return []
             with suppress(ConfigError):
                 drafts.append(self._trials.draft_as_it_is(choice))
-        for other in sorted(drafts, key=lambda one: one.seconds):
-            choice = other.choice
-            if self._effort.is_over(until) or not self._book.may_be_first(choice, other.seconds):
-                return None
-            if choice in self._explorer.options:
-                self._explorer.options[choice].is_done = True
-            estimate = self._trials.estimate_as_it_is(other)
-            if estimate is not None and self._book.may_be_first(choice, estimate.seconds):
-                return estimate
-        return None
+        drafts = [one for one in drafts if self._book.may_be_first(one.choice, one.seconds)]
+        return sorted(drafts, key=lambda one: one.seconds)
 
     def _is_done(self, choice: Choice) -> bool:
         return choice in self._explorer.options and self._explorer.options[choice].is_done
+
+    def _add(self, estimate: Estimate) -> None:
+        """Book an estimate of a choice that may be among the options."""
+        option = self._explorer.options.get(estimate.candidate.choice)
+        if option is not None:
+            option.is_done = True
+        self._book.add(estimate)
+        self._explorer.say()
 
     def _balance(self) -> None:
         """Estimate vocab.balance in the place of what may be among the best with it.
@@ -420,7 +452,8 @@ class _Search:
             return
         found = {one.candidate.choice: one for one in self._book.estimates}
         tried = {choice: (one.seconds, one.candidate) for choice, one in found.items()}
-        tried |= self._trials.almost  # with an optimizer that is faster than the one that fits
+        # With an optimizer that is faster than the one that fits.
+        tried |= {c: (one.seconds, one.candidate) for c, one in self._trials.almost.items()}
         promising: list[tuple[float, int, Candidate, Estimate | None]] = []
         for place, (choice, (seconds, candidate)) in enumerate(tried.items()):
             if not choice.splits_vocabulary or choice.balance or choice in self._balanced:

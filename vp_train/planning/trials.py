@@ -46,12 +46,22 @@ class Effort:
         return self.spent >= until or not self.in_time()
 
 
+@dataclass(frozen=True, slots=True)
+class Almost:
+    """A candidate that almost fits, the seconds of its step, and the rank that needs most bytes."""
+
+    candidate: Candidate
+    seconds: float
+    rank: int | None
+    needs: float
+
+
 class Trials:
     """Tries choices one by one, and keeps what that tells about others.
 
     effort: what trials have cost, and may.
     learned: what simulations tell about similar choices.
-    almost: what almost fits, with the seconds of its step.
+    almost: what almost fits.
     num_estimated: the number of estimates.
     """
 
@@ -68,7 +78,7 @@ class Trials:
         self._scales, self._shared, self._kept, self._book = scales, shared, kept, book
         self.effort = effort
         self.learned = Learned()
-        self.almost: dict[Choice, tuple[float, Candidate]] = {}
+        self.almost: dict[Choice, Almost] = {}
         self.num_estimated = 0
 
     def draft(self, choice: Choice) -> Candidate:
@@ -133,10 +143,14 @@ class Trials:
             step, best = fewer_step, other
         return best
 
-    def estimate_as_it_is(self, candidate: Candidate) -> Estimate | None:
-        """Return the estimate for the fastest optimizer, None if none fits."""
+    def estimate_as_it_is(self, candidate: Candidate) -> Estimate:
+        """Return the estimate for the fastest optimizer.  Raises ConfigError like `estimate`."""
         self.num_estimated += 1
-        return self._short_step(candidate)[1]
+        _, best, refusal = self._short_step(candidate)
+        if best is None:
+            assert refusal is not None
+            raise refusal
+        return best
 
     def _other(
         self, drafted: Callable[..., Candidate | None], *arguments: object
@@ -163,14 +177,16 @@ class Trials:
         passes = max(passes, candidate.passes)
         refusal: ConfigError | None = None
         found: list[Estimate] = []
-        almost: list[float] = []
+        almost: Almost | None = None
         totals = self._scales.needs(step, candidate.optimizers)
         self.learned.note(candidate, passes, totals[0][0])
         for optim, (needs, rank) in zip(candidate.optimizers, totals, strict=True):
             if needs > self._scales.limit:
                 refusal = TooLargeError(needs, self._scales.limit, SIMULATED, rank)
-                if needs <= NEARLY * self._scales.limit:
-                    almost.append(passes + self._scales.after(step, optim))
+                seconds = passes + self._scales.after(step, optim)
+                is_faster = almost is None or seconds < almost.seconds
+                if needs <= NEARLY * self._scales.limit and is_faster:
+                    almost = Almost(candidate, seconds, rank, needs)
                 continue
             try:
                 host = self._host_bytes(step, optim)
@@ -180,8 +196,8 @@ class Trials:
             seconds = passes + self._scales.after(step, optim)
             found.append(Estimate(candidate, optim, seconds, needs, host))
         best = min(found, key=lambda estimate: estimate.seconds, default=None)
-        if almost and (best is None or min(almost) < best.seconds):
-            self.almost[candidate.choice] = min(almost), candidate
+        if almost is not None and (best is None or almost.seconds < best.seconds):
+            self.almost[candidate.choice] = almost
         return step, best, refusal
 
     def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
@@ -214,7 +230,7 @@ class Trials:
                 return
         assert refusal is not None, "nothing was found"
         if isinstance(refusal, TooLargeError) and refusal.needs <= NEARLY * self._scales.limit:
-            self.almost[choice] = estimate.seconds, candidate
+            self.almost[choice] = Almost(candidate, estimate.seconds, refusal.rank, refusal.needs)
         self._book.refuse(choice, refusal, estimate.seconds)
         self._book.replace(estimate, estimate.unbalanced)
         if estimate.unbalanced is not None:

@@ -100,8 +100,8 @@ class Weight:
 class TooLargeError(ConfigError):
     """The error for a choice that needs more memory than there is.
 
-    `needs` are the bytes of `rank`, the one that needs most.  `constraint` says in words what they
-    are for.
+    `needs` are the bytes of `rank`, the one that needs most, if it is known.  `constraint` says in
+    words what they are for.
     """
 
     def __init__(self, needs: float, limit: float, what: str, rank: int | None = None) -> None:
@@ -112,7 +112,7 @@ class TooLargeError(ConfigError):
             f"{human_bytes(needs - limit)} more than the {limit / 2**30:.4g} GiB that a plan may "
             "use"
         )
-        self.needs, self.constraint = needs, f"memory, for {what}"
+        self.needs, self.rank, self.constraint = needs, rank, f"memory, for {what}"
 
 
 class HostMemoryError(ConfigError):
