@@ -371,7 +371,6 @@ class _Search:
         for choice in self._nearly():
             fitting = self._made_to_fit(self._trials.almost[choice], until)
             if fitting is not None:
-                self._add(fitting)
                 self._recompute_less(fitting.candidate, until)
         self._for_stages -= self._effort.spent - before
 
@@ -409,7 +408,9 @@ class _Search:
                 except ConfigError:
                     continue
                 else:
-                    if self._book.may_be_first(other.choice, estimate.seconds):
+                    is_first = self._book.may_be_first(other.choice, estimate.seconds)
+                    self._add(estimate)  # with balanced rows it may be the first
+                    if is_first:
                         return estimate
         return None
 
