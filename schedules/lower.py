@@ -50,6 +50,7 @@ class Action(StrEnum):
     RESTORED = "restored"  # wait until it is back, before the first backward pass that reads it
 
 
+WAITS = (Action.ARRIVE, Action.WAIT, Action.NEED)  # for other ranks
 # Between a rank and its host, in the order of what a forward pass keeps.
 TRANSFERS = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
 
