@@ -117,7 +117,7 @@ def rank_main(directory: str, model: str, threes: int) -> None:
 
 def seconds_of_calls(run: Any, stopwatch: Any) -> float:
     """Return the median seconds of all that rank 0 calls in a step for its figures."""
-    from schedules.lower import WAITS, Action
+    from schedules.lower import Action
     from vp_train.metrics.figures import RankFigures, figures_of
     from vp_train.pipeline.stopwatch import Part
 
@@ -128,7 +128,7 @@ def seconds_of_calls(run: Any, stopwatch: Any) -> float:
             if op.action is Action.RUN:
                 with stopwatch.observe(op.item, int):
                     pass
-            elif op.action in WAITS:
+            elif op.action.waits:
                 with stopwatch.waits(op.action, op.item):
                     pass
         for part in (*Part, Part.WAITING):

@@ -22,16 +22,7 @@ from itertools import pairwise
 from schedules.cost import CostModel
 from schedules.graph import require_acyclic
 from schedules.ir import Kind, Pass, Schedule
-from schedules.lower import (
-    READS_WEIGHTS,
-    TRANSFERS,
-    WAITS,
-    Action,
-    Op,
-    Program,
-    exchange_of,
-    gradient_of,
-)
+from schedules.lower import READS_WEIGHTS, TRANSFERS, Action, Op, Program, exchange_of, gradient_of
 from schedules.network import Network
 from schedules.problem import Collective, Problem
 from schedules.simulate import predecessors
@@ -407,7 +398,7 @@ def _check_rendezvous(program: Program) -> None:
     for ops in program.ranks:
         previous: str | None = None
         for op in ops:
-            if op.action in WAITS or op.action in TRANSFERS:
+            if op.action.waits or op.action in TRANSFERS:
                 # Issuing blocked until the end, so there is nothing left to wait for. Transfers to
                 # the host wait for no other rank.
                 continue

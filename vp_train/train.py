@@ -11,13 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
-from schedules.lower import WAITS
 from vp_train.assembly import RankModel, build_rank, compiled_parts, rank_device
 from vp_train.batches import Batches
 from vp_train.checkpoint.run import RunCheckpoints
@@ -211,38 +210,38 @@ class Run:
     def train_step(self, step: int) -> None:
         """Run optimizer step `step`, and the validation, trace and checkpoint that are due then."""
         settings = self.config.run
+        with self._profiled(step) as observer:
+            started = time.perf_counter()
+            batch, loss, recorder = self._run_passes(step, observer)
+            health = self._agree(loss)
+            rate = learning_rate(self.config.optim, step, settings.steps)
+            if not self._update(step, health, rate):
+                return  # the run has gone back to a checkpoint
+            if self.reporter is not None:
+                tokens = self.mesh.degrees.dp * batch.tokens.numel()
+                speed = tokens / (time.perf_counter() - started)
+                report = self._meter.report(step, health, self._judge, rate=rate, speed=speed)
+                self.reporter.step(report)
+            if recorder is not None:
+                plan = self._batches.plan_of(step)
+                self._tracer.report(recorder, plan, health.figures, self.reporter)
+            if settings.is_due(step, settings.eval_every):
+                validation = self._validate()
+                if self.reporter is not None:
+                    self.reporter.validation(step, validation)
+            if self.reporter is not None:
+                self.reporter.record()
+            self._save_if_due(step, health)
+
+    @contextmanager
+    def _profiled(self, step: int) -> Iterator[Observer]:
+        """Yield what observes the passes of a step.  Let torch profile it if the user asks so."""
+        settings = self.config.run
         if step not in settings.profile_steps or self.mesh.rank not in settings.profile_ranks:
-            self._train_step(step, self._stopwatch)
+            yield self._stopwatch
             return
         with profiling(settings.profiles, step, self.mesh.rank, settings.device):
-            self._train_step(step, Named(self._stopwatch))
-
-    def _train_step(self, step: int, observer: Observer) -> None:
-        started, settings = time.perf_counter(), self.config.run
-        batch, loss, recorder = self._run_passes(step, observer)
-        health = self._agree(loss)
-        rate = learning_rate(self.config.optim, step, settings.steps)
-        if not self._update(step, health, rate):
-            return  # the run has gone back to a checkpoint
-        if self.reporter is not None:
-            tokens = self.mesh.degrees.dp * batch.tokens.numel()
-            speed = tokens / (time.perf_counter() - started)
-            self.reporter.step(
-                self._meter.report(step, health, self._judge, rate=rate, speed=speed)
-            )
-        if recorder is not None:
-            plan = self._batches.plan_of(step)
-            self._tracer.report(recorder, plan, health.figures, self.reporter)
-        if settings.is_due(step, settings.eval_every):
-            validation = self._validate()
-            if self.reporter is not None:
-                self.reporter.validation(step, validation)
-        if self.reporter is not None:
-            self.reporter.record()
-            if self._interruption is not None and step < settings.steps:
-                saves = "saves and " if settings.saves else ""
-                self._say(f"step {step}: {self._interruption.reason}; the run {saves}ends")
-        self._save_if_due(step, health)
+            yield Named(self._stopwatch)
 
     def _run_passes(
         self, step: int, observer: Observer
@@ -364,9 +363,12 @@ class Run:
 
     def _save_if_due(self, step: int, health: StepHealth) -> None:
         """Go on with the save that is under way, and begin one if a checkpoint is due."""
+        interruption, settings = self._interruption, self.config.run
+        if interruption is not None and step < settings.steps:
+            saves = "saves and " if settings.saves else ""
+            self._say(f"step {step}: {interruption.reason}; the run {saves}ends")
         self._now(Part.CHECKPOINT, _SAVING)
-        leaves = self._interruption is not None
-        self._checkpoints.save_if_due(step, health, self._say, leaves=leaves)
+        self._checkpoints.save_if_due(step, health, self._say, leaves=interruption is not None)
         self._now(Part.REST)
 
     def finish_save(self) -> None:
@@ -431,7 +433,7 @@ class Run:
         if doing not in (_TRAINING, _VALIDATING):
             return Place(where, waits=doing in (_COMPARING, _SAVING))
         op = (self.model.trainer if doing == _TRAINING else self.model.evaluator).operation
-        return Place(where) if op is None else Place(f"{where}, {op}", op.action in WAITS)
+        return Place(where) if op is None else Place(f"{where}, {op}", op.action.waits)
 
     def _now(self, part: Part, doing: str | None = None) -> None:
         """Charge the time from here on to `part`, and let the heartbeat say `doing` if given."""
