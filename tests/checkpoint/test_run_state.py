@@ -204,6 +204,15 @@ def test_any_other_value_of_any_setting_is_refused_with_both_and_the_way_out(sec
         assert refusal(saved, ours, others) == said, value
 
 
+def test_positions_with_weights_keep_their_number_whatever_is_allowed():
+    model = ModelConfig(positions="learned")
+    config = RunConfig(model=model, run=RunSettings(allow=("sequence",)))
+    ours = settings(config)
+    saved = ours | {"model": ours["model"] | {"seq_length": model.seq_length + 1}}
+    with pytest.raises(ConfigError, match=r"with model\.seq_length=.*; use the same value$"):
+        training._require_same(saved, ours, PATH, config, keeps_on_resume)
+
+
 def test_a_setting_that_an_earlier_version_did_not_have_was_its_default():
     for section, default in (
         ("model", ModelConfig()),
