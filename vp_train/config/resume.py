@@ -6,12 +6,13 @@ from vp_train.config.whole import RunConfig
 
 # The sections that a resumed run keeps, beside run.dtype and the sequences of a step.
 KEPT_SECTIONS = ("model", "data", "loss")
-# A resumed run may find its text in another place, so these settings of `data` may differ.  The
-# text itself is compared by the hashes in `Source.contents`.
-FREE_DATA = (
-    *("name", "path", "blend", "tokenizer", "other_tokenizer", "end_token"),
-    *("jsonl_field", "cache_dir", "workers", "validation"),
+# What chooses the text or its tokens.  A resumed run may find them in another place: when it has
+# read them, it compares them by the hashes in `Source.contents`.
+TEXT = (
+    *("data.name", "data.path", "data.blend", "data.tokenizer", "data.end_token"),
+    "data.jsonl_field",
 )
+FREE_DATA = (*TEXT, "data.other_tokenizer", "data.cache_dir", "data.workers", "data.validation")
 # Model settings that may change when a run starts from another run's weights.  Any other setting
 # would give the same tensors another meaning.
 _FREE_MODEL = (
@@ -40,10 +41,10 @@ def permission_of(name: str, config: RunConfig) -> str | None:
 
 def keeps_on_resume(name: str, config: RunConfig) -> bool:
     """Return whether a resumed run must have this setting as its checkpoint has it."""
-    section, _, key = name.partition(".")
+    section = name.partition(".")[0]
     is_kept = section in (*KEPT_SECTIONS, "batch", "batch_ramp") or name == "run.dtype"
-    is_free = section == "data" and key in FREE_DATA
-    return is_kept and not is_free and permission_of(name, config) not in config.run.allow
+    is_free = name in FREE_DATA or permission_of(name, config) in config.run.allow
+    return is_kept and not is_free
 
 
 def keeps_with_weights(name: str, config: RunConfig) -> bool:

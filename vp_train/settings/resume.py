@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig, printable
-from vp_train.config.resume import keeps_on_resume, keeps_with_weights, permission_of
+from vp_train.config.resume import TEXT, keeps_on_resume, keeps_with_weights, permission_of
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
 from vp_train.settings.saved import NOT_SAVED, is_searched, sample_length, saved_settings
@@ -18,11 +18,6 @@ from vp_train.settings.words import value_words
 from vp_train.units import plural
 
 _BATCH = "sequences of a step"
-# What chooses the text or its tokens, which a resumed run compares when it has read them.
-_TEXT = (
-    *("data.name", "data.path", "data.blend", "data.tokenizer", "data.end_token"),
-    "data.jsonl_field",
-)
 # The sequences of a step, which several settings and the number of ranks decide: as the run had
 # them, and as it would have them now.  None if not known.
 BatchChange = tuple[int, int] | None
@@ -70,7 +65,7 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
         is_refused = keeps_on_resume(name, config)
         is_refused |= name == "data.name" and "synthetic" in (was, value)
         permission = permission_of(name, config)
-        return Change(name, words, new_words, is_refused, permission, name in _TEXT)
+        return Change(name, words, new_words, is_refused, permission, name in TEXT)
 
     for name in (name for name in now if name in before):
         was, value = before[name], now[name]
