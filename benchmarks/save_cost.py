@@ -81,7 +81,7 @@ def rank_main(directory: str, every: int, saves: int) -> None:
         before = resident_bytes() if step == every else before
         mesh.steps.barrier()
         started, used = time.perf_counter(), time.process_time()
-        run.train_step(step, None)
+        run.train_step(step)
         seconds, used = time.perf_counter() - started, time.process_time() - used
         copied = resident_bytes() - before if step == every else copied
         kind = "save" if is_due else "beside" if saving else "plain"

@@ -85,13 +85,13 @@ def rank_main(directory: str, model: str, threes: int) -> None:
     mesh = build_mesh(plan.degrees, plan.problem, config.run)
     source = open_source(config)
     run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
-    reporter = None
     if mesh.rank == 0:
         reporter = Reporter(config, plan, RunDirectory(config.run), 1)
         with open(os.devnull, "w") as nowhere:
             reporter._console.file = nowhere
             reporter.start("")
         reporter._console.quiet = True
+        run.reporter = reporter
     stopwatch, meter = run._stopwatch, run._meter
     own, of_ranks = meter.figures, meter._figures_of_ranks
     orders = random.Random(1)
@@ -107,7 +107,7 @@ def rank_main(directory: str, model: str, threes: int) -> None:
         meter._figures_of_ranks = of_ranks if measures else lambda *_: {}  # type: ignore[method-assign]
         mesh.steps.barrier()
         started, used = time.perf_counter(), time.process_time()
-        run.train_step(step, reporter)
+        run.train_step(step)
         rows.append((time.perf_counter() - started, time.process_time() - used))
     gathered = mesh.world.all_gather_json(rows)
     if mesh.rank == 0:
@@ -128,7 +128,7 @@ def seconds_of_calls(run: Any, stopwatch: Any) -> float:
             if op.action is Action.RUN:
                 with stopwatch.observe(op.item, int):
                     pass
-            elif op.action in (Action.ARRIVE, Action.WAIT, Action.NEED):
+            elif op.action.waits:
                 with stopwatch.waits(op.action, op.item):
                     pass
         for part in (*Part, Part.WAITING):

@@ -398,7 +398,7 @@ def _check_rendezvous(program: Program) -> None:
     for ops in program.ranks:
         previous: str | None = None
         for op in ops:
-            if op.action in (Action.ARRIVE, Action.WAIT, Action.NEED) or op.action in TRANSFERS:
+            if op.action.waits or op.action in TRANSFERS:
                 # Issuing blocked until the end, so there is nothing left to wait for. Transfers to
                 # the host wait for no other rank.
                 continue

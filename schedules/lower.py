@@ -49,6 +49,11 @@ class Action(StrEnum):
     RELOAD = "reload"  # take device memory and begin to copy that back
     RESTORED = "restored"  # wait until it is back, before the first backward pass that reads it
 
+    @property
+    def waits(self) -> bool:
+        """Whether the operation waits for what other ranks do."""
+        return self in (Action.ARRIVE, Action.WAIT, Action.NEED)
+
 
 # Between a rank and its host, in the order of what a forward pass keeps.
 TRANSFERS = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)

@@ -57,10 +57,10 @@ def misbehaving(rank, port, deed, overrides, directory):
 
     inner = Run.train_step
 
-    def failing(self, step, reporter):
+    def failing(self, step):
         if step == 2 and self.mesh.rank == 1:
             deed()
-        inner(self, step, reporter)
+        inner(self, step)
 
     watcher.watch, Run.train_step = watch, failing
     sys.argv = ["vp-train", *overrides]
@@ -137,10 +137,10 @@ RAISING = """
 from vp_train.train import Run
 from vp_train.commands.train import main as train
 inner = Run.train_step
-def failing(self, step, reporter):
+def failing(self, step):
     if step == 2 and self.mesh.rank == 1:
         raise RuntimeError("deliberate failure")
-    inner(self, step, reporter)
+    inner(self, step)
 Run.train_step = failing
 train()
 """
@@ -207,10 +207,10 @@ def main_with_a_killed_rank():
     """Train as `vp-train` does; rank 0 is killed in step 3."""
     inner = Run.train_step
 
-    def killed(self, step, reporter):
+    def killed(self, step):
         if step == 3 and self.mesh.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        inner(self, step, reporter)
+        inner(self, step)
 
     Run.train_step = killed
     main()

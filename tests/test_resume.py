@@ -114,7 +114,7 @@ def train_and_take(rank, num_ranks, config, stop_after):
     for step in run.steps():
         batch, _ = run._batches.make(step)
         taken.append(batch.tokens.flatten().tolist())
-        run.train_step(step, None)
+        run.train_step(step)
         if step == stop_after:
             run.finish_save()
             break
@@ -309,7 +309,7 @@ def loss_scale_of(rank, num_ranks, config, first):
     run = loaded_run(config, num_ranks)
     if first is not None:
         run.model.loss_scale.value = first
-        run.train_step(4, None)  # a checkpoint is due at this step
+        run.train_step(4)  # a checkpoint is due at this step
         run.finish_save()
     return run.model.loss_scale.value
 

@@ -12,6 +12,7 @@ from vp_train.checkpoint.training import _require_same
 from vp_train.commands.train import with_origin
 from vp_train.config import ConfigError, LossConfig, ModelConfig, RunConfig
 from vp_train.config.cost import CPU_COSTS
+from vp_train.config.resume import keeps_on_resume
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
 from vp_train.settings.resume import check_start, resume_words
@@ -409,9 +410,9 @@ def test_a_run_that_is_not_there_is_said_to_begin(started):
 def test_a_checkpoint_from_before_a_setting_has_its_default():
     ours = {"model": asdict(ModelConfig()), "loss": asdict(LossConfig())}
     before = {"model": {"num_layers": ModelConfig().num_layers}}
-    _require_same(before, ours, Path("step-00000001"), ())
+    _require_same(before, ours, Path("step-00000001"), RunConfig(), keeps_on_resume)
     ours["model"]["pre_norms"] = False
     with pytest.raises(
         ConfigError, match=r"was saved with model\.pre_norms=true, this run has false"
     ):
-        _require_same(before, ours, Path("step-00000001"), ())
+        _require_same(before, ours, Path("step-00000001"), RunConfig(), keeps_on_resume)

@@ -100,9 +100,9 @@ def doing(deed):
     """Call deed(step) before every step."""
     inner = Run.train_step
 
-    def train_step(self, step, reporter):
+    def train_step(self, step):
         deed(step)
-        inner(self, step, reporter)
+        inner(self, step)
 
     Run.train_step = train_step
     try:

@@ -20,7 +20,16 @@ from schedules.lower import Action, Op
 from schedules.problem import Collective
 from tests.meshes import mesh_for
 from tests.programs import finished
-from tests.training import OFFLOADED, begin, config_of, laid_out, metrics_of, train, uncompiled
+from tests.training import (
+    OFFLOADED,
+    begin,
+    config_of,
+    laid_out,
+    metrics_of,
+    release_locks,
+    train,
+    uncompiled,
+)
 from vp_train.assembly import build_rank
 from vp_train.commands.train import main
 from vp_train.config import (
@@ -33,7 +42,7 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.data import Batch, open_source
-from vp_train.mesh import build_mesh
+from vp_train.mesh import build_mesh, connect
 from vp_train.metrics.progress import Validation
 from vp_train.metrics.trackers import Tracker
 from vp_train.model import elementwise
@@ -42,7 +51,8 @@ from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.verdict import Judge
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
-from vp_train.train import DivergenceError, Run, _connect
+from vp_train.supervision.watcher import Watcher
+from vp_train.train import DivergenceError, Run
 
 
 def test_a_run_learns_and_leaves_everything_in_its_directory(ranks, tmp_path):
@@ -153,14 +163,18 @@ def test_ranks_that_search_for_themselves_train_and_evaluate_as_any_schedule_doe
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
+def connect_alone(config):
+    connect(config, make_plan(config, 2), Watcher(config.run, 0, 2))
+
+
 def test_a_deterministic_run_asks_torch_for_it(monkeypatch, tmp_path):
     config = config_of(tmp_path, deterministic=True)
-    monkeypatch.setattr("vp_train.train.join_world", lambda *_: None)
-    monkeypatch.setattr("vp_train.train.build_mesh", lambda *_, **__: None)
+    monkeypatch.setattr("vp_train.mesh.join_world", lambda *_: None)
+    monkeypatch.setattr("vp_train.mesh.build_mesh", lambda *_, **__: None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     try:
-        _connect(config, make_plan(config, 2))
+        connect_alone(config)
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -172,12 +186,12 @@ def test_the_group_of_all_ranks_waits_for_the_world_s_time_and_every_other_for_a
     config = config_of(tmp_path, timeout_seconds=7, world_timeout_seconds=70)
     made = []
     monkeypatch.setattr(
-        "vp_train.train.join_world", lambda backend, timeout: made.append(timeout.total_seconds())
+        "vp_train.mesh.join_world", lambda backend, timeout: made.append(timeout.total_seconds())
     )
     monkeypatch.setattr(
-        "vp_train.train.build_mesh", lambda degrees, problem, settings, **_: made.append(settings)
+        "vp_train.mesh.build_mesh", lambda degrees, problem, settings, **_: made.append(settings)
     )
-    _connect(config, make_plan(config, 2))
+    connect_alone(config)
     assert made == [70, config.run]
     for seconds in ranks(4).run(timeouts_of, laid_out(config, pp=2, dp=2)):
         assert seconds == {"world": 70} | dict.fromkeys(
@@ -217,7 +231,7 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them_before_they_meet(tmp_pa
         with pytest.raises(
             ConfigError, match=r"3 ranks but 2 GPU\(s\) on this node, .* run.comm_backend=gloo"
         ):
-            _connect(config, make_plan(config, 2))
+            connect_alone(config)
 
 
 def test_a_nan_loss_stops_a_float16_run_whatever_its_scale_and_an_overflow_is_a_skipped_step():
@@ -230,11 +244,11 @@ def test_a_nan_loss_stops_a_float16_run_whatever_its_scale_and_an_overflow_is_a_
         _say=lambda *_: None,
     )
     overflow = StepHealth(1.0, math.inf, ((1, "gradient"),), 0.0)
-    assert Run._update(run, 3, overflow, 1.0, None)
+    assert Run._update(run, 3, overflow, 1.0)
     assert scale.value == 2.0**15, "an overflow"
     assert run._judge.skipped == 1
     with pytest.raises(DivergenceError, match="step 3: non-finite loss on rank 1"):
-        Run._update(run, 3, StepHealth(math.nan, math.inf, ((1, "loss"),), 0.0), 1.0, None)
+        Run._update(run, 3, StepHealth(math.nan, math.inf, ((1, "loss"),), 0.0), 1.0)
     assert scale.value == 2.0**15
 
 
@@ -251,7 +265,8 @@ def test_validation_keeps_to_documents_as_training_does(monkeypatch):
         model=SimpleNamespace(
             evaluator=SimpleNamespace(step=lambda *_, segments: seen.append(segments) or 1.5)
         ),
-        _own=lambda loss: loss,
+        _now=lambda *_: None,
+        _reported=lambda loss: loss,
         _bits_per_byte=SimpleNamespace(of=lambda *_: None),
     )
     assert Run._validate(run) == [Validation("", 1.5)]
@@ -282,7 +297,7 @@ def parameters_after(rank, num_ranks, config, poison):
     said = "went on"
     try:
         with poisoned(model) if poison and rank == 1 else nullcontext():
-            run.train_step(1, None)
+            run.train_step(1)
     except DivergenceError as error:
         said = str(error)
     dist.barrier()
@@ -325,14 +340,14 @@ class SlowService:
 
 def give_up(rank, num_ranks, config):
     """Train until the run does not survive a step; return what a tracker got, and when."""
-    run, reporter = begin(rank, num_ranks, config)
+    run = begin(rank, num_ranks, config)
     service = SlowService()
-    if reporter is not None:
-        reporter._log._writers.append(Tracker("slow", lambda: service))
+    if run.reporter is not None:
+        run.reporter._log._writers.append(Tracker("slow", lambda: service))
     with suppress(DivergenceError):
         for step in run.steps():
-            run.train_step(step, reporter)
-    run.give_up("it diverged", reporter)
+            run.train_step(step)
+    run.give_up("it diverged")
     return service.steps, service.closed, service.failed, time.monotonic()
 
 
@@ -353,7 +368,7 @@ def replicas_with_a_nan(rank, num_ranks, config, optimizer):
     run = Run(config, plan, mesh, open_source(config), build_rank(config, plan, mesh))
     try:
         with poisoned(run.model) if rank == 1 else nullcontext():
-            run.train_step(1, None)
+            run.train_step(1)
     except DivergenceError as error:
         return str(error)
     return "went on"
@@ -369,7 +384,7 @@ def test_a_nan_names_the_replica_that_made_it_before_the_sum(ranks, tmp_path, op
 
 def with_a_spike(rank, num_ranks, config, spikes):
     """Train; the losses of the steps `spikes`, counted by data, are told 100 times too high."""
-    run, reporter = begin(rank, num_ranks, config)
+    run = begin(rank, num_ranks, config)
     steps, batches = [], []
     inner = run.model.train_step
     tokens = run.plan.work.num_microbatches * run.plan.work.num_tokens
@@ -383,8 +398,8 @@ def with_a_spike(rank, num_ranks, config, spikes):
     try:
         for step in run.steps():
             steps.append(step)
-            run.train_step(step, reporter)
-        run.finish(reporter)
+            run.train_step(step)
+        run.finish()
     except DivergenceError as error:
         return steps, batches, str(error)
     return steps, batches, ""
@@ -412,6 +427,7 @@ def test_a_spike_goes_back_to_the_checkpoint_and_leaves_out_the_data(ranks, tmp_
     assert [line["step"] for line in metrics_of(config)] == list(range(1, 23))
     assert metrics_of(config)[-1]["spikes"] == metrics_of(config)[-1]["skipped_steps"] == 1
     # A resumed run goes on with the data that comes next.
+    ranks(2).run(release_locks)
     longer = replace(config, run=replace(config.run, steps=24, resume=True))
     for steps, batches, _ in ranks(2).run(with_a_spike, longer, set()):
         assert steps == [23, 24]
@@ -433,7 +449,7 @@ def scales_of(rank, num_ranks, config):
     scales, changed, norms = [], [], []
     for step in run.steps():
         before = run.model.optimizer.updates
-        run.train_step(step, None)
+        run.train_step(step)
         scales.append(run.model.loss_scale.value)
         changed.append(run.model.optimizer.updates > before)
         run.model.optimizer.settle()

@@ -71,18 +71,17 @@ def config_of(root, name="run", steps=8, p=2, **run):
 
 
 def begin(rank, num_ranks, config):
-    """Return a loaded run and its reporter, in a process group that already exists."""
+    """Return a loaded run that can report, in a process group that already exists."""
     plan = make_plan(config, num_ranks)
     directory = RunDirectory(config.run) if rank == 0 else None
     mesh = mesh_for(plan)
     source = open_source(config)
     run = Run(config, plan, mesh, source, build_rank(config, plan, mesh))
     run.load()
-    reporter = None
     if directory is not None:
-        reporter = Reporter(config, plan, directory, run.first_step)
-        reporter.start("resolved: true\n", run.take_notices())
-    return run, reporter
+        run.reporter = Reporter(config, plan, directory, run.first_step)
+        run.reporter.start("resolved: true\n", run.take_notices())
+    return run
 
 
 def train(rank, num_ranks, config, stop_after=None):
@@ -91,14 +90,14 @@ def train(rank, num_ranks, config, stop_after=None):
     Stops after step `stop_after` if it is given.  Returns the first step of the run, or the text of
     a DivergenceError.
     """
-    run, reporter = begin(rank, num_ranks, config)
+    run = begin(rank, num_ranks, config)
     try:
         for step in run.steps():
-            run.train_step(step, reporter)
+            run.train_step(step)
             if step == stop_after:
                 run.finish_save()
                 return run.first_step
-        run.finish(reporter)
+        run.finish()
     except DivergenceError as error:
         return str(error)
     return run.first_step

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from schedules.problem import Problem
 from schedules.vocab import End
+from vp_train.communication import flight_recorder
 from vp_train.communication.communicators import (
     CONTROL_PURPOSES,
     END_PURPOSES,
@@ -27,10 +29,13 @@ from vp_train.communication.communicators import (
     plan_groups,
 )
 from vp_train.communication.control import ControlGroup, row_width
-from vp_train.communication.nccl import communicator_options
-from vp_train.config import RunSettings
+from vp_train.communication.nccl import communicator_options, take_gpu
+from vp_train.communication.rendezvous import join_world
+from vp_train.config import RunConfig, RunSettings
 from vp_train.pipeline.groups import Groups
 from vp_train.planning.degrees import Degrees
+from vp_train.planning.plan import RunPlan
+from vp_train.supervision.watcher import Watcher
 
 _Made = Sequence[tuple[GroupSpec, dist.ProcessGroup]]
 
@@ -74,6 +79,34 @@ class Mesh:
         """Destroy the groups.  All ranks must call this, but they do not wait for each other."""
         for group in self.made:
             dist.destroy_process_group(group)
+
+
+def connect(
+    config: RunConfig,
+    plan: RunPlan,
+    watcher: Watcher,
+    comparing: Callable[[ControlGroup], None] | None = None,
+) -> Mesh:
+    """Initialise torch.distributed and build the mesh of process groups.
+
+    Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
+    `watcher` watches the groups.  `comparing` is as in `build_mesh`.  Raises ConfigError like
+    `take_gpu`, before the ranks connect.
+    """
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    backend = take_gpu(os.environ, config.run)
+    if backend == "nccl":  # every node needs the directory that its ranks write flight records to
+        flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
+            parents=True, exist_ok=True
+        )
+    watcher.place("connecting to the other ranks", waits=True)
+    join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
+    return build_mesh(
+        plan.degrees, plan.problem, config.run, watching=watcher.watch, comparing=comparing
+    )
 
 
 def build_mesh(

@@ -11,28 +11,22 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
-from functools import partial
 from typing import NoReturn
 
 import torch
 
-from schedules.lower import Action
 from vp_train.assembly import RankModel, build_rank, compiled_parts, rank_device
 from vp_train.batches import Batches
 from vp_train.checkpoint.run import RunCheckpoints
 from vp_train.checkpoint.saver import CheckpointError
-from vp_train.communication import flight_recorder
-from vp_train.communication.control import ControlGroup
-from vp_train.communication.nccl import require_gpu, take_gpu
-from vp_train.communication.rendezvous import join_world
+from vp_train.communication.nccl import require_gpu
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
 from vp_train.data.tokenizer import tokenizer_config
 from vp_train.failures import EXIT_CONFIG, EXIT_OK, Ending, SharedFailure
-from vp_train.mesh import Mesh, build_mesh
+from vp_train.mesh import Mesh, connect
 from vp_train.metrics.bits import BitsPerByte
 from vp_train.metrics.header import introduce
 from vp_train.metrics.meter import Meter, worst_of_stages
@@ -111,14 +105,7 @@ def run_rank(
             else:
                 directory = RunDirectory(config.run)
                 unused.callback(directory.forsake)
-        if only_preflight or must_compare(os.environ, config.run):
-            preflight = Preflight(
-                config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
-            )
-            mesh = _connect(config, plan, watcher, preflight.compare_nodes)
-            preflight.measure_network(mesh.world)
-        else:
-            mesh = _connect(config, plan, watcher)
+        mesh = _meet(config, plan, source, watcher, compares=only_preflight)
         if only_preflight:
             watcher.stop()
             unused.close()
@@ -133,13 +120,14 @@ def run_rank(
         run.load()
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
-        reporter = None if directory is None else _begin_report(run, directory, config_yaml)
+        if directory is not None:
+            run.reporter = _begin_report(run, directory, config_yaml)
         try:
             for step in run.steps():
-                run.train_step(step, reporter)
-            run.finish(reporter)
+                run.train_step(step)
+            run.finish()
         except SharedFailure as error:
-            run.give_up(str(error), reporter)
+            run.give_up(str(error))
             raise
     except ConfigError:
         unused.close()
@@ -147,67 +135,17 @@ def run_rank(
     except (Exception, SystemExit) as error:
         watcher.leave(error)
     watcher.stop()
-    if reporter is not None:
+    if run.reporter is not None:
         write_report(config.run)  # when no other rank waits any more
     leave(run.ending())
 
 
-def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:
-    """Return the reporter of a run; its directory then has what is known before the first step."""
-    config, source = run.config, run.source
-    reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, run.take_notices())
-    if source.tokenizer is not None and source.end_token is not None:
-        words = tokenizer_config(
-            source.tokenizer,
-            source.end_token,
-            longest=config.model.seq_length,
-            after_end=config.data.packing == "none",
-        )
-        directory.keep_tokenizer(source.tokenizer, words)
-    return reporter
-
-
-def _connect(
-    config: RunConfig,
-    plan: RunPlan,
-    watcher: Watcher | None = None,
-    comparing: Callable[[ControlGroup], None] | None = None,
-) -> Mesh:
-    """Initialise torch.distributed and build the mesh of process groups.
-
-    Control messages go over gloo.  On CUDA with run.comm_backend=nccl, tensors go over NCCL.
-    `watcher` watches the groups.  `comparing` is as in `build_mesh`.  Raises ConfigError like
-    `take_gpu`, before the ranks connect.
-    """
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    backend = take_gpu(os.environ, config.run)
-    if backend == "nccl":  # every node needs the directory that its ranks write flight records to
-        flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
-            parents=True, exist_ok=True
-        )
-    if watcher is not None:
-        watcher.place("connecting to the other ranks", waits=True)
-    join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
-    watching = None if watcher is None else watcher.watch
-    return build_mesh(
-        plan.degrees, plan.problem, config.run, watching=watching, comparing=comparing
-    )
-
-
-def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
-    """Leave a run whose newest checkpoint is of step `done`, with nothing left to do."""
-    words = f"{settings.directory} has done all of its {done} steps; run.steps=N goes on to step N"
-    leave(Ending(EXIT_OK, words if rank == 0 else ""))
-
-
 class Run:
-    """The training of one rank: its model, optimizer and data, and the actions of a step.
+    """The training of one rank: its model, optimizer and data, and what it does in a step.
 
     step: the step that runs or has run last, 0 before the first one.
+    first_step: the step after the checkpoint that `load` has found, else 1.
+    reporter: on the one rank that reports the run, None on the others.
     """
 
     def __init__(
@@ -223,6 +161,7 @@ class Run:
         self.config, self.plan, self.mesh = config, plan, mesh
         self.source, self.model = source, model
         self.step, self.first_step = 0, 1
+        self.reporter: Reporter | None = None
         self._requests = requests or Requests()
         self._interruption: Interruption | None = None  # if the run leaves before its last step
         self._doing = "loading"
@@ -252,6 +191,10 @@ class Run:
             self._checkpoints.initialise(settings.init_from)
         self._checkpoints.await_others()
 
+    def take_notices(self) -> list[str]:
+        """Return what `load` has said, and forget it."""
+        return self._checkpoints.take_notices()
+
     def steps(self) -> Iterator[int]:
         """Yield the steps that remain, counted from 1, until the run is asked to leave.
 
@@ -264,51 +207,41 @@ class Run:
             self._doing = "beginning"
             yield self.step
 
-    def train_step(self, step: int, reporter: Reporter | None) -> None:
-        """Run optimizer step `step`, and the validation, trace and checkpoint that are due then.
+    def train_step(self, step: int) -> None:
+        """Run optimizer step `step`, and the validation, trace and checkpoint that are due then."""
+        settings = self.config.run
+        with self._profiled(step) as observer:
+            started = time.perf_counter()
+            batch, loss, recorder = self._run_passes(step, observer)
+            health = self._agree(loss)
+            rate = learning_rate(self.config.optim, step, settings.steps)
+            if not self._update(step, health, rate):
+                return  # the run has gone back to a checkpoint
+            if self.reporter is not None:
+                tokens = self.mesh.degrees.dp * batch.tokens.numel()
+                speed = tokens / (time.perf_counter() - started)
+                report = self._meter.report(step, health, self._judge, rate=rate, speed=speed)
+                self.reporter.step(report)
+            if recorder is not None:
+                plan = self._batches.plan_of(step)
+                self._tracer.report(recorder, plan, health.figures, self.reporter)
+            if settings.is_due(step, settings.eval_every):
+                validation = self._validate()
+                if self.reporter is not None:
+                    self.reporter.validation(step, validation)
+            if self.reporter is not None:
+                self.reporter.record()
+            self._save_if_due(step, health)
 
-        Only one rank of the run has a `reporter`.
-        """
+    @contextmanager
+    def _profiled(self, step: int) -> Iterator[Observer]:
+        """Yield what observes the passes of a step.  Let torch profile it if the user asks so."""
         settings = self.config.run
         if step not in settings.profile_steps or self.mesh.rank not in settings.profile_ranks:
-            self._train_step(step, reporter, self._stopwatch)
+            yield self._stopwatch
             return
         with profiling(settings.profiles, step, self.mesh.rank, settings.device):
-            self._train_step(step, reporter, Named(self._stopwatch))
-
-    def _train_step(self, step: int, reporter: Reporter | None, observer: Observer) -> None:
-        started, settings = time.perf_counter(), self.config.run
-        batch, loss, recorder = self._run_passes(step, observer)
-        health = self._reduce(loss, reporter)
-        self._interruption = Interruption.of(
-            health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
-        )
-        rate = learning_rate(self.config.optim, step, settings.steps)
-        if not self._update(step, health, rate, reporter):
-            return
-        seconds = time.perf_counter() - started
-        if reporter is not None:
-            speed = self.mesh.degrees.dp * batch.tokens.numel() / seconds
-            report = self._meter.report(step, health, self._judge, rate=rate, speed=speed)
-            reporter.step(report)
-        if recorder is not None:
-            self._tracer.report(recorder, self._batches.plan_of(step), health.figures, reporter)
-        if settings.is_due(step, settings.eval_every):
-            self._stopwatch.switch(Part.VALIDATION)
-            validation = self._validate()
-            self._stopwatch.switch(Part.REST)
-            if reporter is not None:
-                reporter.validation(step, validation)
-        if reporter is not None:
-            reporter.record()
-            if self._interruption is not None and step < settings.steps:
-                saves = "saves and " if settings.saves else ""
-                reporter.say(f"step {step}: {self._interruption.reason}; the run {saves}ends")
-        self._doing = _SAVING
-        self._stopwatch.switch(Part.CHECKPOINT)
-        say = partial(self._say, reporter=reporter)
-        self._checkpoints.save_if_due(step, health, say, leaves=self._interruption is not None)
-        self._stopwatch.switch(Part.REST)
+            yield Named(self._stopwatch)
 
     def _run_passes(
         self, step: int, observer: Observer
@@ -318,14 +251,12 @@ class Run:
         Returns its batch, the loss on the rank that has it, and the recorder of a traced step.
         """
         settings, recorder = self.config.run, None
-        self._stopwatch.switch(Part.DATA)
-        self._doing = "waiting for data"
+        self._now(Part.DATA, "waiting for data")
         batch, placed = self._batches.take(step)
-        self._doing = _TRAINING
-        self.model.trainer.follow(self._batches.plan_of(step).program)
-        self._stopwatch.switch(Part.OPTIMIZER)
+        self._now(Part.OPTIMIZER, _TRAINING)
         self.model.gradients.zero()
-        self._stopwatch.switch(Part.DATA)
+        self._now(Part.DATA)
+        self.model.trainer.follow(self._batches.plan_of(step).program)
         if step == traced_step(settings.trace_step, self.first_step - 1, settings.steps):
             observer = recorder = self._tracer.begin(observer, self._stopwatch)
         loss = self.model.train_step(
@@ -333,21 +264,21 @@ class Run:
         )
         return batch, loss, recorder
 
-    def _reduce(self, loss: torch.Tensor | None, reporter: Reporter | None) -> StepHealth:
+    def _agree(self, loss: torch.Tensor | None) -> StepHealth:
         """Complete the gradients, and exchange loss, norm and requests.  Collective."""
-        self._doing = _COMPARING
-        self._stopwatch.switch(Part.GRADIENT_SUM)
-        self.model.optimizer.reduce()
-        self._stopwatch.switch(Part.OPTIMIZER)
-        norm = self.model.optimizer.squared_norm() / self.model.loss_scale.value**2
-        poison = self.model.optimizer.poison()
-        self._stopwatch.switch(Part.WAITING)
+        optimizer = self.model.optimizer
+        self._now(Part.GRADIENT_SUM, _COMPARING)
+        optimizer.reduce()
+        self._now(Part.OPTIMIZER)
+        norm = optimizer.squared_norm() / self.model.loss_scale.value**2
+        poison = optimizer.poison()
+        self._now(Part.WAITING)
         figures = self._meter.figures()
         request = self._requests.current()
-        if reporter is not None and reporter.has_no_reader:
+        if self.reporter is not None and self.reporter.has_no_reader:
             request = max(request, NO_READER)
         health = gather_health(
-            self._own(loss),
+            self._reported(loss),
             norm,
             self.mesh.steps,
             self._meter.most_bytes,
@@ -356,12 +287,13 @@ class Run:
             saved=self._checkpoints.is_ready,
             figures=figures,
         )
-        self._stopwatch.switch(Part.REST)
+        self._now(Part.REST)
+        self._interruption = Interruption.of(
+            health.request, health.requesting_rank, spans_nodes=spans_nodes(os.environ)
+        )
         return health
 
-    def _update(
-        self, step: int, health: StepHealth, rate: float, reporter: Reporter | None
-    ) -> bool:
+    def _update(self, step: int, health: StepHealth, rate: float) -> bool:
         """Clip and apply the gradients if nothing is wrong with them.
 
         All ranks see the same health and do the same.  Returns False if the run went back.
@@ -370,23 +302,23 @@ class Run:
         if health.culprits and math.isfinite(health.loss) and loss_scale.failed():
             words = f"gradients overflow float16; the loss scale is {loss_scale.value:,.0f} now"
             self._judge.overflowed()
-            self._say(f"step {step} skipped: {words}", reporter)
+            self._say(f"step {step} skipped: {words}")
             return True
         can_go_back = self._checkpoints.saved_step > 0 or self.first_step > 1
         judgement = self._judge.judge(step, health, can_go_back=can_go_back)
         match judgement.verdict:
             case Verdict.APPLY:
                 if judgement.words:
-                    self._say(f"step {step}: {judgement.words}", reporter)
+                    self._say(f"step {step}: {judgement.words}")
                 clipping = clip_scale(health.grad_norm, self.config.optim.clip_grad_norm)
-                self._stopwatch.switch(Part.OPTIMIZER)
+                self._now(Part.OPTIMIZER)
                 self.model.optimizer.step(rate, clipping / loss_scale.value)
-                self._stopwatch.switch(Part.REST)
+                self._now(Part.REST)
                 loss_scale.passed()
             case Verdict.SKIP:
-                self._say(f"step {step} skipped: {judgement.words}", reporter)
+                self._say(f"step {step} skipped: {judgement.words}")
             case Verdict.GO_BACK:
-                return not self._go_back(step, judgement.words, reporter)
+                return not self._go_back(step, judgement.words)
             case Verdict.STOP:
                 raise DivergenceError(
                     f"step {step}: {judgement.words}; the parameters are those after step "
@@ -394,41 +326,50 @@ class Run:
                 )
         return True
 
-    def _go_back(self, step: int, words: str, reporter: Reporter | None) -> bool:
+    def _go_back(self, step: int, words: str) -> bool:
         """Go back to the newest checkpoint, and leave out the data since then.
 
         Returns False, having skipped `step` only, if there is no checkpoint.
         """
-        self._doing = "saving"
-        self._stopwatch.switch(Part.CHECKPOINT)
-        self._checkpoints.settle(partial(self._say, reporter=reporter))
+        self._now(Part.CHECKPOINT, "saving")
+        self._checkpoints.settle(self._say)
         self._doing = "loading"
         done = self._checkpoints.go_back(step)
         if not done:
-            words = f"{words}; there is no checkpoint to go back to"
-            self._say(f"step {step} skipped: {words}", reporter)
-            self._stopwatch.switch(Part.REST)
+            self._say(f"step {step} skipped: {words}; there is no checkpoint to go back to")
+            self._now(Part.REST)
             return False
         self.step = done
-        if reporter is not None:
-            for line in self._checkpoints.take_notices():
-                reporter.note(line)
-            reporter.go_back(done)
+        if self.reporter is not None:
+            for line in self.take_notices():
+                self.reporter.note(line)
+            self.reporter.go_back(done)
         words = f"{words}; going back to step {done} and leaving out the data since then"
-        self._say(f"step {step}: {words}", reporter)
+        self._say(f"step {step}: {words}")
         return True
 
     def _validate(self) -> list[Validation]:
         """Return the mean loss of every validation set, the same on all ranks."""
         found, replica = [], (self.mesh.data_rank, self.mesh.degrees.dp)
         for name in self.source.validation_sets:
-            self._doing = _VALIDATING
+            self._now(Part.VALIDATION, _VALIDATING)
             batch = self.source.validation_batch(*replica, name=name)
             loss = self.model.evaluator.step(batch.tokens, batch.labels, segments=batch.segments)
             self._doing = _COMPARING
-            mean = gather_health(self._own(loss), None, self.mesh.steps).loss
+            mean = gather_health(self._reported(loss), None, self.mesh.steps).loss
             found.append(Validation(name, mean, self._bits_per_byte.of(name, batch.labels, mean)))
+        self._now(Part.REST)
         return found
+
+    def _save_if_due(self, step: int, health: StepHealth) -> None:
+        """Go on with the save that is under way, and begin one if a checkpoint is due."""
+        interruption, settings = self._interruption, self.config.run
+        if interruption is not None and step < settings.steps:
+            saves = "saves and " if settings.saves else ""
+            self._say(f"step {step}: {interruption.reason}; the run {saves}ends")
+        self._now(Part.CHECKPOINT, _SAVING)
+        self._checkpoints.save_if_due(step, health, self._say, leaves=interruption is not None)
+        self._now(Part.REST)
 
     def finish_save(self) -> None:
         """Return when the newest checkpoint that was begun is complete.  Collective.
@@ -438,7 +379,7 @@ class Run:
         self._doing = "saving"
         self._checkpoints.finish()
 
-    def finish(self, reporter: Reporter | None) -> None:
+    def finish(self) -> None:
         """Finish the last step's communication, and report the peak memory of every stage.
 
         Raises CheckpointError on all ranks if the last checkpoint could not be written, or is not
@@ -449,7 +390,8 @@ class Run:
         if self.config.run.device == "cuda":
             torch.cuda.synchronize()  # no rank may leave while others still gather
         self.finish_save()
-        missing = None if reporter is None else reporter.missing(self._checkpoints.newest)
+        newest, reporter = self._checkpoints.newest, self.reporter
+        missing = None if reporter is None else reporter.missing(newest)
         self._meter.memory()
         gathered = self.mesh.world.all_gather_json((self._meter.most_bytes, missing))
         for _, words in gathered:
@@ -458,7 +400,7 @@ class Run:
         if reporter is not None:
             reporter.finish(worst_of_stages([peak for peak, _ in gathered], self.mesh.degrees))
 
-    def give_up(self, words: str, reporter: Reporter | None) -> None:
+    def give_up(self, words: str) -> None:
         """Complete the checkpoint that was begun, if it can be, and close the metrics.  Collective.
 
         All ranks call it after a failure that they share, which `words` are of.  None of them
@@ -466,10 +408,10 @@ class Run:
         """
         with suppress(CheckpointError):
             self.finish_save()
-        if reporter is not None:
-            reporter.note(words)
+        if self.reporter is not None:
+            self.reporter.note(words)
             with suppress(OSError):
-                reporter.close(failed=True)
+                self.reporter.close(failed=True)
         self.mesh.world.barrier()
 
     def ending(self) -> Ending:
@@ -491,21 +433,56 @@ class Run:
         if doing not in (_TRAINING, _VALIDATING):
             return Place(where, waits=doing in (_COMPARING, _SAVING))
         op = (self.model.trainer if doing == _TRAINING else self.model.evaluator).operation
-        if op is None:
-            return Place(where)
-        return Place(f"{where}, {op}", op.action in (Action.ARRIVE, Action.WAIT, Action.NEED))
+        return Place(where) if op is None else Place(f"{where}, {op}", op.action.waits)
 
-    def take_notices(self) -> list[str]:
-        """Return what was said before there was a reporter, and forget it."""
-        return self._checkpoints.take_notices()
+    def _now(self, part: Part, doing: str | None = None) -> None:
+        """Charge the time from here on to `part`, and let the heartbeat say `doing` if given."""
+        self._stopwatch.switch(part)
+        self._doing = doing or self._doing
 
-    def _own(self, loss: torch.Tensor | None) -> torch.Tensor | None:
+    def _reported(self, loss: torch.Tensor | None) -> torch.Tensor | None:
         """Return the loss on the rank that reports it, else None."""
         return loss if self.model.reports_loss else None
 
-    def _say(self, line: str, reporter: Reporter | None) -> None:
+    def _say(self, line: str) -> None:
         """Print a line once for all ranks."""
-        if reporter is not None:
-            reporter.say(line)
+        if self.reporter is not None:
+            self.reporter.say(line)
         elif self.mesh.rank == 0:
             print(line, file=sys.stderr, flush=True)
+
+
+def _meet(
+    config: RunConfig, plan: RunPlan, source: Source, watcher: Watcher, *, compares: bool
+) -> Mesh:
+    """Connect the ranks.  Compare their nodes too, if `compares` or if they are several."""
+    if not (compares or must_compare(os.environ, config.run)):
+        return connect(config, plan, watcher)
+    preflight = Preflight(
+        config, plan.schedule.text(), source.contents, compiled=compiled_parts(config)
+    )
+    mesh = connect(config, plan, watcher, preflight.compare_nodes)
+    preflight.measure_network(mesh.world)
+    return mesh
+
+
+def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:
+    """Return the reporter of a run; its directory then has what is known before the first step."""
+    config, source = run.config, run.source
+    reporter = Reporter(config, run.plan, directory, run.first_step)
+    reporter.start(config_yaml, run.take_notices())
+    if source.tokenizer is not None and source.end_token is not None:
+        words = tokenizer_config(
+            source.tokenizer,
+            source.end_token,
+            longest=config.model.seq_length,
+            after_end=config.data.packing == "none",
+        )
+        directory.keep_tokenizer(source.tokenizer, words)
+    return reporter
+
+
+def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
+    """Leave a run whose newest checkpoint is of step `done`, with nothing left to do."""
+    words = f"{settings.directory} has done all of its {done} steps; run.steps=N goes on to step N"
+    leave(Ending(EXIT_OK, words if rank == 0 else ""))

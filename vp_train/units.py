@@ -1,4 +1,4 @@
-"""Text forms of byte counts, durations and numbers of things."""
+"""Text forms of byte counts, durations, losses and numbers of things."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ def plural(count: int, name: str) -> str:
     if count == 1:
         return name
     return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
+
+
+def loss_words(loss: float) -> str:
+    """Format a loss with as many digits as a run, a sweep and a report show: 2 -> 2.0000."""
+    return f"{loss:.4f}"
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,9 @@ from tests.reliability.checkpoints import body_of, sign, two
 from vp_train.checkpoint import training
 from vp_train.checkpoint.manifest import MANIFEST, MOST_STEPS, Manifest, saved_settings
 from vp_train.checkpoint.training import Progress, _opened, _RunState, saved_batch
-from vp_train.config import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
+from vp_train.config import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig, RunSettings
+from vp_train.config.resume import FREE_DATA, keeps_on_resume
+from vp_train.config.run import PERMISSIONS
 
 BATCH = "dp * num_microbatches * micro_batch_size"
 CONFIG = {"model": {"seq_length": 8}, "batch": {BATCH: 6}}
@@ -154,7 +156,8 @@ PATH = Path("runs/x")
 def refusal(saved, ours, allowed=()):
     """Return why a run with the settings `ours` does not go on from `saved`, empty if it does."""
     try:
-        training._require_same(saved, ours, PATH, allowed)
+        config = RunConfig(run=RunSettings(allow=tuple(allowed)))
+        training._require_same(saved, ours, PATH, config, keeps_on_resume)
     except ConfigError as error:
         return str(error)
     return ""
@@ -177,6 +180,9 @@ def test_any_other_value_of_any_setting_is_refused_with_both_and_the_way_out(sec
     for key, value in ours[section].items():
         saved = ours | {section: ours[section] | {key: "other"}}
         said = refusal(saved, ours)
+        if f"{section}.{key}" in FREE_DATA:
+            assert said == "", "the text is compared by its hashes"
+            continue
         if (section, key) == ("data", "synthetic"):
             assert "runs/x was trained on data=synthetic; use the same data" in said
             back = refusal(ours | {section: ours[section] | {key: False}}, saved)
@@ -194,7 +200,17 @@ def test_any_other_value_of_any_setting_is_refused_with_both_and_the_way_out(sec
             assert refusal(saved, ours, [permission]) == ""
         elif section != "model":  # some of them may be allowed
             assert "run.allow" not in said
-        assert refusal(saved, ours, ["another"]) == said, value
+        others = [word for word in PERMISSIONS if f"run.allow=[{word}]" not in said]
+        assert refusal(saved, ours, others) == said, value
+
+
+def test_positions_with_weights_keep_their_number_whatever_is_allowed():
+    model = ModelConfig(positions="learned")
+    config = RunConfig(model=model, run=RunSettings(allow=("sequence",)))
+    ours = settings(config)
+    saved = ours | {"model": ours["model"] | {"seq_length": model.seq_length + 1}}
+    with pytest.raises(ConfigError, match=r"with model\.seq_length=.*; use the same value$"):
+        training._require_same(saved, ours, PATH, config, keeps_on_resume)
 
 
 def test_a_setting_that_an_earlier_version_did_not_have_was_its_default():
@@ -211,7 +227,8 @@ def test_a_setting_that_an_earlier_version_did_not_have_was_its_default():
                 usual = json.loads(json.dumps(getattr(default, key)))
                 assert refusal(saved, ours | {section: ours[section] | {key: usual}}) == "", key
             other = refusal(saved, ours | {section: ours[section] | {key: "other"}})
-            assert "other" in other or key == "synthetic", key
+            is_free = f"{section}.{key}" in FREE_DATA
+            assert is_free or "other" in other or key == "synthetic", key
 
 
 def test_an_earlier_version_had_a_plain_loss_samples_of_a_sequence_and_no_ramp():

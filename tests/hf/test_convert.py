@@ -733,8 +733,7 @@ def test_weights_of_another_model_are_refused_with_both_values(made, ranks):
     _, _, learned = made("gpt2")
     shorter = config_of(replace(learned.model, seq_length=LENGTH), pp=1)
     message = ranks(1).run(load_into, shorter, learned.checkpoint)[0]
-    assert "positions" in message
-    assert "[64, 32]" in message
+    assert f"was saved with model.seq_length=64, this run has {LENGTH}" in message
     assert "was saved with model.ffn_hidden_size=48, this run has 50" in answer(ffn_hidden_size=50)
     assert "was saved with model.activation=swiglu, this run has geglu" in answer(
         activation="geglu"

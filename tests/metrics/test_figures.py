@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vp_train.config import ClusterConfig
-from vp_train.config.run import PROGRESS
+from vp_train.config.figures import PROGRESS
 from vp_train.metrics.figures import RankFigures, Spent, figures_of
 from vp_train.pipeline.stopwatch import Part
 from vp_train.planning.cluster import known_peak_flops

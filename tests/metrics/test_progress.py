@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from vp_train.config import ConfigError, RunSettings
-from vp_train.config.run import PROGRESS
+from vp_train.config.figures import PROGRESS
 from vp_train.metrics import progress as progress_module
 from vp_train.metrics.progress import Progress, Validation, folded, print_line
 from vp_train.units import clock, plural

@@ -578,7 +578,7 @@ def test_an_observer_sees_the_passes_waits_and_messages_of_the_program_in_its_or
                 expected.append(("watch", str(op.item), op.exchange.end))
             elif op.action is Action.NEED and not op.item.kind.is_vocabulary:
                 reads.append(str(op.item))
-            elif op.action in (Action.ARRIVE, Action.WAIT, Action.NEED, *moves):
+            elif op.action.waits or op.action in moves:
                 expected.append(("waits", op.action, str(op.item)))
             if copies_end_later and op.action in (Action.OFFLOAD, Action.RELOAD):
                 expected.append(("watch", str(op), op.action))

@@ -149,7 +149,7 @@ def test_ranks_wait_as_long_as_the_slowest_computes():
 
 def parts_and_walls(rank, num_ranks, config):
     """Return for every step its seconds by part, and the seconds between the exchanges."""
-    run, reporter = begin(rank, num_ranks, config)
+    run = begin(rank, num_ranks, config)
     found, inner, ends = [], run._stopwatch.take, [time.perf_counter()]
     run._stopwatch.take()
 
@@ -161,8 +161,8 @@ def parts_and_walls(rank, num_ranks, config):
     run._stopwatch.take = take
     time.sleep(LOADING_SECONDS)
     for step in run.steps():
-        run.train_step(step, reporter)
-    run.finish(reporter)
+        run.train_step(step)
+    run.finish()
     return found, [after - before for before, after in itertools.pairwise(ends)]
 
 

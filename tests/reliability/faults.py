@@ -40,12 +40,12 @@ def _train_badly(deed: str, step: int) -> None:
     def do(run: object) -> None:
         exec(deed, {"run": run, "os": os, "signal": signal, "time": time, "sys": sys})
 
-    train_step, connect = train.Run.train_step, train._connect
+    train_step, connect = train.Run.train_step, train.connect
 
-    def training(self, number, reporter):
+    def training(self, number):
         if number == step and self.mesh.rank == 1:
             do(self)
-        train_step(self, number, reporter)
+        train_step(self, number)
 
     def connecting(*arguments):
         Path(f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
@@ -53,7 +53,7 @@ def _train_badly(deed: str, step: int) -> None:
             do(None)
         return connect(*arguments)
 
-    train.Run.train_step, train._connect = training, connecting
+    train.Run.train_step, train.connect = training, connecting
     main()
 
 

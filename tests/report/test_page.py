@@ -19,6 +19,7 @@ from schedules.render import facts
 from tests.report.conftest import EVIL, STEPS
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
+from vp_train.config.figures import name_of
 from vp_train.durable import UnreadableError
 from vp_train.explain.trace import read_traced
 from vp_train.metrics.reporter import write_report
@@ -128,7 +129,7 @@ def test_the_page_of_a_run_has_all_sections(one):
             "MFU",
             "Waiting",
         ),
-        *("Memory", "Seconds of a step", "forward and backward", "As planned", "As measured"),
+        *("Memory", "Seconds of a step", "forward backward", "As planned", "As measured"),
         *("optim.lr", "0.25", "step 6: a loss of", "torch", f"{STEPS} of {STEPS}"),
     ):
         assert words in captions, words
@@ -333,7 +334,7 @@ def test_only_what_is_known_is_a_fact_and_speed_is_that_of_the_steps(tmp_path):
     facts = {name: (value, note) for name, value, note in page._facts(run)}
     assert facts == {
         "Steps": ("2", ""),
-        "Loss": ("1,500", "training, last step"),
+        "Loss": ("1500.5000", "training, last step"),
         "Tokens per second": ("5", "median"),
         "Time": ("0:00", "of all steps"),
     }
@@ -346,9 +347,9 @@ def test_only_what_is_known_is_a_fact_and_speed_is_that_of_the_steps(tmp_path):
     }
     more = recorded(tmp_path, "b", values, steps=4)
     assert [value for _, value, _ in page._facts(more)] == [
-        *("1 of 4", "3", "5", "50.0%", "25.0%", "1.00 GiB", "1:01")
+        *("1 of 4", "3.0000", "5", "50.0%", "25.0%", "1.00 GiB", "1:01")
     ]
-    assert ("Validation loss", "3", "lowest 3 at step 1") in page._facts(more)
+    assert ("Validation loss", "3.0000", "lowest 3.0000 at step 1") in page._facts(more)
 
 
 def test_several_runs_are_compared_by_means_of_a_step_and_what_none_has_is_left_out(tmp_path):
@@ -512,10 +513,10 @@ def test_every_curve_of_a_picture_has_its_own_look_and_name(tmp_path):
 
 
 def test_the_parts_of_a_step_have_each_a_colour_of_its_own_in_picture_and_table(tmp_path):
-    values = {key: 1.0 + index for index, (key, *_) in enumerate(page._PARTS)}
+    values = {key: 1.0 + index for index, key in enumerate(page._PARTS)}
     run = recorded(tmp_path, "a", values, {key: 3 * value for key, value in values.items()})
     picture = page._stacked(run.metrics.curves)
-    assert [entry.name for entry in picture.legend] == [name for _, name, _ in page._PARTS]
+    assert [entry.name for entry in picture.legend] == [name_of(key) for key in page._PARTS]
     assert sorted(entry.style.colour for entry in picture.legend) == list(range(9))
     bars = page._shares(run.metrics.curves)
     assert {bar.name: bar.style for bar in bars} == {e.name: e.style for e in picture.legend}
@@ -523,7 +524,7 @@ def test_the_parts_of_a_step_have_each_a_colour_of_its_own_in_picture_and_table(
     assert sum(bar.share for bar in bars) == pytest.approx(1)
     assert picture.note == ""
     assert picture.words.startswith(
-        "forward and backward: last 3, lowest 1 at step 1, highest 3 at step 2; vocabulary passes"
+        "forward backward: last 3, lowest 1 at step 1, highest 3 at step 2; vocabulary: last"
     )
     steps = [{"seconds/data": 1.0}] * 4 + [{"seconds/data": 9.0}]
     high = page._stacked(recorded(tmp_path, "b", *steps).metrics.curves)
@@ -634,7 +635,7 @@ def test_every_row_of_the_table_of_several_runs(one, write_run, tmp_path):
         "bubble_mean": 0.125,
         "peak_bytes": 2**30,
         "seconds/step": 120.0,
-        **{key: 1.0 + index for index, (key, *_) in enumerate(page._PARTS)},
+        **{key: 1.0 + index for index, key in enumerate(page._PARTS)},
     }
     run = recorded(tmp_path, "a", values, values | {"validation_loss": 2.5})
     rows = dict(page._figures([run, recorded(tmp_path, "b")]))
@@ -644,16 +645,19 @@ def test_every_row_of_the_table_of_several_runs(one, write_run, tmp_path):
     }
     assert {name: row[0] for name, row in rows.items()} == {
         "steps": "2",
-        "loss, last": "2",
-        "validation loss, last": "2.5",
-        "validation loss, lowest": "2.5 at step 2",
+        "loss, last": "2.0000",
+        "validation loss, last": "2.5000",
+        "validation loss, lowest": "2.5000 at step 2",
         "tokens per second, median": "7",
         "MFU, median": "25.0%",
         "waiting, mean rank, median": "12.5%",
         "peak memory, worst rank": "1.00 GiB",
         "time of all steps": "4:00",
         "step, mean: whole": "120.00 s",
-        **{f"step, mean: {name}": f"{i + 1:.2f} s" for i, (_, name, _) in enumerate(page._PARTS)},
+        **{
+            f"step, mean: {name}": f"{i + 1:.2f} s"
+            for i, name in enumerate(map(name_of, page._PARTS))
+        },
     }
     found = read_run(one)
     rows = dict(page._figures([found]))

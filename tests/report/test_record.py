@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from vp_train.config.figures import BITS, LOSS, set_of, validation_key
 from vp_train.durable import UnreadableError
 from vp_train.report import page, record
-from vp_train.report.record import Events, read_run, set_of
+from vp_train.report.record import Events, read_run
 
 
 def written(path, *records):
@@ -72,7 +73,14 @@ def test_as_many_validation_sets_are_shown_as_fit(tmp_path, monkeypatch):
     ],
 )
 def test_a_key_of_a_validation_set_has_its_name(key, name):
-    assert set_of(key, record.LOSS) == name
+    assert set_of(key, LOSS) == name
+
+
+@pytest.mark.parametrize("figure", [LOSS, BITS])
+def test_a_report_reads_the_key_that_a_run_writes_for_a_validation_set(figure):
+    for name in ("a", "a/b", "loss"):
+        assert set_of(validation_key(name, figure), figure) == name
+    assert set_of(validation_key("", figure), figure) is None
 
 
 def test_the_newest_notices_and_their_number_are_kept(tmp_path, monkeypatch):
@@ -218,7 +226,7 @@ def test_a_report_reads_so_much_of_a_run_and_no_more(tmp_path):
     found = written(tmp_path, *lines, {"step": 200, "loss": 1e30} | sets, {"step": 201})
     assert found.events["spike"].count == 102
     assert found.events["spike"].steps == list(range(1, 101))
-    assert sum(set_of(key, record.LOSS) is not None for key in found.curves.keys) == 32
+    assert sum(set_of(key, LOSS) is not None for key in found.curves.keys) == 32
     assert found.curves.latest("loss") == 1e30
     assert written(tmp_path, {"step": 1, "loss": 1.001e30}).curves.latest("loss") is None
     (tmp_path / "notices.txt").write_text("".join(f"{number}\n" for number in range(70)))
@@ -261,7 +269,7 @@ def test_every_key_that_a_run_writes_for_its_pictures_is_kept(tmp_path):
     keys = {*record._KEYS, "validation/a/loss", "validation/a/bits_per_byte"}
     found = written(tmp_path, {"step": 1, "other": 1.0} | dict.fromkeys(keys, 1.0))
     assert set(found.curves.keys) == keys
-    shown = {key for kind in page._KINDS for key in kind.curves} | {key for key, *_ in page._PARTS}
+    shown = {key for kind in page._KINDS for key in kind.curves} | page._PARTS.keys()
     assert shown | {"peak_bytes", "tokens_per_second", "validation_bits_per_byte"} <= keys
 
 

@@ -24,8 +24,13 @@ from vp_train.checkpoint.manifest import (
 from vp_train.checkpoint.saver import Saver
 from vp_train.checkpoint.store import CheckpointTensor, Damage, load, newest
 from vp_train.communication.control import ControlGroup
-from vp_train.config import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig
-from vp_train.config.resume import FREE_DATA, FREE_MODEL, permission_of
+from vp_train.config import ConfigError, LossConfig, RunConfig
+from vp_train.config.resume import (
+    KEPT_SECTIONS,
+    keeps_on_resume,
+    keeps_with_weights,
+    permission_of,
+)
 from vp_train.durable import checkpoints_in, plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
@@ -35,7 +40,7 @@ Value = TypeVar("Value")
 _MOST_TOKENS = 2**60  # that a run uses
 _BATCH = "dp * num_microbatches * micro_batch_size"
 # What a setting was before there was a choice; a new one gets a default that changes nothing.
-_DEFAULTS = {"model": ModelConfig(), "data": DataConfig(), "loss": LossConfig()}
+_DEFAULTS = {name: getattr(RunConfig(), name) for name in KEPT_SECTIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +206,7 @@ def restore_run(
     """
     manifest, state = _opened(path, _RunState.of)
     ours = _settings(config, mesh.degrees.dp)
-    ours["data"] = {key: value for key, value in ours["data"].items() if key not in FREE_DATA}
-    _require_same(_completed(state.config), ours, path, config.run.allow)
+    _require_same(_completed(state.config), ours, path, config, keeps_on_resume)
     _require_same_text(state.contents, contents, path)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = state.updates
@@ -217,8 +221,7 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     another model, naming the setting or the tensor, and both values.
     """
     manifest, saved = _opened(path, saved_settings)
-    ours = {key: value for key, value in asdict(config.model).items() if key not in FREE_MODEL}
-    _require_same(saved, {"model": ours}, path, ())
+    _require_same(saved, {"model": asdict(config.model)}, path, config, keeps_with_weights)
 
     def read(kind: str, name: str) -> Tensor:
         if kind in MOMENTS:
@@ -267,13 +270,7 @@ def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
     Parallel layout, schedule and number of steps may change, so they are not among them.
     """
     values: dict[str, Any] = json.loads(
-        json.dumps(
-            {
-                "model": asdict(config.model),
-                "data": asdict(config.data),
-                "loss": asdict(config.loss),
-            }
-        )
+        json.dumps({name: asdict(getattr(config, name)) for name in KEPT_SECTIONS})
     )
     values["data"]["synthetic"] = config.data.name == "synthetic"
     values["data"]["weights"] = list(config.data.weights)
@@ -316,15 +313,16 @@ def _require_same(
     saved: Mapping[str, Mapping[str, Any]],
     ours: dict[str, Any],
     path: Path,
-    allowed: Sequence[str],
+    config: RunConfig,
+    keeps: Callable[[str, RunConfig], bool],
 ) -> None:
+    """Raise ConfigError if a setting that `keeps` says must stay is not what was saved."""
     for section, values in ours.items():
         for key, value in values.items():
             before = saved.get(section, {}).get(key)
             if key not in saved.get(section, {}):  # checkpoints of earlier versions
                 before = json.loads(json.dumps(getattr(_DEFAULTS.get(section), key, None)))
-            permission = "batch" if section == "batch" else permission_of(f"{section}.{key}")
-            if before == value or permission in allowed:
+            if before == value or not keeps(f"{section}.{key}", config):
                 continue
             if (section, key) == ("data", "synthetic"):
                 words = "was" if before else "was not"
@@ -332,6 +330,7 @@ def _require_same(
                     f"{path} {words} trained on data=synthetic; use the same data, or go on "
                     f"from its weights as another run: run.init_from={path} run.name=NAME"
                 )
+            permission = permission_of(f"{section}.{key}", config)
             way_out = "" if permission is None else f", or give run.allow=[{permission}]"
             raise ConfigError(
                 f"{path} was saved with {_name(section, key)}={_word(before)}, this run has "

@@ -44,7 +44,7 @@ from vp_train.settings import load_config
 from vp_train.settings.resume import changes, check_start
 from vp_train.settings.sweeps import combinations
 from vp_train.settings.words import override
-from vp_train.units import human_bytes, plural
+from vp_train.units import human_bytes, loss_words, plural
 
 SWEEP = "VP_TRAIN_SWEEP"  # environment variable of runs with the process id of their sweep
 _FLAGS = ("-m", "--multirun")
@@ -510,7 +510,7 @@ def _print_table(results: Sequence[Result], best: Result | None) -> None:
             *(result.chosen.get(name, "") for name in names),
             f"{result.steps:,}",
             *(
-                "" if value is None else f"{value:.4f}"
+                "" if value is None else loss_words(value)
                 for value in (result.loss, result.validation_loss)
             ),
             "" if speed is None else f"{speed:,.0f}",

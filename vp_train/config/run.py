@@ -7,22 +7,13 @@ from pathlib import Path
 
 from vp_train.config.bounds import DEVICES, DTYPES, LINEAR_DTYPES, MOST_MICROBATCHES, MOST_WIDTH
 from vp_train.config.errors import ConfigError
+from vp_train.config.figures import PROGRESS
 from vp_train.config.setting import check_section, setting
 
 _LONGEST_SECONDS = 10_000_000  # the longest timeout
 PERMISSIONS = ("batch", "sequence", "loss")
 SETTLED_STEP = 5  # of a process: whatever warms up is over
 TRACKERS = ("wandb", "mlflow")
-# Figures that a line of progress may show: keys of metrics.jsonl, and the time that is left.
-PROGRESS = (
-    *("loss", "grad_norm", "learning_rate", "left"),
-    *("tokens_per_second", "interval_tokens_per_second", "mfu", "bubble_mean", "bubble_worst"),
-    *("seconds/step", "seconds/data", "seconds/forward_backward", "seconds/vocabulary"),
-    *("seconds/waiting_mean", "seconds/waiting_worst", "seconds/gradient_sum"),
-    *("seconds/optimizer", "seconds/checkpoint", "seconds/validation", "seconds/rest"),
-    *("peak_bytes", "memory/allocated_worst", "memory/allocated_mean"),
-    *("memory/reserved_worst", "memory/reserved_mean"),
-)
 
 
 @dataclass(frozen=True)

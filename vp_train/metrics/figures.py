@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from vp_train.config.figures import name_of
 from vp_train.pipeline.stopwatch import Part
 
 _COMPUTING = (Part.FORWARD_BACKWARD, Part.VOCABULARY)
+_KEYS = {part: f"seconds/{part}" for part in Part} | {Part.WAITING: "seconds/waiting_mean"}
 _BESIDE = (Part.CHECKPOINT, Part.VALIDATION)  # between two steps, and no part of a step's speed
 
 
@@ -54,13 +56,8 @@ def figures_of(ranks: Sequence[RankFigures], best_seconds: float | None = None) 
     """
     means = {part: fmean(rank.seconds[part] for rank in ranks) for part in Part}
     step = sum(means.values())
-    values = {"seconds/step": step}
-    for part, seconds in means.items():
-        if part is Part.WAITING:
-            values["seconds/waiting_mean"] = seconds
-            values["seconds/waiting_worst"] = max(rank.seconds[part] for rank in ranks)
-        else:
-            values[f"seconds/{part}"] = seconds
+    values = {"seconds/step": step, **{_KEYS[part]: means[part] for part in Part}}
+    values["seconds/waiting_worst"] = max(rank.seconds[Part.WAITING] for rank in ranks)
     bubbles = [rank.bubble for rank in ranks]
     values |= {"bubble_mean": fmean(bubbles), "bubble_worst": max(bubbles)}
     trained = step - sum(means[part] for part in _BESIDE)
@@ -81,15 +78,14 @@ class Spent:
     def add(self, figures: Mapping[str, float]) -> None:
         """Add a step, of which `figures` are those of `figures_of`."""
         for part in Part:
-            name = "waiting_mean" if part is Part.WAITING else part
-            self._seconds[part] += figures.get(f"seconds/{name}", 0.0)
+            self._seconds[part] += figures.get(_KEYS[part], 0.0)
 
     def words(self) -> str:
         """Return where the time went, largest part first, "" if no step is known."""
         total = sum(self._seconds.values())
         parts = sorted(self._seconds.items(), key=lambda item: -item[1])
         return "the time: " * bool(total) + ", ".join(
-            f"{part.replace('_', ' ')} {seconds / total:.1%}"
+            f"{name_of(part)} {seconds / total:.1%}"
             for part, seconds in parts
             if seconds > 0.0005 * total
         )

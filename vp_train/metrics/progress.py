@@ -12,7 +12,8 @@ from rich.text import Text
 
 from schedules.render import duration
 from vp_train.config import RunSettings
-from vp_train.units import clock, human_bytes
+from vp_train.config.figures import BITS, LOSS, name_of, validation_key
+from vp_train.units import clock, human_bytes, loss_words
 
 _BETWEEN = "  "  # figures of a line
 
@@ -64,29 +65,26 @@ class Validation:
 
     def values(self) -> dict[str, float]:
         """Return the figures by their keys in metrics.jsonl."""
-        start = f"validation/{self.name}/" if self.name else "validation_"
-        found = {f"{start}loss": self.loss}
+        found = {validation_key(self.name, LOSS): self.loss}
         if self.bits_per_byte is not None:
-            found[f"{start}bits_per_byte"] = self.bits_per_byte
+            found[validation_key(self.name, BITS)] = self.bits_per_byte
         return found
 
     def words(self) -> str:
         """Return the figures in words."""
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits/byte"
         name = f"validation {self.name}".rstrip()
-        return f"{name} loss {self.loss:.4f}{bits}"
+        return f"{name} loss {loss_words(self.loss)}{bits}"
 
 
 def _words_of(key: str) -> Callable[[float], str]:
     """Return the function that puts a figure of PROGRESS in words."""
-    group, _, name = key.rpartition("/")
-    name = name.replace("_", " ")
-    if group == "seconds":
-        return lambda value: f"{name} {duration(value)}"
-    if group == "memory":
-        return lambda value: f"{name} {human_bytes(value)}"
+    if key.startswith("seconds/"):
+        return lambda value: f"{name_of(key)} {duration(value)}"
+    if key.startswith("memory/"):
+        return lambda value: f"{name_of(key)} {human_bytes(value)}"
     return {
-        "loss": lambda value: f"loss {value:.4f}",
+        "loss": lambda value: f"loss {loss_words(value)}",
         "grad_norm": lambda value: f"grad norm {value:{'.3f' if value < 1e6 else '.3e'}}",
         "learning_rate": lambda value: f"lr {value:.2e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",

@@ -16,12 +16,13 @@ from typing import Any
 
 from schedules.render import duration, facts, svg
 from schedules.timeline import Timeline
+from vp_train.config.figures import BITS, LOSS, name_of, set_of
 from vp_train.durable import advising, replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
-from vp_train.report.record import BITS, LOSS, Events, RunRecord, read_run, set_of
+from vp_train.report.record import Events, RunRecord, read_run
 from vp_train.settings.words import typed
-from vp_train.units import clock, human_bytes, plural
+from vp_train.units import clock, human_bytes, loss_words, plural
 
 NAME = "report.html"  # in the directory of a run
 COMPARISON = "comparison.html"  # of several runs
@@ -31,18 +32,18 @@ _SEEN = 5e-4  # of the step: causes that add less are not shown
 _ELSEWHERE = "vp-report --out FILE writes the report elsewhere"
 _NAMED_STEPS = 12  # of one kind of event
 
-# The parts of a step: key, name, and colour in the stack.
-_PARTS = (
-    ("seconds/forward_backward", "forward and backward", 0),
-    ("seconds/vocabulary", "vocabulary passes", 4),
-    ("seconds/waiting_mean", "waiting", 7),
-    ("seconds/gradient_sum", "gradient sums", 2),
-    ("seconds/optimizer", "optimizer", 1),
-    ("seconds/data", "data", 3),
-    ("seconds/checkpoint", "checkpoints", 6),
-    ("seconds/validation", "validation", 5),
-    ("seconds/rest", "rest", 8),
-)
+# The parts of a step, from below, with their colours in the stack.
+_PARTS = {
+    "seconds/forward_backward": 0,
+    "seconds/vocabulary": 4,
+    "seconds/waiting_mean": 7,
+    "seconds/gradient_sum": 2,
+    "seconds/optimizer": 1,
+    "seconds/data": 3,
+    "seconds/checkpoint": 6,
+    "seconds/validation": 5,
+    "seconds/rest": 8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,10 @@ def _number(value: float | None, digits: int = 4) -> str:
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.{digits}g}"
 
 
+def _loss(value: float | None) -> str:
+    return _NONE if value is None else loss_words(value)
+
+
 def _per_cent(value: float | None) -> str:
     return _NONE if value is None else f"{value:.1%}"
 
@@ -221,11 +226,11 @@ def _facts(run: RunRecord) -> list[tuple[str, str, str]]:
             f"{curves.last:,}" + ("" if planned is None else f" of {planned:,}"),
             "" if first <= 1 else f"from step {first:,}",
         ),
-        ("Loss", _number(curves.latest("loss")), "training, last step"),
+        ("Loss", _loss(curves.latest("loss")), "training, last step"),
         (
             "Validation loss",
-            _number(curves.latest("validation_loss")),
-            "" if best is None else f"lowest {_number(best[1])} at step {best[0]:,}",
+            _loss(curves.latest("validation_loss")),
+            "" if best is None else f"lowest {loss_words(best[1])} at step {best[0]:,}",
         ),
         ("Tokens per second", _number(_speed(curves)), "median"),
         ("MFU", _per_cent(curves.median("mfu")), "median"),
@@ -330,30 +335,29 @@ def _charts(curves: Curves) -> list[_Picture]:
 
 def _stacked(curves: Curves) -> _Picture | None:
     """Return the picture of the seconds of a step by part, None if they are not known."""
-    known = [part for part in _PARTS if curves.total(part[0]) > 0]
+    known = [key for key in _PARTS if curves.total(key) > 0]
     if not known:
         return None
-    parts = [(draw.Style(colour), curves.means(key)) for key, _, colour in known]
+    styles = {key: draw.Style(_PARTS[key]) for key in known}
+    parts = [(style, curves.means(key)) for key, style in styles.items()]
     picture, is_cut = draw.stack(parts, name="stack")
     return _Picture(
         "Seconds of a step",
         "mean of the ranks",
         picture,
-        "; ".join(_words(name, curves, key, 1.0) for key, name, _ in known),
-        tuple(_Entry(name, draw.Style(colour), "") for _, name, colour in known),
+        "; ".join(_words(name_of(key), curves, key, 1.0) for key in known),
+        tuple(_Entry(name_of(key), style, "") for key, style in styles.items()),
         "The longest steps are cut off at the top." if is_cut else "",
     )
 
 
 def _shares(curves: Curves) -> list[_Bar]:
     """Return the share of every part in the time of all steps, largest first."""
-    totals = [
-        (total, name, colour) for key, name, colour in _PARTS if (total := curves.total(key)) > 0
-    ]
-    whole = sum(total for total, _, _ in totals)
+    totals = [(total, key) for key in _PARTS if (total := curves.total(key)) > 0]
+    whole = sum(total for total, _ in totals)
     return [
-        _Bar(name, _seconds(total), total / whole, draw.Style(colour))
-        for total, name, colour in sorted(totals, reverse=True)
+        _Bar(name_of(key), _seconds(total), total / whole, draw.Style(_PARTS[key]))
+        for total, key in sorted(totals, reverse=True)
     ]
 
 
@@ -533,8 +537,8 @@ def _figures(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     steps = [max(1, found.num_steps) for found in curves]
     rows = [
         ("steps", [f"{found.last:,}" for found in curves]),
-        ("loss, last", [_number(found.latest("loss")) for found in curves]),
-        ("validation loss, last", [_number(found.latest("validation_loss")) for found in curves]),
+        ("loss, last", [_loss(found.latest("loss")) for found in curves]),
+        ("validation loss, last", [_loss(found.latest("validation_loss")) for found in curves]),
         ("validation loss, lowest", [_lowest(found, "validation_loss") for found in curves]),
         ("validation, sequences", _validation_sizes(runs)),
         ("tokens per second, median", [_number(_speed(found)) for found in curves]),
@@ -548,7 +552,7 @@ def _figures(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("activations, worst rank, measured", [_activations(run, planned=False) for run in runs]),
         ("time of all steps", [clock(found.total("seconds/step")) for found in curves]),
     ]
-    for key, name, _ in (("seconds/step", "whole", 0), *_PARTS):
+    for key, name in (("seconds/step", "whole"), *((key, name_of(key)) for key in _PARTS)):
         means = [found.total(key) / count for found, count in zip(curves, steps, strict=True)]
         if any(mean > 0 for mean in means):
             words = [duration(mean) if mean > 0 else _NONE for mean in means]
@@ -567,7 +571,7 @@ def _validation_sizes(runs: Sequence[RunRecord]) -> list[str]:
 
 def _lowest(curves: Curves, key: str) -> str:
     found = curves.lowest(key)
-    return _NONE if found is None else f"{_number(found[1])} at step {found[0]:,}"
+    return _NONE if found is None else f"{loss_words(found[1])} at step {found[0]:,}"
 
 
 def _activations(run: RunRecord, *, planned: bool) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vp_train.config import ConfigError, printable
+from vp_train.config.figures import BITS, LOSS, PROGRESS, set_of, validation_key
 from vp_train.durable import (
     UnreadableError,
     checkpoints_in,
@@ -47,21 +48,8 @@ _MOST_RANKS = 4_096
 _MOST_EXPLAINED = 5_000  # passes of a step that are explained; more would take seconds
 
 _T = TypeVar("_T")
-LOSS, BITS = "/loss", "/bits_per_byte"  # after the name of a validation set in a key
-_SETS = "validation/"  # before it
 # The keys of metrics.jsonl that a report shows.
-_KEYS = frozenset(
-    (
-        *("loss", "validation_loss", "validation_bits_per_byte", "grad_norm", "learning_rate"),
-        *("mfu", "peak_bytes"),
-        *("tokens_per_second", "interval_tokens_per_second", "bubble_mean", "bubble_worst"),
-        *("seconds/step", "seconds/data", "seconds/forward_backward", "seconds/vocabulary"),
-        *("seconds/waiting_mean", "seconds/waiting_worst", "seconds/gradient_sum"),
-        *("seconds/optimizer", "seconds/checkpoint", "seconds/validation", "seconds/rest"),
-        *("memory/allocated_worst", "memory/allocated_mean"),
-        *("memory/reserved_worst", "memory/reserved_mean"),
-    )
-)
+_KEYS = {*PROGRESS, *(validation_key("", figure) for figure in (LOSS, BITS))} - {"left"}
 _COUNTERS = {"spikes": "spike", "skipped_steps": "skipped step"}
 
 
@@ -271,13 +259,6 @@ def _metrics(path: Path) -> Metrics:
                 events[_COUNTERS[key]].add(step, int(count - before[key]))
             before[key] = count
     return Metrics(curves, {name: found for name, found in events.items() if found.count})
-
-
-def set_of(key: str, figure: str) -> str | None:
-    """Return the validation set whose `figure` (LOSS or BITS) has this key, None if none has."""
-    if len(key) > 200 or not (key.startswith(_SETS) and key.endswith(figure)):
-        return None
-    return key[len(_SETS) : -len(figure)] or None
 
 
 def _is_of_set(key: str, sets: set[str]) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig, printable
-from vp_train.config.resume import FREE_MODEL, keeps_on_resume, permission_of
+from vp_train.config.resume import TEXT, keeps_on_resume, keeps_with_weights, permission_of
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
 from vp_train.settings.saved import NOT_SAVED, is_searched, sample_length, saved_settings
@@ -18,11 +18,6 @@ from vp_train.settings.words import value_words
 from vp_train.units import plural
 
 _BATCH = "sequences of a step"
-# What chooses the text or its tokens, which a resumed run compares when it has read them.
-_TEXT = (
-    *("data.name", "data.path", "data.blend", "data.tokenizer", "data.end_token"),
-    "data.jsonl_field",
-)
 # The sequences of a step, which several settings and the number of ranks decide: as the run had
 # them, and as it would have them now.  None if not known.
 BatchChange = tuple[int, int] | None
@@ -63,16 +58,14 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
     before, found = saved_settings(path), []
     is_done = bool(checkpoints_in(config.run.checkpoints))  # else it begins anew
 
-    def change(name: str, was: object, value: object, permission: str | None) -> Change:
-        keeps = is_done and (keeps_on_resume(name) or permission is not None)
-        is_refused = keeps and permission not in config.run.allow
+    def change(name: str, was: object, value: object) -> Change:
         words, new_words = (printable(value_words(one)) for one in (was, value))
-        if is_done and name == "data.name" and "synthetic" in (was, value):
-            is_refused = True
-        decides_text = is_done and name in _TEXT
-        return Change(
-            name, words, new_words, is_refused, permission if keeps else None, decides_text
-        )
+        if not is_done:
+            return Change(name, words, new_words, False, None)
+        is_refused = keeps_on_resume(name, config)
+        is_refused |= name == "data.name" and "synthetic" in (was, value)
+        permission = permission_of(name, config)
+        return Change(name, words, new_words, is_refused, permission, name in TEXT)
 
     for name in (name for name in now if name in before):
         was, value = before[name], now[name]
@@ -82,10 +75,9 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
         is_found |= name == "schedule.file" and value is None and is_searched(before, path)
         if name in NOT_SAVED or value_words(was) == value_words(value) or is_found:
             continue
-        is_table = name == "model.seq_length" and config.model.positions == "learned"
-        found.append(change(name, was, value, None if is_table else permission_of(name)))
+        found.append(change(name, was, value))
     if batch is not None and batch[0] != batch[1]:
-        found.append(change(_BATCH, *batch, "batch"))
+        found.append(replace(change("batch", *batch), name=_BATCH))
     return found
 
 
@@ -108,11 +100,7 @@ def check_start(config: RunConfig, batch: BatchChange = None) -> None:
     elif run.init_from is not None:
         place = Path(os.path.expanduser(run.init_from)).absolute()
         origin_settings, now = _model_of(place), values_of(config)
-        names = (name for name in now if name.startswith("model."))
-        fixed = [name for name in names if name.removeprefix("model.") not in FREE_MODEL]
-        if config.model.positions == "learned":  # a row of the weights for each
-            fixed.append("model.seq_length")
-        for name in fixed:
+        for name in (name for name in now if keeps_with_weights(name, config)):
             _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
 
 
