@@ -45,9 +45,12 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     def saved_by(changed: RunConfig) -> float:
         if changed == replace(config, optim=changed.optim):
             return needed - report.memory_with(changed.optim)
-        # Balanced rows move bytes between ranks, and which one needs most then, a plan says.
+        # Balanced rows move bytes between ranks, and which one needs most then, a plan says.  It
+        # also says how many shards are held, which counts where one of them fits.
         if not offloads and changed.vocab.balance == config.vocab.balance:
-            return about_bytes(config) - about_bytes(changed)
+            saved = about_bytes(config) - about_bytes(changed)
+            if saved < report.excess:
+                return saved
         return needed - _changed(changed).memory
 
     tried: list[RunConfig] = []

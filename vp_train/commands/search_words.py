@@ -413,7 +413,8 @@ def _vocab_words(choice: Choice) -> str:
 def _recompute_words(choice: Choice) -> str:
     kinds, words = choice.recompute_per_stage, choice.recompute
     if kinds is not None:
-        words += f" in {len(kinds) - kinds.count('none')}/{len(kinds)}"
+        counts = [(kind, kinds.count(kind)) for kind in ("full", "selective")]
+        words = ", ".join(f"{kind} in {count}/{len(kinds)}" for kind, count in counts if count)
     return f"{words}, offload {choice.offload:.0%}" if choice.offload else words
 
 

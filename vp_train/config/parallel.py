@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from vp_train.config.bounds import MOST_RANKS_OF_A_MODEL, MOST_REPLICAS
 from vp_train.config.errors import ConfigError
@@ -81,6 +83,14 @@ class ParallelConfig:
         return (
             self.recompute if self.recompute_per_stage is None else self.recompute_per_stage[stage]
         )
+
+
+def shortened(values: Iterable[object]) -> Iterator[str]:
+    """Yield the items of a list as they are typed, of words that repeat `4*full` for four."""
+    for value, run in groupby(values):
+        count = len(list(run))
+        repeats = isinstance(value, str) and count > 1
+        yield from [f"{count}*{value}"] if repeats else [str(value)] * count
 
 
 def _run_of(word: str) -> tuple[str, ...]:

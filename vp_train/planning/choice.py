@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import groupby, product
+from itertools import product
 from typing import Any
 
 from schedules.generators import GENERATORS, searched_schedules
@@ -22,7 +22,7 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.config.errors import unknown
-from vp_train.config.parallel import RECOMPUTE
+from vp_train.config.parallel import RECOMPUTE, shortened
 from vp_train.model import shape
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.placement import offloaded_layers, redistribute, split_layers
@@ -326,15 +326,7 @@ def _word(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{','.join(_runs(value))}]" if isinstance(value, tuple) else str(value)
-
-
-def _runs(values: tuple[Any, ...]) -> Iterator[str]:
-    """Yield the items of a list as they are typed, of words that repeat `4*full` for four."""
-    for value, run in groupby(values):
-        count = len(list(run))
-        repeats = isinstance(value, str) and count > 1
-        yield from [f"{count}*{value}"] if repeats else [str(value)] * count
+    return f"[{','.join(shortened(value))}]" if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True, slots=True)

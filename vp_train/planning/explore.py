@@ -37,10 +37,11 @@ class Explorer:
     def __init__(
         self,
         space: Space,
-        scales: Scales,
-        shared: Shared,
         trials: Trials,
         book: Book,
+        *,
+        scales: Scales,
+        shared: Shared,
         progress: Callable[[str], object],
     ) -> None:
         self._scales, self._shared, self._trials, self._book = scales, shared, trials, book

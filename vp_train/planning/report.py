@@ -16,6 +16,7 @@ from schedules.network import Network
 from schedules.simulate import timed
 from schedules.vocab import End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
+from vp_train.config.parallel import shortened
 from vp_train.planning.cluster import (
     host_bytes_per_second,
     links_of,
@@ -439,7 +440,9 @@ def report_of(
         cluster=cluster,
         schedule=step.schedule.name,
         vocab=step.problem.algorithm.name,
-        recompute=", ".join(step.recompute if len(set(step.recompute)) > 1 else step.recompute[:1]),
+        recompute=step.recompute[0]
+        if len(set(step.recompute)) == 1
+        else ", ".join(shortened(step.recompute)),
         ranks=ranks,
         flops=work.step_flops * step.degrees.dp,
         passes=timeline.makespan,

@@ -122,9 +122,19 @@ class _Search:
         self._scales = shared.scales.with_optimizers(space.optimizers)
         self._effort = Effort(limits.effort, in_time)
         self._book = Book(Counter(space.excluded), below, has_kinds=plans)
-        self._trials = Trials(config, self._scales, shared, space.kept, self._book, self._effort)
         self._num_layers = config.model.num_layers
-        self._explorer = Explorer(space, self._scales, shared, self._trials, self._book, progress)
+        self._trials = Trials(
+            self._scales,
+            shared,
+            self._book,
+            self._effort,
+            num_layers=self._num_layers,
+            cluster=config.cluster,
+            kept=space.kept,
+        )
+        self._explorer = Explorer(
+            space, self._trials, self._book, scales=self._scales, shared=shared, progress=progress
+        )
         self._offloads = config.run.device == "cuda" and plans
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
         self._looked_around: set[Choice] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from vp_train.config import ConfigError, OptimConfig, RunConfig
+from vp_train.config import ClusterConfig, ConfigError, OptimConfig
 from vp_train.planning.book import Book
 from vp_train.planning.choice import Choice, Kept
 from vp_train.planning.found import Estimate, Found
@@ -67,14 +67,16 @@ class Trials:
 
     def __init__(
         self,
-        config: RunConfig,
         scales: Scales,
         shared: Shared,
-        kept: Kept,
         book: Book,
         effort: Effort,
+        *,
+        num_layers: int,
+        cluster: ClusterConfig,
+        kept: Kept,
     ) -> None:
-        self._cluster, self._num_layers = config.cluster, config.model.num_layers
+        self._num_layers, self._cluster = num_layers, cluster
         self._scales, self._shared, self._kept, self._book = scales, shared, kept, book
         self.effort = effort
         self.learned = Learned()
