@@ -10,7 +10,7 @@ It goes from cheap to dear, and each stage sees fewer choices:
 4. Estimate with offloaded activations what device memory alone rules out and may be faster.
 5. Estimate what differs in one setting from the best with and without vocabulary parallelism.
 6. Estimate single stages that recompute less in the best, and more in what almost fits.
-7. Estimate vocab.balance in the place of what may be among the best with it.
+7. Estimate vocab.balance in the place of what may be among the best with it, then 6 again.
 8. Plan the best estimates as a run would plan them.
 
 Links to hosts and their memory are assumed, so a step with offloaded activations counts as half a
@@ -140,7 +140,6 @@ class _Search:
         self._looked_around: set[Choice] = set()
         # Those of which single stages were changed, and whether they recompute less then.
         self._changed: set[tuple[Choice, bool]] = set()
-        self._for_stages = _FOR_STAGES * limits.effort  # that is left for these
 
     def run(self, firsts: Sequence[Choice] = ()) -> Result:
         """Search.  `firsts` are estimated before others, whatever effort that takes."""
@@ -165,6 +164,7 @@ class _Search:
                 self._look_around()
                 self._change_stages()
                 self._balance()
+                self._change_stages()
                 self._plan()
             if not self._plans or self._seen == before or not self._explorer.goes_on():
                 return self._result()
@@ -374,15 +374,13 @@ class _Search:
 
         Where the backward is split, no sum over stages says what a rank keeps.  So each is tried.
         """
-        before = self._effort.spent
-        until = before + self._for_stages
+        until = self._effort.spent + _FOR_STAGES * self._limits.effort
         for estimate in self._first_estimates():
             self._recompute_less(estimate.candidate, until)
         for choice in self._nearly():
             fitting = self._made_to_fit(self._trials.almost[choice], until)
             if fitting is not None:
                 self._recompute_less(fitting.candidate, until)
-        self._for_stages -= self._effort.spent - before
 
     def _recompute_less(self, candidate: Candidate, until: float) -> None:
         """Let one stage after the other recompute less while a step is the fastest of its kind."""
