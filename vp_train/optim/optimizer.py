@@ -12,7 +12,8 @@ from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, FusedAdamW, by_decay, fresh_state
 from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients, Poison
-from vp_train.optim.replicas import Copy, Pending, Replicas
+from vp_train.optim.replicas import Copy, Replicas
+from vp_train.tensors.pending import Pending
 
 _NORM_ELEMENTS = 1 << 16  # elements at a time on a CPU, where torch first casts them to float64
 

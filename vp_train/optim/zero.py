@@ -19,7 +19,8 @@ from vp_train.optim.adamw import MOMENTS, FusedAdamW, fresh_state
 from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
-from vp_train.optim.replicas import Copy, Pending, Replicas
+from vp_train.optim.replicas import Copy, Replicas
+from vp_train.tensors.pending import Pending
 
 
 @dataclass(frozen=True, slots=True)

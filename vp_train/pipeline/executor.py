@@ -24,10 +24,10 @@ from schedules.ir import Kind, Pass
 from schedules.lower import Action, Exchange, Op, Program
 from schedules.problem import Collective
 from schedules.vocab import Payload
-from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
 from vp_train.pipeline.offload import HostLink, Kept, Owner, storages_of
+from vp_train.tensors.pending import Pending
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.tensors.streams import Lead, Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep

@@ -15,9 +15,9 @@ from torch.profiler import record_function
 from schedules.ir import Kind, Pass
 from schedules.lower import TRANSFERS, Action
 from schedules.timeline import Span
-from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.executor import BLIND, Observer
 from vp_train.pipeline.timers import Timer
+from vp_train.tensors.pending import Pending
 
 
 @dataclass(slots=True)
