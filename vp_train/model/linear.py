@@ -23,7 +23,7 @@ from vp_train.tensors.slices import TensorSlice
 _Product = tuple[nn.Parameter, Tensor, Tensor]
 
 
-class Products(Protocol):
+class LinearProducts(Protocol):
     """The products of linear layers with their weights W [out, in]; dW is not one of them."""
 
     def output(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ class PlainProducts:
         return nullcontext()
 
 
-PLAIN: Products = PlainProducts()
+PLAIN: LinearProducts = PlainProducts()
 
 
 class WeightGradStore:
@@ -248,7 +248,7 @@ class LinearRule:
     """
 
     store: WeightGradStore
-    products: Products = PLAIN
+    products: LinearProducts = PLAIN
     group: dist.ProcessGroup | None = None
     sequence: SequenceSplit | None = None
 
@@ -357,7 +357,7 @@ class ColumnLinear(_StoredLinear):
         *,
         config: Any,
         store: WeightGradStore,
-        products: Products = PLAIN,
+        products: LinearProducts = PLAIN,
         tp_group: dist.ProcessGroup,
         sequence: SequenceSplit | None = None,
         parts: int = 1,
@@ -402,7 +402,7 @@ class RowLinear(_StoredLinear):
         *,
         config: Any,
         store: WeightGradStore,
-        products: Products = PLAIN,
+        products: LinearProducts = PLAIN,
         tp_group: dist.ProcessGroup,
         reduce: Callable[[Tensor, dist.ProcessGroup], Tensor],
         bias: bool = False,

@@ -70,7 +70,7 @@ class Replicas:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class TiedWeight:
     """A parameter that two ranks of a replica hold, each with a term of its gradient.
 
     The terms are summed over the replicas before they are summed over the two ranks.  Groups of
