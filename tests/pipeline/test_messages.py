@@ -31,7 +31,7 @@ from vp_train.pipeline.offload import HostLink
 from vp_train.pipeline.recorder import Named, Recorder, joined_communications
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import CudaTimer, HostTimer
-from vp_train.tensors.pending import Issued
+from vp_train.tensors.pending import Issued, Then
 from vp_train.tensors.streams import CudaStreams, HostOrder, Lead
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")  # a device that this machine has
@@ -223,6 +223,18 @@ def test_what_needs_no_work_is_complete_and_delivers_itself():
     assert issued.is_completed()
     assert issued.wait() is result
     assert log == ["wait"]
+
+
+def test_what_follows_a_communication_happens_when_somebody_waits_and_not_before():
+    work, log = SimpleNamespace(done=False), []
+    work.is_completed, work.wait = lambda: work.done, lambda: log.append("wait")
+    finished = Then(Issued(work, torch.ones(1)), lambda result: log.append("finish") or 2 * result)
+    assert not finished.is_completed()
+    work.done = True
+    assert finished.is_completed()
+    assert log == []
+    assert finished.wait().tolist() == [2]
+    assert log == ["wait", "finish"]
 
 
 @pytest.fixture

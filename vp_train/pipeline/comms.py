@@ -173,6 +173,8 @@ class ProcessGroups:
     because gloo cannot send from a GPU.  The host waits for these copies.  With `whole_hops` every
     tensor-parallel rank sends its whole activation, as sequence parallelism needs.  Otherwise all
     of them have the same activation, each sends a part of it, and the receivers gather the parts.
+
+    Another stream than the issuing one may wait for a communication, so each wait lends the result.
     """
 
     def __init__(
