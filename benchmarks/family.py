@@ -24,7 +24,7 @@ from typing import Any
 from provenance import provenance
 
 from schedules.cost import CostModel
-from schedules.generators import GENERATORS, Family, generate
+from schedules.generators import GENERATORS, BaseSchedule, generate
 from schedules.generators.auto import CapError, Option, solve
 from schedules.ir import Kind
 from schedules.layout import Layout
@@ -72,7 +72,7 @@ def option(
     name: str, rules: VocabAlgorithm, num_microbatches: int, head: float, slowness: Sequence[float]
 ) -> Option:
     """Return the problem and the cost of a schedule with a vocabulary algorithm."""
-    family: Family = GENERATORS[name]
+    family: BaseSchedule = GENERATORS[name]
     layout = family.layout_of(len(slowness))
     problem = Problem(layout, num_microbatches, rules, family.split_backward)
     return Option(name, problem, cost_of(layout, rules, head, slowness))

@@ -22,7 +22,7 @@ from schedules.generators import GENERATORS, searched_schedules
 from schedules.generators.auto import CapError, Solution, solve
 from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.commands.plot import Frontier, Mark, frontier_figure
+from vp_train.commands.plot import Frontier, Marker, frontier_figure
 
 HEAD = 2.4  # layers that the output layer costs
 
@@ -96,7 +96,7 @@ def main() -> None:
             for vocab in arguments.vocab
         ]
         marks = [
-            Mark(row["schedule"], row["vocab"], row["bubble_pct"] / 100, row["peak_microbatches"])
+            Marker(row["schedule"], row["vocab"], row["bubble_pct"] / 100, row["peak_microbatches"])
             for row in points
         ]
         title = f"{p} ranks, {m} microbatches: bubble against memory, simulated"

@@ -26,7 +26,7 @@ from vp_train.commands.command import collect_rarely
 from vp_train.config import RunConfig
 from vp_train.planning.choice import Space, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.found import Found, Limits, Result
+from vp_train.planning.found import Found, Limits, SearchResult
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, best_fsdp
 from vp_train.planning.search import search
 from vp_train.planning.workload import Workload
@@ -78,7 +78,7 @@ def best_pipeline(config: RunConfig, *, splits_vocabulary: bool) -> Pipeline | N
     return pipeline_of(config, result.best[0], result) if result.best else None
 
 
-def pipeline_of(config: RunConfig, found: Found, result: Result) -> Pipeline:
+def pipeline_of(config: RunConfig, found: Found, result: SearchResult) -> Pipeline:
     choice, report = found.choice, found.report
     chunks = f" of {choice.num_chunks} chunks" if choice.num_chunks is not None else ""
     kinds, recompute = choice.recompute_per_stage, choice.recompute

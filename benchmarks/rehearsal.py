@@ -43,12 +43,12 @@ from schedules.simulate import simulate
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, Barrier, End, Payload
 from vp_train.mesh import build_mesh
-from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.executor import Executor, RankModules
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import HostTimer
 from vp_train.planning.degrees import Degrees
+from vp_train.tensors.pending import Pending
 
 CASES = ("1f1b/none", "1f1b/two_barrier", "1f1b", "zb_h1", "zb_v", "v_half")
 # The fraction of the three matrix products that S computes.  T computes the rest.

@@ -59,11 +59,12 @@ from vp_train.mesh import build_mesh
 from vp_train.optim.buckets import FlatLayout, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
-from vp_train.optim.replicas import Pending, Replicas
+from vp_train.optim.replicas import Replicas
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.executor import NO_UPDATES, Executor, RankModules, WeightUpdates
 from vp_train.planning.degrees import Degrees
+from vp_train.tensors.pending import Pending
 
 SUMS = ("late sum", "early sum")
 GATHERS = ("late gather", "early gather")

@@ -48,12 +48,12 @@ from schedules.timeline import Span, Timeline
 from vp_train.explain.causes import Explanation, explain
 from vp_train.explain.trace import TracedStep
 from vp_train.mesh import build_mesh
-from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.comms import Comms, ProcessGroups, Watch
 from vp_train.pipeline.executor import Executor
 from vp_train.pipeline.recorder import Recorder, joined_communications
 from vp_train.pipeline.timers import HostTimer
 from vp_train.planning.degrees import Degrees
+from vp_train.tensors.pending import Pending
 
 ROWS = 12_000  # of the whole vocabulary; S and T take as long as the rows of their rank say
 

@@ -22,7 +22,15 @@ from itertools import pairwise
 from schedules.cost import CostModel
 from schedules.graph import require_acyclic
 from schedules.ir import Kind, Pass, Schedule
-from schedules.lower import READS_WEIGHTS, TRANSFERS, Action, Op, Program, exchange_of, gradient_of
+from schedules.lower import (
+    HOST_TRANSFERS,
+    READS_WEIGHTS,
+    Action,
+    Op,
+    Program,
+    exchange_of,
+    gradient_of,
+)
 from schedules.network import Network
 from schedules.problem import Collective, Problem
 from schedules.simulate import predecessors
@@ -290,7 +298,7 @@ def _check_transfers(rank: int, ops: tuple[Op, ...], problem: Problem) -> None:
     OFFLOAD comes right after its pass, and RESTORED right before the first backward pass.
     """
     offloaded = {op.item for op in ops if op.action is Action.OFFLOAD}
-    for action in TRANSFERS[1:]:
+    for action in HOST_TRANSFERS[1:]:
         found = {op.item for op in ops if op.action is action}
         if found != offloaded:
             first = min(map(str, found ^ offloaded))
@@ -398,7 +406,7 @@ def _check_rendezvous(program: Program) -> None:
     for ops in program.ranks:
         previous: str | None = None
         for op in ops:
-            if op.action.waits or op.action in TRANSFERS:
+            if op.action.waits or op.action in HOST_TRANSFERS:
                 # Issuing blocked until the end, so there is nothing left to wait for. Transfers to
                 # the host wait for no other rank.
                 continue

@@ -56,7 +56,7 @@ class Action(StrEnum):
 
 
 # Between a rank and its host, in the order of what a forward pass keeps.
-TRANSFERS = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
+HOST_TRANSFERS = (Action.OFFLOAD, Action.OFFLOADED, Action.RELOAD, Action.RESTORED)
 
 
 @dataclass(frozen=True, slots=True)

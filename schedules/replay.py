@@ -20,7 +20,7 @@ from schedules.ir import Kind, Pass
 from schedules.lower import Action, Op, Program
 from schedules.problem import Collective, Node
 from schedules.simulate import peak
-from schedules.timeline import OFFLOAD, RELOAD, Span, Timeline, Transfer
+from schedules.timeline import OFFLOAD, RELOAD, HostTransfer, Span, Timeline
 from schedules.vocab import End
 
 
@@ -100,7 +100,7 @@ class LateStart:
         return f"rank {self.rank} before {self.name}, at {self.cause}"
 
 
-Copy = tuple[Action, Pass]  # OFFLOAD or RELOAD, and the forward pass
+CopyKey = tuple[Action, Pass]  # OFFLOAD or RELOAD, and the forward pass
 _COPIES = {Action.OFFLOADED: Action.OFFLOAD, Action.RESTORED: Action.RELOAD}  # what they wait for
 
 
@@ -116,10 +116,10 @@ class Times:
 
     passes: Mapping[Pass, float] = field(default_factory=dict)
     communications: Mapping[Node, float] = field(default_factory=dict)
-    copies: Mapping[Copy, float] = field(default_factory=dict)
+    copies: Mapping[CopyKey, float] = field(default_factory=dict)
     pass_leads: Mapping[Pass, float] = field(default_factory=dict)
     communication_leads: Mapping[Node, float] = field(default_factory=dict)
-    copy_leads: Mapping[Copy, float] = field(default_factory=dict)
+    copy_leads: Mapping[CopyKey, float] = field(default_factory=dict)
 
 
 def replay(
@@ -374,7 +374,7 @@ class _Walk:
             if op.action is Action.RUN and isinstance(op.item, Pass)
         }
 
-    def _copies(self) -> dict[Copy, int]:
+    def _copies(self) -> dict[CopyKey, int]:
         """Return the activity of every copy to the host and back."""
         return {
             copy: activity
@@ -503,7 +503,7 @@ class _Walk:
             end=start + self.seconds[activity],
         )
 
-    def transfers(self, rank: int) -> tuple[Transfer, ...]:
+    def transfers(self, rank: int) -> tuple[HostTransfer, ...]:
         """Return the copies of a rank to its host and back, in the order of their issue."""
         found = []
         for (action, item), (activity, before) in self.ranks[rank].copies.items():
@@ -511,7 +511,7 @@ class _Walk:
             end, num_bytes = start + self.seconds[activity], self.cost.offload(item.stage)[0]
             span = Span(rank, f"{kind}:{item}", kind, item.stage, item.microbatch, start, end)
             issued = self.start[before] + self.seconds[before]
-            found.append(Transfer(span, issued, num_bytes))
+            found.append(HostTransfer(span, issued, num_bytes))
         return tuple(found)
 
     def _stuck(self) -> str:
@@ -600,7 +600,7 @@ def _timeline_of(walk: _Walk, program: Program, cost: CostModel) -> Timeline:
     compute: list[tuple[Span, ...]] = []
     comm: dict[Collective, Span] = {}
     peak_bytes, peak_in_flight = [], []
-    transfers: list[Transfer] = []
+    transfers: list[HostTransfer] = []
     for rank, streams in enumerate(walk.ranks):
         runs = [(op.item, activity) for op, activity in streams.passes if op.action is Action.RUN]
         items = [item for item, _ in runs if isinstance(item, Pass)]

@@ -42,7 +42,7 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class SweepTimes:
     """The `start` of every node and the `makespan` of a `Sweep`, in seconds."""
 
     start: list[float]
@@ -159,7 +159,7 @@ def sweep(network: Network, orders: Orders, links: HostLinks | None = None) -> S
     return Sweep(met, ready, start, makespan)
 
 
-def timed(network: Network, orders: Orders) -> Times:
+def timed(network: Network, orders: Orders) -> SweepTimes:
     """Return the times that `sweep` finds, for orders that hold each pass at most once.
 
     It takes about two thirds of the time of `sweep`, and raises what that does. Where it does not
@@ -219,8 +219,8 @@ def timed(network: Network, orders: Orders) -> Times:
         done[lane], free_at[lane] = head, now
     if sum(done) < size * count:
         swept = sweep(network, orders)
-        return Times(swept.start, swept.makespan)
-    return Times(start, max(free_at))
+        return SweepTimes(swept.start, swept.makespan)
+    return SweepTimes(start, max(free_at))
 
 
 def _cycle(network: Network, orders: Orders, missing: list[int]) -> str:

@@ -33,7 +33,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class HostTransfer:
     """A copy of activations to host memory or back, on the link of a rank.
 
     `span` has the stage and microbatch, and the kind `offload` or `reload`. The copy was issued at
@@ -78,7 +78,7 @@ class Timeline:
     peak_bytes: tuple[float, ...]
     peak_in_flight: tuple[int, ...]
     bound: float = 0.0
-    transfers: tuple[Transfer, ...] = ()
+    transfers: tuple[HostTransfer, ...] = ()
 
     @property
     def num_ranks(self) -> int:

@@ -16,7 +16,7 @@ from schedules.cost import CostModel
 from schedules.ir import Offload, Pass, Schedule
 from schedules.network import Network
 from schedules.problem import Problem
-from schedules.timeline import OFFLOAD, RELOAD, Span, Transfer
+from schedules.timeline import OFFLOAD, RELOAD, HostTransfer, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def _issued(schedule: Schedule, problem: Problem) -> Iterator[tuple[Pass, Pass, 
 
 
 @dataclass(slots=True)
-class Link:
+class _HostLink:
     """The link of one rank: when each direction is free, and what has been copied when."""
 
     rank: int
@@ -87,11 +87,11 @@ class Link:
         return end
 
     @property
-    def transfers(self) -> Iterator[Transfer]:
+    def transfers(self) -> Iterator[HostTransfer]:
         """The copies so far, in the order of their issue."""
         for item, kind, now, start, end in self._run:
             span = Span(self.rank, f"{kind}:{item}", kind, item.stage, item.microbatch, start, end)
-            yield Transfer(span, now, self.cost.offload(item.stage)[0])
+            yield HostTransfer(span, now, self.cost.offload(item.stage)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class HostLinks:
     the seconds, and the id of the pass that waits.
     """
 
-    links: tuple[Link, ...]
+    links: tuple[_HostLink, ...]
     issues: dict[int, list[tuple[Pass, str, float, int]]]
 
     @classmethod
@@ -118,7 +118,7 @@ class HostLinks:
         for issuer, item, awaited, kind in _issued(schedule, problem):
             one = item, kind, seconds[item.stage], number(awaited)
             issues.setdefault(number(issuer), []).append(one)
-        return cls(tuple(Link(rank, cost) for rank in range(problem.layout.num_ranks)), issues)
+        return cls(tuple(_HostLink(rank, cost) for rank in range(problem.layout.num_ranks)), issues)
 
     def issue(self, number: int, rank: int, end: float, ready: list[float]) -> None:
         """Run the transfers that a pass issues at its end. Who waits is not ready before theirs."""
@@ -129,7 +129,7 @@ class HostLinks:
                 ready[awaited] = done
 
     @property
-    def transfers(self) -> tuple[Transfer, ...]:
+    def transfers(self) -> tuple[HostTransfer, ...]:
         """The transfers so far, rank after rank."""
         return tuple(transfer for link in self.links for transfer in link.transfers)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from schedules.check import check_program, check_schedule
-from schedules.generators import GENERATORS, Family, searched_schedules
+from schedules.generators import GENERATORS, BaseSchedule, searched_schedules
 from schedules.ir import Kind, Pass
 from schedules.lower import lower
 from schedules.simulate import simulate
@@ -70,7 +70,7 @@ def last_first(problem):
 def registered(monkeypatch):
     """The two entries, in the tables that CONTRIBUTING.md names."""
     monkeypatch.setitem(VOCAB_ALGORITHMS, CHAINED.name, CHAINED)
-    monkeypatch.setitem(GENERATORS, "last_first", Family(last_first))
+    monkeypatch.setitem(GENERATORS, "last_first", BaseSchedule(last_first))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_mistake_of_a_generator_ends_in_one_line(monkeypatch, capsys, mistake,
         first, *others = last_first(problem)
         return (edit(first), *others)
 
-    monkeypatch.setitem(GENERATORS, "wrong", Family(wrong))
+    monkeypatch.setitem(GENERATORS, "wrong", BaseSchedule(wrong))
     arguments = ["schedule.name=wrong", "parallel.pp=2", "parallel.dp=1", "num_microbatches=4"]
     arguments += ["cluster=laptop", "cluster.gpus_per_node=2"]
     monkeypatch.setattr("sys.argv", ["command", *arguments])
@@ -148,7 +148,7 @@ def test_a_mistake_is_named_by_the_searches_too(monkeypatch):
         first, *others = last_first(problem)
         return (without(first, "0F0"), *others)
 
-    monkeypatch.setitem(GENERATORS, "wrong", Family(wrong, searched=True))
+    monkeypatch.setitem(GENERATORS, "wrong", BaseSchedule(wrong, searched=True))
     assert "wrong" in searched_schedules()
     config = config_of(2, 2, 101, schedule="auto", num_stages=2)
     table = dict(GENERATORS)

@@ -11,7 +11,7 @@ from schedules.generators import GENERATORS, generate
 from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.schedules.cases import cost, problem
-from vp_train.commands.plot import Mark, comparison_figure, schedule_figure
+from vp_train.commands.plot import Marker, comparison_figure, schedule_figure
 
 EVERY = list(product(GENERATORS, VOCAB_ALGORITHMS))
 
@@ -20,7 +20,7 @@ EVERY = list(product(GENERATORS, VOCAB_ALGORITHMS))
 def test_labels_never_overlap_and_the_keys_name_every_colour_and_shape(spread):
     draw = random.Random(3)
     marks = [
-        Mark(schedule, vocab, 0.1 + spread * draw.random(), 2**30 * (1 + spread * draw.random()))
+        Marker(schedule, vocab, 0.1 + spread * draw.random(), 2**30 * (1 + spread * draw.random()))
         for schedule, vocab in EVERY
     ]
     figure = comparison_figure(marks, "title")

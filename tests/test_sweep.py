@@ -23,7 +23,7 @@ from vp_train.checkpoint.manifest import write_manifest
 from vp_train.commands import sweep as module
 from vp_train.commands.agent import noting_signals
 from vp_train.commands.command import Command
-from vp_train.commands.sweep import SWEEP, Result, best_of, is_sweep, runs_of, sweep
+from vp_train.commands.sweep import SWEEP, RunResult, best_of, is_sweep, runs_of, sweep
 from vp_train.commands.train import _OPTIONS, main
 from vp_train.config import ConfigError
 from vp_train.durable import checkpoint_name
@@ -351,7 +351,7 @@ def test_help_is_no_sweep():
 
 def test_without_validation_the_loss_decides_and_nothing_that_is_not_finite_does():
     def result(loss, validation_loss, exit_code=0):
-        return Result("run", {}, exit_code, 1, loss, validation_loss)
+        return RunResult("run", {}, exit_code, 1, loss, validation_loss)
 
     low, high = result(1.0, None), result(2.0, 0.5)
     assert best_of([high, low]) is low

@@ -544,9 +544,9 @@ def test_a_heartbeat_says_where_a_rank_is_and_whether_it_waits(doing, operation,
     run = SimpleNamespace(
         step=3, _doing=doing, model=SimpleNamespace(trainer=executor, evaluator=executor)
     )
-    place = Run.place(run)
-    assert said in place.doing
-    assert place.waits is waits
+    activity = Run.activity(run)
+    assert said in activity.doing
+    assert activity.waits is waits
 
 
 def test_minutes_alone_save_the_last_step_too(ranks, tmp_path):

@@ -19,14 +19,14 @@ from vp_train.mesh import Mesh, starting
 from vp_train.model.elementwise import Fuse, choose_fuse, plain
 from vp_train.model.float8 import Float8Products
 from vp_train.model.graphs import GraphedStage
-from vp_train.model.linear import PLAIN, Products
+from vp_train.model.linear import PLAIN, LinearProducts
 from vp_train.model.shape import compiles_layers
 from vp_train.model.stage import Stage, init_rows
 from vp_train.optim.buckets import Runs, bucket_elements, lay_out
 from vp_train.optim.gradients import Gradients
 from vp_train.optim.loss_scale import LossScale
 from vp_train.optim.optimizer import Optimizer, ReplicatedAdamW
-from vp_train.optim.replicas import Copy, Replicas
+from vp_train.optim.replicas import Replicas, TiedWeight
 from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import (
@@ -59,7 +59,7 @@ from vp_train.tensors.streams import with_index
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
-from vp_train.vocab.products import Products as VocabProducts
+from vp_train.vocab.products import VocabProducts
 from vp_train.vocab.shard import Shard
 
 
@@ -242,9 +242,9 @@ def build_rank(
     gradients = _build_gradients(config, weights, mesh)
     replicas = Replicas(mesh.data, _through_host(config))
     comms = Comms(transport or _process_groups(config, mesh, device))
-    copy = None if weights.tied is None else Copy(weights.tied, comms.sum_over_ends)
+    tied = None if weights.tied is None else TiedWeight(weights.tied, comms.sum_over_ends)
     # The optimizer may move the parameters, so the modules that hold views of them come after it.
-    optimizer = _build_optimizer(config.optim, weights.parameters, gradients, replicas, copy)
+    optimizer = _build_optimizer(config.optim, weights.parameters, gradients, replicas, tied)
     completions = _completions_of(weights, gradients, optimizer, mesh)
     stages: Mapping[int, Stage | GraphedStage] = weights.stages
     if config.run.cuda_graphs:
@@ -516,15 +516,15 @@ def _build_optimizer(
     parameters: dict[str, nn.Parameter],
     gradients: Gradients,
     replicas: Replicas,
-    copy: Copy | None,
+    tied: TiedWeight | None,
 ) -> Optimizer:
     if optim.name == "adamw":
-        return ReplicatedAdamW(parameters, gradients, optim, replicas, copy)
+        return ReplicatedAdamW(parameters, gradients, optim, replicas, tied)
     if not optim.offload:
-        return ZeroAdamW(parameters, gradients, optim, replicas, copy)
+        return ZeroAdamW(parameters, gradients, optim, replicas, tied)
     from vp_train.optim.offload import OffloadedAdamW  # the import takes seconds
 
-    return OffloadedAdamW(parameters, gradients, optim, replicas, copy)
+    return OffloadedAdamW(parameters, gradients, optim, replicas, tied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -594,7 +594,7 @@ def _compiles_layers(config: RunConfig) -> bool:
     )
 
 
-def linear_products(config: RunConfig) -> Products:
+def linear_products(config: RunConfig) -> LinearProducts:
     """Return what forms the products of the linear layers of one stage."""
     if config.run.linear_dtype == "float8":
         return Float8Products(by_row=config.run.float8_scales == "row")

@@ -45,7 +45,7 @@ from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import RunPlan, make_plan
 from vp_train.preflight.nodes import Preflight, must_compare, spans_nodes
 from vp_train.supervision.ending import leave
-from vp_train.supervision.heartbeat import Place
+from vp_train.supervision.heartbeat import Activity
 from vp_train.supervision.requests import NO_READER, Interruption, Requests
 from vp_train.supervision.watcher import Watcher
 from vp_train.tensors import compiling
@@ -116,7 +116,7 @@ def run_rank(
         parts = compiled_parts(config) if rank == 0 else ()
         model = build_rank(config, plan, mesh, compiling=compiling.announced(parts))
         run = Run(config, plan, mesh, source, model, requests=requests)
-        watcher.follow(lambda: run.step, run.place)
+        watcher.follow(lambda: run.step, run.activity)
         run.load()
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
@@ -423,7 +423,7 @@ class Run:
         words = f"{ending.words}{warning}" if self.mesh.rank == 0 else ""
         return replace(ending, words=words)
 
-    def place(self) -> Place:
+    def activity(self) -> Activity:
         """Return where this rank stands; another thread calls it.
 
         On CUDA the host runs ahead of the device, so the device may not have come so far.
@@ -431,9 +431,9 @@ class Run:
         doing = self._doing
         where = f"step {self.step}, {doing}"
         if doing not in (_TRAINING, _VALIDATING):
-            return Place(where, waits=doing in (_COMPARING, _SAVING))
+            return Activity(where, waits=doing in (_COMPARING, _SAVING))
         op = (self.model.trainer if doing == _TRAINING else self.model.evaluator).operation
-        return Place(where) if op is None else Place(f"{where}, {op}", op.action.waits)
+        return Activity(where) if op is None else Activity(f"{where}, {op}", op.action.waits)
 
     def _now(self, part: Part, doing: str | None = None) -> None:
         """Charge the time from here on to `part`, and let the heartbeat say `doing` if given."""

@@ -154,7 +154,7 @@ class _Run:
 
 def _run_1f1b(where: Where, stage: Any, x: Tensor, dy: Tensor, *, offloads: bool) -> _Run:
     """Run the passes of the first of `_UNDERWAY` stages for twice as many microbatches."""
-    from vp_train.pipeline.offload import HostLink, Kept, storages_of
+    from vp_train.pipeline.offload import HostLink, SavedActivations, storages_of
     from vp_train.tensors.streams import streams_of
 
     for parameter in stage.parameters():
@@ -163,7 +163,7 @@ def _run_1f1b(where: Where, stage: Any, x: Tensor, dy: Tensor, *, offloads: bool
     order = _order()
     marks: list[Any] = []
     outputs: dict[int, Tensor] = {}
-    kept: dict[int, Kept] = {}
+    kept: dict[int, SavedActivations] = {}
     left: dict[int, int] = {}  # after which pass each microbatch began to leave
     where.synchronise()
     before = torch.cuda.memory_allocated() if where.on_gpu else 0

@@ -48,7 +48,7 @@ _WAITING = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class BaseSchedule:
     """A base schedule: its order of stage passes, its layout, and whether it splits the backward.
 
     `layout` and `num_chunks` are those of `Layout`. `split_backward`: every B becomes I and W.
@@ -70,15 +70,15 @@ class Family:
         return Layout(self.layout, num_ranks, self.num_chunks if num_chunks is None else num_chunks)
 
 
-GENERATORS: dict[str, Family] = {
-    "gpipe": Family(gpipe),  # not searched: as slow as 1f1b, and it keeps more
-    "1f1b": Family(one_f_one_b, searched=True),
-    "interleaved": Family(interleaved, "loop", 2, searched=True),
-    "interlaced": Family(interlaced),  # not searched: it serves as a comparison
-    "zb_h1": Family(zb_h1, split_backward=True, searched=True),
-    "zb_v": Family(zb_v, "v", 2, split_backward=True, searched=True),
-    "v_half": Family(v_half, "v", 2, split_backward=True, searched=True),
-    "v_min": Family(v_min, "v", 2, split_backward=True, searched=True),
+GENERATORS: dict[str, BaseSchedule] = {
+    "gpipe": BaseSchedule(gpipe),  # not searched: as slow as 1f1b, and it keeps more
+    "1f1b": BaseSchedule(one_f_one_b, searched=True),
+    "interleaved": BaseSchedule(interleaved, "loop", 2, searched=True),
+    "interlaced": BaseSchedule(interlaced),  # not searched: it serves as a comparison
+    "zb_h1": BaseSchedule(zb_h1, split_backward=True, searched=True),
+    "zb_v": BaseSchedule(zb_v, "v", 2, split_backward=True, searched=True),
+    "v_half": BaseSchedule(v_half, "v", 2, split_backward=True, searched=True),
+    "v_min": BaseSchedule(v_min, "v", 2, split_backward=True, searched=True),
 }
 
 

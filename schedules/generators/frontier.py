@@ -12,7 +12,7 @@ from schedules.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class FrontierPoint:
     """The best schedule found in which every rank keeps at most `cap` bytes."""
 
     cap: float
@@ -42,7 +42,7 @@ def caps_of(options: Sequence[Option], most: int) -> list[float]:
 
 def frontier(
     options: Sequence[Option], caps: Sequence[float], watch: Watch | None = None
-) -> Iterator[Point]:
+) -> Iterator[FrontierPoint]:
     """Yield the best schedule found under each cap in bytes, from the lowest to the highest.
 
     Caps under which none was found are left out. More memory never makes a step slower: a point
@@ -54,7 +54,7 @@ def frontier(
     """
     caps, shared = sorted(caps), Shared()
 
-    def found(cap: float, known: Sequence[Solution]) -> Point | None:
+    def found(cap: float, known: Sequence[Solution]) -> FrontierPoint | None:
         """Return the point of a search; None if nothing fits. Raises _Stopped."""
         num_ranks = options[0].problem.layout.num_ranks
         try:
@@ -66,9 +66,10 @@ def frontier(
         if solution.is_stopped:
             raise _Stopped
         option = solution.option
-        return Point(cap, solution, simulate(solution.schedule, option.problem, option.cost))
+        timeline = simulate(solution.schedule, option.problem, option.cost)
+        return FrontierPoint(cap, solution, timeline)
 
-    previous: Point | None = None
+    previous: FrontierPoint | None = None
     with contextlib.suppress(_Stopped):
         last = found(caps[-1], []) if caps else None
         if last is None:
@@ -76,7 +77,7 @@ def frontier(
         shared.enough = last.timeline.makespan
         for cap in caps:
             if previous is not None and previous.timeline.makespan <= shared.enough:
-                point: Point | None = previous
+                point: FrontierPoint | None = previous
             elif cap == last.cap:
                 point = last
             else:

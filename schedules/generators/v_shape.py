@@ -19,8 +19,6 @@ from schedules.problem import Problem
 INTERVAL = 6
 _STEPS, _TURNS = (1, 2, 3), (1, 2, 3, 4)
 
-BaseOrder = tuple[tuple[Pass, ...], ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -67,7 +65,7 @@ class Block:
             for f0, f1, i1, i0 in self.starts(p)
         ]
 
-    def order(self, problem: Problem) -> BaseOrder:
+    def order(self, problem: Problem) -> tuple[tuple[Pass, ...], ...]:
         """Return the order of the blocks of all microbatches on every rank.
 
         Raises ValueError unless the layout is a V and the backward is split.
@@ -98,7 +96,7 @@ def _alive(now: int, start: int, end: int) -> int:
     return (now - start) // INTERVAL - (now - end) // INTERVAL
 
 
-def v_half(problem: Problem) -> BaseOrder:
+def v_half(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
     """Return the order of V-Half: (p + 2) // 2 microbatches in flight, one more per barrier.
 
     Raises ValueError unless the layout is a V and the backward is split.
@@ -107,7 +105,7 @@ def v_half(problem: Problem) -> BaseOrder:
     return Block((2, 1, 2, 1), (1, 1 + shift + _delay(problem), 2)).order(problem)
 
 
-def v_min(problem: Problem) -> BaseOrder:
+def v_min(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
     """Return the order of V-Min: (p + 4) // 3 microbatches in flight, one more per barrier.
 
     Raises ValueError unless the layout is a V and the backward is split.

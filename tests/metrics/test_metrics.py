@@ -16,7 +16,7 @@ from rich.console import Console
 
 from vp_train.config import ConfigError, RunSettings
 from vp_train.metrics.log import MetricsLog
-from vp_train.metrics.progress import Progress, StepReport
+from vp_train.metrics.progress import ProgressDisplay, StepReport
 from vp_train.metrics.run_directory import RunDirectory, make_directory, refuse_used
 from vp_train.metrics.summary import RankSummary, rank_table
 from vp_train.units import human_bytes
@@ -115,7 +115,7 @@ def test_each_step_has_one_record_after_a_resume_and_a_torn_line(tmp_path):
 def test_a_log_file_gets_plain_lines_every_few_steps():
     out = io.StringIO()
     figures = {"interval_tokens_per_second": 12_345.6, "bubble_mean": 0.25}
-    progress = Progress(RunSettings(steps=25), 3, Console(file=out, width=80))
+    progress = ProgressDisplay(RunSettings(steps=25), 3, Console(file=out, width=80))
     for step in range(3, 26):
         report = StepReport(step, 2.0, 1.0, 1e-3, 1.0, 2.5 * 2**30, figures=figures)
         progress.step(step, report.values())
@@ -139,7 +139,7 @@ def test_a_log_file_gets_plain_lines_every_few_steps():
 @pytest.mark.parametrize(("norm", "words"), [(123.4567, "123.457"), (1.5e20, "1.500e+20")])
 def test_a_gradient_norm_stays_short_however_large_it_is(norm, words):
     out = io.StringIO()
-    progress = Progress(RunSettings(steps=1), 1, Console(file=out, width=80))
+    progress = ProgressDisplay(RunSettings(steps=1), 1, Console(file=out, width=80))
     progress.step(1, StepReport(1, 2.0, norm, 1e-3, 1.0, 1.0).values())
     assert f"  grad norm {words}  " in out.getvalue()
 
@@ -147,7 +147,7 @@ def test_a_gradient_norm_stays_short_however_large_it_is(norm, words):
 def test_a_terminal_gets_a_live_line():
     out = io.StringIO()
     console = Console(file=out, width=110, force_terminal=True)
-    progress = Progress(RunSettings(steps=5), 1, console)
+    progress = ProgressDisplay(RunSettings(steps=5), 1, console)
     progress.step(1, {"loss": 2.0})
     progress.close()
     assert "\x1b[" in out.getvalue()

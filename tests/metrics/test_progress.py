@@ -12,7 +12,7 @@ from rich.console import Console
 from vp_train.config import ConfigError, RunSettings
 from vp_train.config.figures import PROGRESS
 from vp_train.metrics import progress as progress_module
-from vp_train.metrics.progress import Progress, Validation, folded, print_line
+from vp_train.metrics.progress import ProgressDisplay, Validation, folded, print_line
 from vp_train.units import clock, plural
 
 SETTINGS = RunSettings(steps=5)
@@ -34,7 +34,7 @@ def test_only_one_thing_is_in_the_singular():
 
 def test_a_rank_that_leaves_without_a_word_leaves_the_cursor_visible():
     out = io.StringIO()
-    progress = Progress(SETTINGS, 1, Console(file=out, width=110, force_terminal=True))
+    progress = ProgressDisplay(SETTINGS, 1, Console(file=out, width=110, force_terminal=True))
     progress.step(1, VALUES)
     assert out.getvalue().rfind("\x1b[?25h") > out.getvalue().rfind("\x1b[?25l")
     progress.close()
@@ -48,13 +48,13 @@ def test_a_line_reaches_the_log_file_before_the_next_step():
             self.seen = self.getvalue()
 
     out = Flushed()
-    Progress(SETTINGS, 1, Console(file=out, width=110)).step(1, VALUES)
+    ProgressDisplay(SETTINGS, 1, Console(file=out, width=110)).step(1, VALUES)
     assert "loss 2.0000" in out.seen
 
 
 def test_a_message_longer_than_the_terminal_stays_one_line_of_the_log():
     out = io.StringIO()
-    Progress(SETTINGS, 1, Console(file=out, width=40)).say("step 3: [bold] " + "x" * 200)
+    ProgressDisplay(SETTINGS, 1, Console(file=out, width=40)).say("step 3: [bold] " + "x" * 200)
     assert out.getvalue() == "step 3: [bold] " + "x" * 200 + "\n"
 
 
@@ -74,7 +74,7 @@ def stopped(monkeypatch):
 def test_the_live_lines_of_a_terminal_cut_nothing(width, stopped):
     out = io.StringIO()
     settings = RunSettings(steps=50, progress=PROGRESS)
-    progress = Progress(settings, 1, Console(file=out, width=width, force_terminal=True))
+    progress = ProgressDisplay(settings, 1, Console(file=out, width=width, force_terminal=True))
     progress.step(2, dict.fromkeys(PROGRESS, 0.25))  # no line that stays: only the live ones
     progress._live.refresh()
     shown = out.getvalue()
@@ -94,7 +94,7 @@ def test_parts_are_folded_between_and_never_within():
 def test_a_line_has_the_chosen_figures_in_their_order_and_leaves_out_what_is_unknown():
     out = io.StringIO()
     settings = RunSettings(steps=5, progress=("mfu", "seconds/waiting_worst", "loss"))
-    progress = Progress(settings, 1, Console(file=out, width=20))
+    progress = ProgressDisplay(settings, 1, Console(file=out, width=20))
     progress.step(1, {"loss": 2.0, "seconds/waiting_worst": 0.05})
     progress.step(5, {"loss": 2.0, "seconds/waiting_worst": 0.05})
     assert out.getvalue().splitlines() == [
@@ -111,7 +111,7 @@ def test_a_run_that_goes_back_behind_its_first_step_still_knows_the_time_left(st
     """The run goes back from step 101, whose checkpoint is damaged, to that of step 99."""
     out = io.StringIO()
     settings = RunSettings(steps=102, log_every=1, progress=("left",))
-    progress = Progress(settings, 101, Console(file=out, width=80))
+    progress = ProgressDisplay(settings, 101, Console(file=out, width=80))
     for step in (101, 99, 100, 101, 102):
         progress.step(step, {})
     assert out.getvalue().count("0:00 left") == 5
@@ -121,7 +121,7 @@ def test_a_run_that_goes_back_behind_its_first_step_still_knows_the_time_left(st
 def test_the_first_step_the_last_one_and_every_few_of_them_stay(first, every):
     out = io.StringIO()
     settings = RunSettings(steps=11, log_every=every, progress=("loss",))
-    progress = Progress(settings, first, Console(file=out, width=80))
+    progress = ProgressDisplay(settings, first, Console(file=out, width=80))
     for step in range(first, 12):
         progress.step(step, {"loss": float(step)})
     said = [int(line.split("/")[0].split()[-1]) for line in out.getvalue().splitlines()]
@@ -132,7 +132,7 @@ def test_the_time_left_is_that_of_as_many_steps_as_are_left(monkeypatch):
     now, out = [100.0], io.StringIO()
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     settings = RunSettings(steps=9, log_every=1, progress=("left",))
-    progress = Progress(settings, 3, Console(file=out, width=80))
+    progress = ProgressDisplay(settings, 3, Console(file=out, width=80))
     for step, left in ((3, "1:00"), (4, "0:50"), (5, "0:40"), (9, "0:00")):
         now[0] += 10.0 * ((step == 9 and 4) or 1)
         progress.step(step, {})
@@ -142,7 +142,7 @@ def test_the_time_left_is_that_of_as_many_steps_as_are_left(monkeypatch):
 def test_what_is_unknown_at_the_first_step_is_said_there_and_not_again():
     out = io.StringIO()
     settings = RunSettings(steps=3, log_every=1, progress=("bubble_mean", "loss"))
-    progress = Progress(settings, 1, Console(file=out, width=80))
+    progress = ProgressDisplay(settings, 1, Console(file=out, width=80))
     for step in (1, 2, 3):
         progress.step(step, {"loss": 1.0})
     first, *others = out.getvalue().splitlines()
@@ -173,7 +173,7 @@ def test_a_validation_is_known_by_the_name_of_its_set(found, values, words):
 def test_no_older_step_stands_below_a_line_that_stays():
     out = io.StringIO()
     settings = RunSettings(steps=50, log_every=20)
-    progress = Progress(settings, 1, Console(file=out, width=80, force_terminal=True))
+    progress = ProgressDisplay(settings, 1, Console(file=out, width=80, force_terminal=True))
     for step, stays in ((18, False), (19, False), (20, True)):
         progress.step(step, {"loss": 0.25})
         shown = out.getvalue().rpartition("\x1b[2K")[2]
@@ -186,10 +186,12 @@ def test_no_older_step_stands_below_a_line_that_stays():
 
 def test_no_live_line_stays_at_the_end():
     out = io.StringIO()
-    progress = Progress(RunSettings(steps=50), 1, Console(file=out, width=80, force_terminal=True))
+    progress = ProgressDisplay(
+        RunSettings(steps=50), 1, Console(file=out, width=80, force_terminal=True)
+    )
     progress.step(2, {"loss": 0.25})
     progress._live.refresh()
     assert "step  2/50" in out.getvalue().rpartition("\x1b[2K")[2]
     progress.close()
     assert "step" not in out.getvalue().rpartition("\x1b[2K")[2]
-    Progress(RunSettings(steps=50), 1, Console(file=out, width=80)).close()
+    ProgressDisplay(RunSettings(steps=50), 1, Console(file=out, width=80)).close()

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from schedules.lower import Exchange
 from schedules.problem import Collective
 from schedules.vocab import End, Payload, Transfer
-from vp_train.pipeline.comms import Comms, Issued, ProcessGroups
+from vp_train.pipeline.comms import Comms, ProcessGroups
 from vp_train.pipeline.groups import Groups
+from vp_train.tensors.pending import Issued
 
 PASS_SECONDS, MESSAGE_SECONDS = 1.0, 0.2
 

@@ -25,12 +25,13 @@ from tests.pipeline.truth import random_batch
 from vp_train.config import VocabConfig
 from vp_train.pipeline import comms as comms_module
 from vp_train.pipeline.aside import Aside, _stop
-from vp_train.pipeline.comms import Comms, Delivery, Issued, ProcessGroups, _start_collective
+from vp_train.pipeline.comms import Comms, Delivery, ProcessGroups, _start_collective
 from vp_train.pipeline.groups import Groups
 from vp_train.pipeline.offload import HostLink
 from vp_train.pipeline.recorder import Named, Recorder, joined_communications
 from vp_train.pipeline.stopwatch import Part, Stopwatch
 from vp_train.pipeline.timers import CudaTimer, HostTimer
+from vp_train.tensors.pending import Issued, Then
 from vp_train.tensors.streams import CudaStreams, HostOrder, Lead
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")  # a device that this machine has
@@ -224,6 +225,18 @@ def test_what_needs_no_work_is_complete_and_delivers_itself():
     assert log == ["wait"]
 
 
+def test_what_follows_a_communication_happens_when_somebody_waits_and_not_before():
+    work, log = SimpleNamespace(done=False), []
+    work.is_completed, work.wait = lambda: work.done, lambda: log.append("wait")
+    finished = Then(Issued(work, torch.ones(1)), lambda result: log.append("finish") or 2 * result)
+    assert not finished.is_completed()
+    work.done = True
+    assert finished.is_completed()
+    assert log == []
+    assert finished.wait().tolist() == [2]
+    assert log == ["wait", "finish"]
+
+
 @pytest.fixture
 def transport_of(monkeypatch):
     """Return a function for transports whose messages go nowhere; their arguments are noted."""
@@ -336,16 +349,13 @@ def test_what_only_the_leader_receives_is_passed_on_to_its_tensor_parallel_ranks
     """Other ranks have no rows, or as many as the result has, before it arrives."""
     _, calls = transport_of()
     received = torch.zeros(2, 3)
-    pending = comms_module._PassedOn(Issued(None, received), 20, "tensor", num_rows)
-    result = pending.wait()
+    result = comms_module._pass_on("tensor", 20, num_rows, received)
     assert result.shape == (num_rows, 3)
     assert (result is received) == (num_rows == 2)
     ((name, passed, arguments, options),) = calls
     assert (name, arguments, options) == ("broadcast", (20,), {"group": "tensor"})
     assert passed is result
-    assert pending.is_completed()
-    same = comms_module._PassedOn(Issued(None, received), 20, "tensor", None)
-    assert same.wait() is received
+    assert comms_module._pass_on("tensor", 20, None, received) is received
 
 
 def test_rows_go_from_and_to_the_owner_alone():

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from schedules.check import check_program
 from schedules.generators import GENERATORS
 from schedules.ir import Kind, Pass
-from schedules.lower import TRANSFERS, Action, Op
+from schedules.lower import HOST_TRANSFERS, Action, Op
 from tests.local import run_locally
 from tests.pipeline.compare import assert_all_close
 from tests.pipeline.equivalence import ALGORITHMS, compare_locally, config_of
@@ -260,9 +260,9 @@ def test_the_recorder_counts_what_is_on_the_device_and_shows_the_copies():
     recorder, _ = recorded(offloading(config), plan_of(config, 2, seed=None))
     assert 0.25 < recorder.peak_bytes / without.peak_bytes < 0.5
     copies = [span for span in recorder.communications if ":" in span.name]
-    names = [f"{action}:0F{i}" for action in TRANSFERS for i in range(4)]
+    names = [f"{action}:0F{i}" for action in HOST_TRANSFERS for i in range(4)]
     assert sorted(span.name for span in copies) == sorted(names)
-    assert {span.kind for span in copies} == {str(action) for action in TRANSFERS}
+    assert {span.kind for span in copies} == {str(action) for action in HOST_TRANSFERS}
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ class FailsAt:
         return pending
 
 
-@pytest.mark.parametrize("action", TRANSFERS)
+@pytest.mark.parametrize("action", HOST_TRANSFERS)
 def test_a_rank_that_fails_at_a_copy_ends_all_with_its_error(action):
     """And the next run in this process begins anew."""
     config = offloading(config_of(2, 4, 101))

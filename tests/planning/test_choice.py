@@ -20,7 +20,6 @@ from vp_train.planning.choice import (
     Kept,
     as_typed,
     batch_of,
-    beside,
     counts_of_chunks,
     fitting_batches,
     most_chunks,
@@ -33,6 +32,7 @@ from vp_train.planning.choice import (
     space_of,
     splits_of,
     with_batch_of,
+    with_other_chunks,
     with_replicas,
     without_vocabulary_of,
 )
@@ -250,11 +250,11 @@ def test_chunks_are_tried_where_stages_shrink_and_where_all_are_alike():
 
 def test_one_stage_more_or_less_is_beside_a_choice():
     choice = next(c for c in space_of(config_of()).choices if c.num_chunks == 2)
-    assert [one.num_chunks for one in beside(choice, 6 * choice.degrees.pp)] == [3]
+    assert [one.num_chunks for one in with_other_chunks(choice, 6 * choice.degrees.pp)] == [3]
     wide = replace(choice, num_chunks=5, placement="balanced")
-    found = beside(wide, 6 * choice.degrees.pp)
+    found = with_other_chunks(wide, 6 * choice.degrees.pp)
     assert [(one.num_chunks, one.placement) for one in found] == [(4, "balanced"), (6, "even")]
-    assert beside(replace(choice, num_chunks=None), 6) == []
+    assert with_other_chunks(replace(choice, num_chunks=None), 6) == []
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import (
     Way,
-    beside,
     contention_words,
+    for_another_plan,
     helps_of,
     larger_batch_of,
     pipeline_way,
@@ -231,7 +231,7 @@ def test_another_plan_may_use_what_a_proposal_may_where_the_plan_itself_uses_no_
     for part, is_lean in ((0.94, True), (0.96, False), (0.999, False), (1.1, False)):
         cluster = replace(config.cluster, **{setting: needs[setting] / part / 2**30})
         typed = replace(config, cluster=cluster)
-        rest = beside(typed, make_report(typed))
+        rest = for_another_plan(typed, make_report(typed))
         assert rest == replace(typed, cluster=with_margin(cluster) if is_lean else cluster)
 
 
@@ -283,7 +283,7 @@ def test_searches_that_share_what_they_know_simulate_no_step_twice(part, recompu
     report = make_report(config)
     gib = report.ranks[report.worst].memory.total / part / 2**30
     config = replace(config, cluster=replace(config.cluster, memory_gib=gib))
-    report, rest = make_report(config), beside(config, make_report(config))
+    report, rest = make_report(config), for_another_plan(config, make_report(config))
     assert (rest == config) is (part > 0.95)
     shared = Shared(Scales(rest, limit_of(rest.cluster)))
     without_vocabulary(rest, report.degrees, shared)

@@ -12,7 +12,7 @@ from schedules.ir import Kind
 from schedules.vocab import End
 from vp_train.model import shape
 from vp_train.planning.cluster import replica_seconds
-from vp_train.planning.overlap import Exchange, _lateness, _Run, _runs, _sums_end, exchange
+from vp_train.planning.overlap import ReplicaExchange, _lateness, _Run, _runs, _sums_end, exchange
 from vp_train.planning.plan import plan_step
 from vp_train.settings import load_config
 
@@ -170,6 +170,6 @@ def test_what_is_exposed_is_the_latest_rank_or_all_where_nothing_overlaps(sums, 
     assert nothing.exposed_sums == pytest.approx(0, abs=1e-9)
     there = replace(optim, offload=True)
     sums_there = replica_seconds(step.work, config.cluster, there, 400_000)
-    assert exchange(step, config.cluster, there, parameters, updates) == Exchange(
+    assert exchange(step, config.cluster, there, parameters, updates) == ReplicaExchange(
         *(sums_there.sums, sums_there.gathers) * 2
     )

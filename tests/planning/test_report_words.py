@@ -10,7 +10,7 @@ import pytest
 
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.memory import HostUsage, RankMemory
-from vp_train.planning.overlap import Exchange
+from vp_train.planning.overlap import ReplicaExchange
 from vp_train.planning.report import Offloading, RankReport, make_report, optimizer_seconds
 from vp_train.settings import load_config
 
@@ -39,7 +39,7 @@ def report(planned):
         gradients=3.0,
         optimizer=2.0,
         bound=12.0,
-        exchange=Exchange(4.0, 3.0, 1.5, 1.5),
+        exchange=ReplicaExchange(4.0, 3.0, 1.5, 1.5),
         messages=1.0,
         offloading=None,
         host=HostUsage(),
@@ -110,11 +110,13 @@ def test_what_is_exposed_is_that_of_the_busiest_rank_and_says_the_whole(report):
         "optimizer": 2.0,
     }
     assert sum(found.parts.values()) == found.step_seconds
-    hidden = replace(report, gradients=0.0, messages=None, exchange=Exchange(4.0, 0.0, 0.0, 0.0))
+    hidden = replace(
+        report, gradients=0.0, messages=None, exchange=ReplicaExchange(4.0, 0.0, 0.0, 0.0)
+    )
     assert hidden.exposed_words == "0.0% of the step: gradients 0.0% of 23.5%"
-    nothing = replace(hidden, exchange=Exchange(0.0, 0.0, 0.0, 0.0))
+    nothing = replace(hidden, exchange=ReplicaExchange(0.0, 0.0, 0.0, 0.0))
     assert nothing.exposed_words == "0.0% of the step"
-    all_of_it = replace(report, exchange=Exchange(1.5, 1.5, 1.5, 1.5), messages=0.0)
+    all_of_it = replace(report, exchange=ReplicaExchange(1.5, 1.5, 1.5, 1.5), messages=0.0)
     assert all_of_it.exposed_words == "15.0% of the step: gradients 7.5%, parameters 7.5%"
 
 

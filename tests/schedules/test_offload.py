@@ -13,7 +13,7 @@ from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.ir import Kind, Offload, Pass, Schedule
 from schedules.jitter import Disturbance, disturbed_steps
-from schedules.lower import TRANSFERS, Action, Op, Program, lower
+from schedules.lower import HOST_TRANSFERS, Action, Op, Program, lower
 from schedules.network import Network
 from schedules.offload import place_transfers
 from schedules.problem import Problem
@@ -293,7 +293,7 @@ def test_a_program_with_a_missing_doubled_or_misplaced_transfer_is_refused():
     caught = 0
     for rank, ops in enumerate(program.ranks):
         for place, op in enumerate(ops):
-            if op.action not in TRANSFERS:
+            if op.action not in HOST_TRANSFERS:
                 continue
             rest = [*ops[:place], *ops[place + 1 :]]
             made = rest.index(next(o for o in rest if str(o.item) == str(op.item)))

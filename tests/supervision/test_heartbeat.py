@@ -9,7 +9,7 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from vp_train.supervision.heartbeat import Beat, Heartbeat, Place, Stall
+from vp_train.supervision.heartbeat import Activity, Beat, Heartbeat, Stall
 
 
 def beat(count, *, waits=False):
@@ -67,8 +67,8 @@ def test_what_is_no_beat_counts_as_none(text):
 def test_beats_go_through_the_store_as_json_and_stop():
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     hearts = [Heartbeat(("127.0.0.1", server.port), rank) for rank in range(2)]
-    hearts[0].follow(lambda: Place("step 1, training, wait:C1.0", waits=True))
-    hearts[1].follow(lambda: Place("step 1, training, 1F0"))
+    hearts[0].follow(lambda: Activity("step 1, training, wait:C1.0", waits=True))
+    hearts[1].follow(lambda: Activity("step 1, training, 1F0"))
     deadline = time.monotonic() + 20
     while not all(server.check([f"vp_train/0/beat/{rank}"]) for rank in range(2)):
         assert time.monotonic() < deadline

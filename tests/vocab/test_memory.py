@@ -12,7 +12,7 @@ from vp_train.tensors.precision import column_sums
 from vp_train.vocab import chunks
 from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
-from vp_train.vocab.products import Products
+from vp_train.vocab.products import VocabProducts
 from vp_train.vocab.shard import Shard
 
 T, H, R = 16, 8, 4096
@@ -34,7 +34,7 @@ def test_a_chunk_is_the_largest_whose_logits_fit_if_its_bounds_allow(num_tokens,
 
 
 def test_scratch_of_a_name_and_dtype_is_one_memory_as_large_as_the_largest_use():
-    products, seen = Products(), {}
+    products, seen = VocabProducts(), {}
     for shape in ((4, 5), (2, 3), (20,), (3, 7), (4, 5)):
         for name, dtype in product("ab", (torch.float32, torch.bfloat16)):
             scratch = products.scratch(name, shape, dtype, torch.device("cpu"))

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from schedules.generators.frontier import Point, caps_of, frontier
+from schedules.generators.frontier import FrontierPoint, caps_of, frontier
 from schedules.render import duration
-from vp_train.commands.plot import Frontier, Mark, frontier_figure, frontier_pictures
+from vp_train.commands.plot import Frontier, Marker, frontier_figure, frontier_pictures
 from vp_train.commands.searching import Searching
 from vp_train.config import RunConfig
 from vp_train.planning.degrees import wanted_ranks
@@ -25,7 +25,7 @@ class Curve:
     """The frontier of one vocabulary algorithm."""
 
     vocab: str
-    points: tuple[Point, ...]
+    points: tuple[FrontierPoint, ...]
 
     def bubble_within(self, kept: float) -> float | None:
         """Return the bubble of the best point that keeps at most `kept` bytes; None without one."""
@@ -57,7 +57,7 @@ def curves(config: RunConfig, algorithms: Sequence[str], searching: Searching) -
     return found
 
 
-def _line(point: Point) -> str:
+def _line(point: FrontierPoint) -> str:
     timeline = point.timeline
     return (
         f"{human_bytes(point.cap):>10} {human_bytes(max(timeline.peak_bytes)):>10} "
@@ -67,7 +67,7 @@ def _line(point: Point) -> str:
 
 
 def write(
-    directory: Path, found: Sequence[Curve], named: Sequence[Mark], heading: str, unit: float
+    directory: Path, found: Sequence[Curve], named: Sequence[Marker], heading: str, unit: float
 ) -> list[str]:
     """Write table, schedules and pictures to `directory`, and return the names of the files.
 
@@ -104,7 +104,7 @@ def write(
     return ["frontier.json", *frontier_pictures(figure, directory), *schedules]
 
 
-def record(point: Point) -> Mapping[str, Any]:
+def record(point: FrontierPoint) -> Mapping[str, Any]:
     """Return a point for frontier.json: seconds, bytes, and fractions."""
     timeline = point.timeline
     return {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vp_train.commands.command import Parser, guarded, number, path_of, whole_number
-from vp_train.commands.opened import Work, parser_of, run_opened
+from vp_train.commands.opened import RunCommand, parser_of, run_opened
 from vp_train.commands.place import is_rank
 from vp_train.commands.score import documents_of
 from vp_train.config import ConfigError, printable
@@ -48,8 +48,9 @@ def _generate(arguments: Sequence[str]) -> int:
                 print()
             _continue(run, prompt, options, num_tokens, is_first)
 
-    work = Work("vp-generate", __name__, body, "give a prompt as --prompt TEXT", fills=False)
-    return run_opened(work, options, _same_arguments(options, prompts))
+    hint = "give a prompt as --prompt TEXT"
+    command = RunCommand("vp-generate", __name__, body, hint, fills=False)
+    return run_opened(command, options, _same_arguments(options, prompts))
 
 
 def _parser() -> Parser:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RunCommand:
     """A command on an opened run.
 
     name: of the command.
@@ -85,7 +85,7 @@ def parser_of(name: str, description: str, file: tuple[str, str] | None = None) 
     return parser
 
 
-def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def run_opened(command: RunCommand, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Open the run that `options` name, on as many ranks as its layout has, and do the work.
 
     `arguments` are those with which new processes do the same.  Returns the exit code; a rank ends
@@ -94,7 +94,7 @@ def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]
     for word in options.settings:
         check_printable(word)
         if "=" not in word:
-            raise ConfigError(f"{word!r} is not key=value; {work.hint}")
+            raise ConfigError(f"{word!r} is not key=value; {command.hint}")
     is_one = is_rank(os.environ)
     num_ranks = int(os.environ["WORLD_SIZE"]) if is_one else None
     opening = opening_of(
@@ -103,21 +103,21 @@ def run_opened(work: Work, options: argparse.Namespace, arguments: Sequence[str]
         num_ranks=num_ranks,
         device=options.device,
         dtype=options.dtype,
-        fills=work.fills,
+        fills=command.fills,
     )
-    work.check(opening.config)
+    command.check(opening.config)
     if is_one:
-        _be_rank(work, opening)
+        _be_rank(command, opening)
     if opening.degrees.num_ranks > 1:
-        return _on_ranks(work, opening, arguments)
+        return _on_ranks(command, opening, arguments)
     from vp_train.inference.opening import leaving_no_group
 
     with leaving_no_group():
-        _open_and_do(work, opening)
+        _open_and_do(command, opening)
     return EXIT_OK
 
 
-def _open_and_do(work: Work, opening: Opening) -> None:
+def _open_and_do(command: RunCommand, opening: Opening) -> None:
     """Open the run and do the work, in one process or as a rank that has met the others."""
     from vp_train.inference.opening import opened
     from vp_train.tensors import compiling
@@ -130,23 +130,23 @@ def _open_and_do(work: Work, opening: Opening) -> None:
         ranks = "" if opening.degrees.num_ranks == 1 else f", {opening.degrees}"
         words = f"{run.checkpoint}, {run.config.run.dtype}{ranks}"
         print(words, file=sys.stderr, flush=True)
-    work.body(run, is_first)
+    command.body(run, is_first)
 
 
-def _be_rank(work: Work, opening: Opening) -> NoReturn:
+def _be_rank(command: RunCommand, opening: Opening) -> NoReturn:
     """Do the work as the rank that the environment names, and end the process."""
     rank, ending = int(os.environ["RANK"]), Ending(EXIT_OK, "")
     try:
         die_with_launcher(int(os.environ.get(LAUNCHER, os.getppid())))
         _end_by_signals()
         _connect(opening)
-        _open_and_do(work, opening)
+        _open_and_do(command, opening)
         sys.stdout.flush()
     except BaseException as error:
         lost = peer_failure(error, opening.config.run)
-        ending = ending_of_command(error, work.name)
+        ending = ending_of_command(error, command.name)
         if lost is not None:
-            ending = replace(lost, words=f"{work.name}: rank {rank}: {lost.words}")
+            ending = replace(lost, words=f"{command.name}: rank {rank}: {lost.words}")
         if PIPE not in os.environ:  # torchrun has started it
             if prints() or not isinstance(error, ConfigError):
                 print(ending.words, file=sys.stderr, flush=True)
@@ -179,7 +179,7 @@ def _connect(opening: Opening) -> None:
     join_world(backend, timedelta(seconds=settings.world_timeout_seconds))
 
 
-def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
+def _on_ranks(command: RunCommand, opening: Opening, arguments: Sequence[str]) -> int:
     """Start the ranks of the layout on this machine, wait for them, and return the exit code."""
     from vp_train.commands.agent import Job, run_job
     from vp_train.commands.launch import import_for_ranks, starts_by_fork
@@ -198,8 +198,10 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
 
     def starter(resumes: bool) -> Starter:
         if by_fork:
-            return forked(lambda: _be_rank(work, opening))
-        return new_process([sys.executable, "-u", *search_options(), "-m", work.module, *arguments])
+            return forked(lambda: _be_rank(command, opening))
+        return new_process(
+            [sys.executable, "-u", *search_options(), "-m", command.module, *arguments]
+        )
 
     news = OneNode(Place(host=socket.gethostname()))
     job = Job(
@@ -214,6 +216,6 @@ def _on_ranks(work: Work, opening: Opening, arguments: Sequence[str]) -> int:
     if number in SIGNALS:
         words = f"stopped by {signal.Signals(number).name}"
     if words and number != signal.SIGPIPE:  # a reader like `head` has seen enough
-        prefix = "" if words.startswith(work.name) else f"{work.name}: "
+        prefix = "" if words.startswith(command.name) else f"{command.name}: "
         print(f"{prefix}{words}", file=sys.stderr, flush=True)
     return ending.code

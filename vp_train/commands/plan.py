@@ -40,8 +40,8 @@ from vp_train.planning.choice import (
     with_replicas,
 )
 from vp_train.planning.cluster import MARGIN, limit_of
-from vp_train.planning.compare import Help, beside, helps_of, larger_batch_of, rivals_of
-from vp_train.planning.found import Estimate, Limits, Result
+from vp_train.planning.compare import Help, for_another_plan, helps_of, larger_batch_of, rivals_of
+from vp_train.planning.found import Estimate, Limits, SearchResult
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.plan import SEARCHING, read_schedule
 from vp_train.planning.report import PlanReport, make_report
@@ -205,7 +205,7 @@ def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help
             comparing.work_on("planning what would help")
             comparing.print(text_of(remedy_lines(config, report, comparing.work_on)))
         comparing.work_on("searching the same split without vocabulary parallelism")
-        rest = beside(config, report)
+        rest = for_another_plan(config, report)
         shared = Shared(Scales(rest, limit_of(rest.cluster)))
         without = without_of(rest, report, shared)
         comparing.print(text_of(without_lines(report, without)))
@@ -264,7 +264,7 @@ def show_search(config: RunConfig, limits: Limits, path: Path | None, kept: Kept
     return EXIT_TIME if result.num_open else EXIT_CONFIG
 
 
-def search_record(config: RunConfig, limits: Limits, result: Result) -> dict[str, Any]:
+def search_record(config: RunConfig, limits: Limits, result: SearchResult) -> dict[str, Any]:
     """Return the result of a search for JSON, in bytes and seconds."""
     rivals = None
     if result.best and has_fsdp(config):

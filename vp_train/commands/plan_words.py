@@ -19,7 +19,7 @@ from vp_train.model import shape
 from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.compare import Help, contention_words, fsdp_way, pipeline_way
-from vp_train.planning.found import Estimate, Result
+from vp_train.planning.found import Estimate, SearchResult
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.memory import RankMemory
 from vp_train.planning.placement import nothing_offloaded_words
@@ -179,13 +179,13 @@ def _broken(line: str, width: int) -> list[str]:
     return [(" " * start if n else line[:start]) + part for n, part in enumerate(parts)]
 
 
-def without_of(config: RunConfig, report: PlanReport, shared: Shared) -> Result | None:
+def without_of(config: RunConfig, report: PlanReport, shared: Shared) -> SearchResult | None:
     """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
     return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees, shared)
 
 
 def decides_lines(
-    config: RunConfig, report: PlanReport, rivals: Rivals, without: Result | None
+    config: RunConfig, report: PlanReport, rivals: Rivals, without: SearchResult | None
 ) -> list[str]:
     """Return what says that the contention decides whether this plan is faster than others."""
     best = None if without is None else without.without_vocabulary
@@ -213,7 +213,7 @@ def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -
     return [f"{'' if place else 'helps':{_LABEL}}{one}" for place, one in enumerate(words)]
 
 
-def without_lines(report: PlanReport, result: Result | None) -> list[str]:
+def without_lines(report: PlanReport, result: SearchResult | None) -> list[str]:
     """Return a line with the best plan of this split that does not split the vocabulary.
 
     Of a plan that does not either, these are other ways to run it, and it may be the best.

@@ -28,7 +28,7 @@ _GAP = 0.022  # the width of a cut, as a part of the time shown
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Marker:
     """One schedule with one vocabulary algorithm in a comparison.
 
     `bubble` is the mean bubble as a fraction, `peak_bytes` the memory of the worst rank.
@@ -194,12 +194,12 @@ def _explain(figure: Figure, timeline: Timeline) -> None:
     )
 
 
-def comparison_png(marks: Sequence[Mark], title: str, path: Path) -> None:
+def comparison_png(marks: Sequence[Marker], title: str, path: Path) -> None:
     """Draw bubble against peak memory, as `comparison_figure`."""
     comparison_figure(marks, title).savefig(path)
 
 
-def comparison_figure(marks: Sequence[Mark], title: str) -> Figure:
+def comparison_figure(marks: Sequence[Marker], title: str) -> Figure:
     """Return a picture of bubble against peak memory.
 
     Every schedule has a colour and every algorithm a shape; keys at the right name them.  A point
@@ -254,7 +254,7 @@ def frontier_pictures(figure: Figure, directory: Path) -> list[str]:
 
 
 def frontier_figure(
-    frontiers: Sequence[Frontier], marks: Sequence[Mark], title: str, unit: float = 2**30
+    frontiers: Sequence[Frontier], marks: Sequence[Marker], title: str, unit: float = 2**30
 ) -> Figure:
     """Return a picture of the frontiers, with the named schedules `marks` as points.
 
@@ -347,7 +347,7 @@ def _spread(axes: Axes, name: str, values: Sequence[float]) -> None:
 def _label(
     figure: Figure,
     axes: Axes,
-    marks: Sequence[Mark],
+    marks: Sequence[Marker],
     inks: dict[str, str],
     *,
     with_vocab: bool = True,
@@ -410,7 +410,7 @@ def _places(width: float, height: float, farthest: float) -> Iterator[tuple[floa
             )
 
 
-def _connect(axes: Axes, mark: Mark, at: tuple[float, float], box: Bbox) -> None:
+def _connect(axes: Axes, mark: Marker, at: tuple[float, float], box: Bbox) -> None:
     """Draw a line from a mark to its label, unless they are neighbours."""
     x, y = min(max(at[0], box.x0), box.x1), min(max(at[1], box.y0), box.y1)
     if math.dist(at, (x, y)) > 16:

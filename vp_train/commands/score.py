@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vp_train.commands.command import Parser, guarded, whole_number
-from vp_train.commands.opened import Work, parser_of, run_opened
+from vp_train.commands.opened import RunCommand, parser_of, run_opened
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.inference.layout import check_context
 
@@ -99,7 +99,7 @@ def _score(arguments: Sequence[str]) -> int:
         check_context(options.context, config.model.seq_length)
 
     hint = "one FILE goes, or one directory of files"
-    return run_opened(Work("vp-score", __name__, body, hint, check=check), options, arguments)
+    return run_opened(RunCommand("vp-score", __name__, body, hint, check=check), options, arguments)
 
 
 def _way_out(path: Path) -> str:

@@ -26,7 +26,7 @@ from vp_train.planning.found import (
     Estimate,
     Found,
     Limits,
-    Result,
+    SearchResult,
     counted,
     memory_of,
     order_of,
@@ -49,7 +49,7 @@ _HOST_MEMORY = "host RAM"
 
 
 def search_lines(
-    config: RunConfig, limits: Limits, result: Result, *, is_stopped: bool = False
+    config: RunConfig, limits: Limits, result: SearchResult, *, is_stopped: bool = False
 ) -> list[str]:
     """Return the best plans in lines, and why others are not among them."""
     lines = _unfinished_lines(limits, result, is_stopped=is_stopped)
@@ -112,7 +112,7 @@ class _Row:
         }
 
 
-def _rows(result: Result) -> list[_Row]:
+def _rows(result: SearchResult) -> list[_Row]:
     """Return the rows of the table.  What is as fast stands by its memory, plans first.
 
     Where all of them offload activations, the best that does not is added.
@@ -139,7 +139,7 @@ def _override_lines(config: RunConfig, first: Found, rows: Sequence[_Row]) -> li
     ]
 
 
-def _unfinished_lines(limits: Limits, result: Result, *, is_stopped: bool) -> list[str]:
+def _unfinished_lines(limits: Limits, result: SearchResult, *, is_stopped: bool) -> list[str]:
     """Return what ended a search before all that might be faster was looked at, and a blank line.
 
     They come first, so that nobody takes a plan for the best there is, nor an estimate for a plan.
@@ -170,7 +170,7 @@ def _choices(count: int) -> str:
     return f"{count:,} {plural(count, 'choice')}"
 
 
-def _vocabulary_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
+def _vocabulary_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) -> list[str]:
     """Return a line with the best plan of the other kind than the first, if both were searched."""
     first, kept = result.best[0], result.kept.values
     if "vocab.algorithm" in kept or kept.get("parallel.pp") == 1:
@@ -188,7 +188,7 @@ def _vocabulary_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -
 
 
 def _contention_lines(
-    config: RunConfig, limits: Limits, result: Result, rivals: Rivals
+    config: RunConfig, limits: Limits, result: SearchResult, rivals: Rivals
 ) -> list[str]:
     """Return a line if the contention decides which of the compared plans is the fastest."""
     first = result.best[0]
@@ -212,7 +212,7 @@ def _contention_lines(
     return [f"decides: {words}"] if words else []
 
 
-def _other_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
+def _other_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) -> list[str]:
     """Return lines with what is worth a look beside the first plan: leaner, and simpler to run."""
     first, others = result.best[0], dict[str, Estimate | None]()
     others["about as fast with less memory"] = result.leaner
@@ -257,7 +257,7 @@ def _host_memory_lines(found: Found, rows: Sequence[_Row], limits: Limits) -> li
 
 
 def _slow_link_lines(
-    config: RunConfig, limits: Limits, result: Result, rows: Sequence[_Row]
+    config: RunConfig, limits: Limits, result: SearchResult, rows: Sequence[_Row]
 ) -> list[str]:
     """Return a line with the slowest link to the host with which the first plan fits.
 
@@ -306,7 +306,7 @@ def _known_words(config: RunConfig) -> str:
     return "memory without a limit" if known is None else f"{known:,.6g} GiB per node"
 
 
-def _table_lines(config: RunConfig, result: Result, rows: Sequence[_Row]) -> list[str]:
+def _table_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) -> list[str]:
     """Return a table of the best in lines, those that are only estimated with `~`.
 
     What all have in common stands above it.
@@ -424,7 +424,7 @@ def _optimizer_words(choice: Choice) -> str:
     return "on hosts" if optim.offload else optim.name
 
 
-def _excluded_lines(result: Result) -> list[str]:
+def _excluded_lines(result: SearchResult) -> list[str]:
     """Return lines with the constraints that rule out most choices, and what is too long."""
     reasons = [one for one in result.excluded.most_common() if one[0] != TOO_LONG]
     lines = [
@@ -439,7 +439,7 @@ def _excluded_lines(result: Result) -> list[str]:
     return lines
 
 
-def _misses(config: RunConfig, limits: Limits, result: Result) -> list[str]:
+def _misses(config: RunConfig, limits: Limits, result: SearchResult) -> list[str]:
     """Return how far the smallest choice is from fitting, and what would help it."""
     leanest = result.leanest
     if leanest is None:

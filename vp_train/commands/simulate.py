@@ -30,7 +30,7 @@ from vp_train.commands import disturbed
 from vp_train.commands.command import Command, collect_rarely, output_directory_of, run, typed
 from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
-from vp_train.commands.plot import Mark, comparison_png, schedule_png
+from vp_train.commands.plot import Marker, comparison_png, schedule_png
 from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.config.errors import unknown
@@ -335,10 +335,10 @@ def _refuse_file(config: RunConfig) -> None:
         )
 
 
-def _marks(outcomes: Sequence[Outcome]) -> list[Mark]:
+def _marks(outcomes: Sequence[Outcome]) -> list[Marker]:
     """Return the points of a picture of bubble against memory."""
     return [
-        Mark(item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes))
+        Marker(item.schedule, item.vocab, item.timeline.mean_bubble, max(item.timeline.peak_bytes))
         for item in outcomes
     ]
 

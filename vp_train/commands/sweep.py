@@ -69,7 +69,7 @@ class SweptRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class RunResult:
     """What a run has come to.  Values are None where its metrics do not have them.
 
     exit_code: None for a run that was not started.
@@ -251,7 +251,7 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
             "-m trains every combination of lists, and no setting has one; write for example "
             "optim.lr=1e-3,3e-4, or drop -m"
         )
-    results = [Result(run.name, run.chosen) for run in runs]
+    results = [RunResult(run.name, run.chosen) for run in runs]
     with noting_signals() as signals:
         for index, (run, config) in enumerate(zip(runs, configs, strict=True)):
             where = f"sweep: {_place(index, runs)}, {run.name}"
@@ -399,9 +399,9 @@ def _steps_done(config: RunConfig) -> int:
     return newest_step(config.run.checkpoints, config.run.steps) or 0
 
 
-def result_of(run: SweptRun, config: RunConfig, exit_code: int | None) -> Result:
+def result_of(run: SweptRun, config: RunConfig, exit_code: int | None) -> RunResult:
     """Return what a run has come to, as far as its metrics.jsonl says it."""
-    result = Result(run.name, run.chosen, exit_code)
+    result = RunResult(run.name, run.chosen, exit_code)
     last: dict[str, float] = {}
     speeds, peak, steps = [], 0.0, 0
     try:
@@ -440,7 +440,7 @@ def _numbers_of(line: bytes) -> dict[str, float]:
     }
 
 
-def best_of(results: Sequence[Result]) -> Result | None:
+def best_of(results: Sequence[RunResult]) -> RunResult | None:
     """Return the finished run with the lowest validation loss, or with the lowest loss.
 
     A run that has diverged, so that one of them is not finite, does not count.  If one of the other
@@ -471,7 +471,7 @@ def _unlike_words(configs: Sequence[RunConfig]) -> str:
     )
 
 
-def _rows(results: Sequence[Result], best: Result | None) -> list[dict[str, object]]:
+def _rows(results: Sequence[RunResult], best: RunResult | None) -> list[dict[str, object]]:
     """Return one row per run, with a column for every setting that some run chose."""
     names = list(dict.fromkeys(name for result in results for name in result.chosen))
     rows = []
@@ -486,7 +486,7 @@ def _rows(results: Sequence[Result], best: Result | None) -> list[dict[str, obje
     return rows
 
 
-def _write(place: Path, results: Sequence[Result]) -> None:
+def _write(place: Path, results: Sequence[RunResult]) -> None:
     """Write the table to `place`.csv and `place`.json."""
     rows, text = _rows(results, best_of(results)), io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -497,7 +497,7 @@ def _write(place: Path, results: Sequence[Result]) -> None:
     replace_file(place.with_name(f"{place.name}.json"), json.dumps(rows, indent=1) + "\n")
 
 
-def _print_table(results: Sequence[Result], best: Result | None) -> None:
+def _print_table(results: Sequence[RunResult], best: RunResult | None) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, header_style="", padding=(0, 1))
     names = list(dict.fromkeys(name for result in results for name in result.chosen))
     figures = ("steps", "loss", "validation", "tokens/s", "peak memory", "exit")

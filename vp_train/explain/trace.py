@@ -15,7 +15,7 @@ from schedules.check import check_schedule
 from schedules.cost import CostModel
 from schedules.generators.stored import recognise
 from schedules.ir import Kind, Offload, Pass, Schedule
-from schedules.lower import TRANSFERS
+from schedules.lower import HOST_TRANSFERS
 from schedules.problem import Problem
 from schedules.replay import RUNTIMES, Runtime
 from schedules.timeline import Span, Timeline
@@ -306,7 +306,7 @@ def _communications(record: Mapping[str, Any], num_ranks: int) -> list[Span]:
         barrier, dot, _ = name.partition(".")
         copy, colon, item = name.partition(":")
         kind = barrier if dot else copy if colon else "hop"
-        if colon and (copy not in TRANSFERS or Pass.parse(item).kind is not Kind.F):
+        if colon and (copy not in HOST_TRANSFERS or Pass.parse(item).kind is not Kind.F):
             raise ValueError(f"communication {shown(name)} is not known")
         found.append(Span(rank, name, kind, -1, -1, start, end))
     return found

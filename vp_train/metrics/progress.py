@@ -97,7 +97,7 @@ def _words_of(key: str) -> Callable[[float], str]:
     }[key]
 
 
-class Progress:
+class ProgressDisplay:
     """A display of finished steps up to `settings.steps`.
 
     A log file gets every `log_every`-th step, the first and the last.

@@ -23,7 +23,7 @@ from vp_train.config.run import SETTLED_STEP
 from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
-from vp_train.metrics.progress import Progress, StepReport, Validation, print_line
+from vp_train.metrics.progress import ProgressDisplay, StepReport, Validation, print_line
 from vp_train.metrics.resumed import rate_words
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
@@ -141,7 +141,7 @@ class Reporter:
             print_line(self._console, line)
         for notice in notices:
             self.note(notice)
-        self._progress = Progress(config.run, self._first_step, self._console)
+        self._progress = ProgressDisplay(config.run, self._first_step, self._console)
         self._ended.append((self._first_step - 1, time.monotonic()))
 
     @property

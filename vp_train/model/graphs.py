@@ -27,7 +27,7 @@ _recording = Lock()  # torch records one graph of a process at a time
 _numbers = count(-2, -1)  # of slots, unlike those of microbatches
 
 
-class Recorder:
+class GraphRecorder:
     """Records work on `stream` as CUDA graphs whose memory is one pool."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -180,7 +180,7 @@ class GraphedStage(nn.Module):
                 # One for all slots, because autograd adds to a parameter on a stream that stays.
                 self._stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
                 self._warm_up(like, self._stream)
-            return _Slot(self.stage, like, Recorder(self._stream), split=self._split)
+            return _Slot(self.stage, like, GraphRecorder(self._stream), split=self._split)
 
     def _addresses(self) -> list[int]:
         """Return the addresses of all parameters and gradients, which graphs have recorded."""

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
+from vp_train.tensors.pending import Issued
 from vp_train.tensors.precision import accumulate, column_sums, statistics_dtype
 from vp_train.tensors.slices import TensorSlice
 
 _Product = tuple[nn.Parameter, Tensor, Tensor]
 
 
-class Products(Protocol):
+class LinearProducts(Protocol):
     """The products of linear layers with their weights W [out, in]; dW is not one of them."""
 
     def output(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
@@ -55,7 +56,7 @@ class PlainProducts:
         return nullcontext()
 
 
-PLAIN: Products = PlainProducts()
+PLAIN: LinearProducts = PlainProducts()
 
 
 class WeightGradStore:
@@ -213,19 +214,6 @@ def _accumulate(weight: nn.Parameter, x: Tensor, dy: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """A collective in progress, and the tensor that its result will be in."""
-
-    work: Any
-    result: Tensor
-
-    def wait(self) -> Tensor:
-        """Return the result; on CUDA the current stream waits for it, else the host."""
-        self.work.wait()
-        return self.result
-
-
-@dataclass(frozen=True, slots=True)
 class SequenceSplit:
     """The communication of sequence parallelism (arXiv 2205.05198) over the ranks of `group`.
 
@@ -234,19 +222,17 @@ class SequenceSplit:
 
     group: dist.ProcessGroup
 
-    def gather(self, part: Tensor) -> Started:
+    def gather(self, part: Tensor) -> Issued:
         """Start the all-gather [s / n, ..] -> [s, ..]; a dimension [s * b] is one too."""
         size = self.group.size()
         whole = part.new_empty((part.shape[0] * size, *part.shape[1:]))
-        return Started(
-            all_gather_single(whole, part.contiguous(), self.group, async_op=True), whole
-        )
+        return Issued(all_gather_single(whole, part.contiguous(), self.group, async_op=True), whole)
 
-    def scatter(self, whole: Tensor) -> Started:
+    def scatter(self, whole: Tensor) -> Issued:
         """Start the reduce-scatter [s, ..] -> [s / n, ..]."""
         size = self.group.size()
         part = whole.new_empty((whole.shape[0] // size, *whole.shape[1:]))
-        return Started(
+        return Issued(
             reduce_scatter_single(part, whole.contiguous(), self.group, async_op=True), part
         )
 
@@ -262,7 +248,7 @@ class LinearRule:
     """
 
     store: WeightGradStore
-    products: Products = PLAIN
+    products: LinearProducts = PLAIN
     group: dist.ProcessGroup | None = None
     sequence: SequenceSplit | None = None
 
@@ -321,7 +307,7 @@ class _LinearFunction(torch.autograd.Function):
         if gathered is not None:
             summed, x = rule.sequence.scatter(dx), gathered.wait()
         elif rule.group is not None:
-            summed = Started(dist.all_reduce(dx, group=rule.group, async_op=True), dx)
+            summed = Issued(dist.all_reduce(dx, group=rule.group, async_op=True), dx)
         if late is None:
             rule.store.put(weight, x.flatten(0, -2), rows)
         else:
@@ -371,7 +357,7 @@ class ColumnLinear(_StoredLinear):
         *,
         config: Any,
         store: WeightGradStore,
-        products: Products = PLAIN,
+        products: LinearProducts = PLAIN,
         tp_group: dist.ProcessGroup,
         sequence: SequenceSplit | None = None,
         parts: int = 1,
@@ -416,7 +402,7 @@ class RowLinear(_StoredLinear):
         *,
         config: Any,
         store: WeightGradStore,
-        products: Products = PLAIN,
+        products: LinearProducts = PLAIN,
         tp_group: dist.ProcessGroup,
         reduce: Callable[[Tensor, dist.ProcessGroup], Tensor],
         bias: bool = False,

@@ -34,7 +34,7 @@ from vp_train.model.linear import (
     PLAIN,
     ColumnLinear,
     LateInput,
-    Products,
+    LinearProducts,
     RowLinear,
     SequenceSplit,
     WeightGradStore,
@@ -263,7 +263,7 @@ class DecoderLayer(nn.Module):
         *,
         group: dist.ProcessGroup,
         store: WeightGradStore,
-        products: Products = PLAIN,
+        products: LinearProducts = PLAIN,
         fuse: Fuse = plain,
         recompute: str = "none",
         split_sequences: bool = False,
@@ -382,7 +382,7 @@ def _build(
     device: torch.device,
     group: dist.ProcessGroup,
     store: WeightGradStore,
-    products: Products,
+    products: LinearProducts,
     fuse: Fuse,
     split_sequences: bool,
 ) -> nn.Module:
@@ -447,7 +447,7 @@ def _set_linears(
     model: ModelConfig,
     group: dist.ProcessGroup,
     store: WeightGradStore,
-    products: Products,
+    products: LinearProducts,
     split_sequences: bool,
 ) -> None:
     """Put our linear functions into the specification of a layer's parts."""

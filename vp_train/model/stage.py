@@ -16,7 +16,7 @@ from vp_train.config import ModelConfig
 from vp_train.model.attention import Documents
 from vp_train.model.completion import Completion
 from vp_train.model.elementwise import Fuse, plain
-from vp_train.model.linear import PLAIN, ColumnLinear, Products, RowLinear, WeightGradStore
+from vp_train.model.linear import PLAIN, ColumnLinear, LinearProducts, RowLinear, WeightGradStore
 from vp_train.model.megatron import DecoderLayer, join_sequence, rotary_table, split_sequence
 from vp_train.model.norm import build_norm
 
@@ -58,7 +58,7 @@ class Stage(nn.Module):
         device: torch.device,
         group: dist.ProcessGroup,
         seed: int,
-        products: Products = PLAIN,
+        products: LinearProducts = PLAIN,
         fuse: Fuse = plain,
         recompute: str = "none",
         split_sequences: bool = False,

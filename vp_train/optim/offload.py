@@ -23,7 +23,7 @@ from vp_train.optim.adamw import MOMENTS, build_adamw
 from vp_train.optim.buckets import bucket_elements
 from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
-from vp_train.optim.replicas import Copy, Replicas
+from vp_train.optim.replicas import Replicas, TiedWeight
 from vp_train.optim.zero import joined
 from vp_train.quiet import quiet_deprecations
 
@@ -40,9 +40,9 @@ class OffloadedAdamW:
         gradients: Gradients,
         optim: OptimConfig,
         replicas: Replicas,
-        copy: Copy | None = None,
+        tied: TiedWeight | None = None,
     ) -> None:
-        self._gradients, self._replicas, self._copy = gradients, replicas, copy
+        self._gradients, self._replicas, self._tied = gradients, replicas, tied
         counted = {
             name
             for bucket in gradients.layout.buckets
@@ -55,7 +55,7 @@ class OffloadedAdamW:
         self._group_counts: list[bool] = []
         # All or none of a group's parameters count for the norm, and a copy is a group of its own:
         # both ranks that hold it have the same part of it.
-        copied = None if copy is None else copy.name
+        copied = None if tied is None else tied.name
         for key in product((True, False), (False, True)):
             counts, _ = key
             owned = [
@@ -129,10 +129,10 @@ class OffloadedAdamW:
         if self._zero is not None:
             self._zero.overlapping_partition_gradients_reduce_epilogue()
         self._started.clear()
-        if self._copy is not None:
-            own = self._shard(self._group_of[self._copy.name][1])
+        if self._tied is not None:
+            own = self._shard(self._group_of[self._tied.name][1])
             terms = own.to(self._gradients.flat.device)
-            self._copy.sum(terms)
+            self._tied.sum(terms)
             own.copy_(terms)
 
     def poison(self) -> Tensor | None:

@@ -12,7 +12,8 @@ from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS, FusedAdamW, by_decay, fresh_state
 from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients, Poison
-from vp_train.optim.replicas import Copy, Pending, Replicas
+from vp_train.optim.replicas import Replicas, TiedWeight
+from vp_train.tensors.pending import Pending
 
 _NORM_ELEMENTS = 1 << 16  # elements at a time on a CPU, where torch first casts them to float64
 
@@ -41,7 +42,7 @@ class Optimizer(Protocol):
     def reduce(self) -> None:
         """Start the sums that have not started, and wait for all.  Collective.
 
-        Then the gradient of a `Copy` is summed over both ranks that hold it.
+        Then the gradient of a `TiedWeight` is summed over both ranks that hold it.
         """
         ...
 
@@ -97,10 +98,10 @@ class ReplicatedAdamW:
         gradients: Gradients,
         optim: OptimConfig,
         replicas: Replicas,
-        copy: Copy | None = None,
+        tied: TiedWeight | None = None,
     ) -> None:
         self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
-        self._copy = copy
+        self._tied = tied
         self._masters = {
             name: parameter
             if parameter.dtype is gradients.dtype
@@ -146,8 +147,8 @@ class ReplicatedAdamW:
         for pending in self._sums:
             pending.wait()
         self._sums.clear()
-        if self._copy is not None:
-            self._copy.sum(self._gradients[self._copy.name])
+        if self._tied is not None:
+            self._tied.sum(self._gradients[self._tied.name])
 
     def poison(self) -> Tensor | None:
         return self._poison.take()

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
-
-
-class Pending(Protocol):
-    """A communication in progress."""
-
-    def wait(self) -> object:
-        """Make later work wait for the result: on CUDA the current stream, else the host."""
-        ...
+from vp_train.tensors.pending import Issued, Pending, Then
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +64,13 @@ class Replicas:
 
     def _issue(self, values: Tensor, issue: Callable[[Tensor], Any]) -> Pending:
         if not self.through_host:
-            work: Pending = issue(values)
-            return work
+            return Issued(issue(values), values)
         host = values.cpu()
-        return _Staged(issue(host), host, values)
+        return Then(Issued(issue(host), host), values.copy_)
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class TiedWeight:
     """A parameter that two ranks of a replica hold, each with a term of its gradient.
 
     The terms are summed over the replicas before they are summed over the two ranks.  Groups of
@@ -91,16 +83,3 @@ class Copy:
 
     name: str
     sum: Callable[[Tensor], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """A communication whose result is still to be copied to the device."""
-
-    work: Pending
-    host: Tensor
-    values: Tensor
-
-    def wait(self) -> None:
-        self.work.wait()
-        self.values.copy_(self.host)

@@ -19,7 +19,8 @@ from vp_train.optim.adamw import MOMENTS, FusedAdamW, fresh_state
 from vp_train.optim.buckets import Bucket, Countdown
 from vp_train.optim.gradients import Gradients, Poison
 from vp_train.optim.optimizer import State, squared_norm
-from vp_train.optim.replicas import Copy, Pending, Replicas
+from vp_train.optim.replicas import Replicas, TiedWeight
+from vp_train.tensors.pending import Pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,10 @@ class ZeroAdamW:
         gradients: Gradients,
         optim: OptimConfig,
         replicas: Replicas,
-        copy: Copy | None = None,
+        tied: TiedWeight | None = None,
     ) -> None:
         self._parameters, self._gradients, self._replicas = dict(parameters), gradients, replicas
-        self._copy = copy
+        self._tied = tied
         self._flat = _flatten(self._parameters, gradients)
         self._shards = {  # by the index of the bucket
             index: self._shard(bucket, optim)
@@ -118,9 +119,9 @@ class ZeroAdamW:
         for pending in self._sums:
             pending.wait()
         self._sums.clear()
-        if self._copy is not None:  # both ranks own the same part of it, alone in its bucket
-            shard = self._shards[self._shard_of[self._copy.name]]
-            self._copy.sum(self._gradients.flat[shard.start : shard.stop])
+        if self._tied is not None:  # both ranks own the same part of it, alone in its bucket
+            shard = self._shards[self._shard_of[self._tied.name]]
+            self._tied.sum(self._gradients.flat[shard.start : shard.stop])
         for parameter in self._parameters.values():
             parameter.grad = None
 

@@ -12,21 +12,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread, current_thread
-from typing import Protocol
 
 from torch import Tensor
 
+from vp_train.tensors.pending import Pending
+
 _STOP_SECONDS = 5.0  # how long to wait for a thread whose message never arrives
-
-
-class Pending(Protocol):
-    """A communication in progress.  It holds every tensor that it reads and writes."""
-
-    def wait(self) -> Tensor:
-        """Return the delivered tensor.  On CUDA the current stream waits, not the host."""
-        ...
-
-    def is_completed(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from operator import methodcaller
 from typing import Protocol
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from schedules.lower import Exchange
 from schedules.vocab import End, Transfer
-from vp_train.pipeline.aside import Aside, Pending
+from vp_train.pipeline.aside import Aside
 from vp_train.pipeline.buffers import Once
 from vp_train.pipeline.groups import Groups
 from vp_train.tensors.collectives import all_gather_single
+from vp_train.tensors.pending import Issued, Pending, Then
 from vp_train.tensors.streams import Mark, Streams, lend, streams_of
 
 Watch = Callable[[Pending], Pending]
@@ -164,77 +166,6 @@ class Comms:
                 kept.popleft().wait()
 
 
-@dataclass(frozen=True, slots=True)
-class Issued:
-    """A communication with the tensor that it delivers and the tensor that it must keep alive."""
-
-    work: dist.Work | None
-    result: Tensor
-    source: Tensor | None = None
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()
-        return lend(self.result)
-
-    def is_completed(self) -> bool:
-        return self.work is None or self.work.is_completed()
-
-
-@dataclass(frozen=True, slots=True)
-class _PassedOn:
-    """A result that only rank `source` receives, and then broadcasts over `group`.
-
-    `source` receives `num_rows` rows.  None means that the result has the same shape on all ranks.
-    """
-
-    pending: Pending
-    source: int
-    group: dist.ProcessGroup
-    num_rows: int | None
-
-    def wait(self) -> Tensor:
-        result = self.pending.wait()
-        if self.num_rows is not None and len(result) != self.num_rows:
-            result = result.new_empty((self.num_rows, *result.shape[1:]))
-        dist.broadcast(result, self.source, group=self.group)
-        return result
-
-    def is_completed(self) -> bool:
-        return self.pending.is_completed()
-
-
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    """A hop of which each tensor-parallel rank receives a part; `whole` gathers all parts."""
-
-    pending: Pending
-    group: dist.ProcessGroup
-    whole: Tensor
-
-    def wait(self) -> Tensor:
-        part = self.pending.wait()
-        all_gather_single(self.whole.view(-1), part, self.group)
-        return self.whole
-
-    def is_completed(self) -> bool:
-        return self.pending.is_completed()
-
-
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    """A result in host memory that must still be copied to the device."""
-
-    pending: Pending
-    device: torch.device
-
-    def wait(self) -> Tensor:
-        return self.pending.wait().to(self.device)
-
-    def is_completed(self) -> bool:
-        return self.pending.is_completed()
-
-
 class ProcessGroups:
     """A transport over the process groups of a pipeline.
 
@@ -242,6 +173,8 @@ class ProcessGroups:
     because gloo cannot send from a GPU.  The host waits for these copies.  With `whole_hops` every
     tensor-parallel rank sends its whole activation, as sequence parallelism needs.  Otherwise all
     of them have the same activation, each sends a part of it, and the receivers gather the parts.
+
+    Another stream than the issuing one may wait for a communication, so each wait lends the result.
     """
 
     def __init__(
@@ -262,7 +195,8 @@ class ProcessGroups:
         part = self._part(tensor) if self._splits(tensor) else tensor
         part = self._outbound(part)
         group = self._groups.sends[peer]
-        return watch(Issued(dist.isend(part, self._groups.ranks[peer], group=group), part))
+        work = dist.isend(part, self._groups.ranks[peer], group=group)
+        return watch(Then(Issued(work, part), lend))
 
     def receive(self, buffer: Tensor, peer: int, *, watch: Watch) -> Pending:
         parted = self._splits(buffer)
@@ -271,10 +205,10 @@ class ProcessGroups:
             into = torch.empty_like(into, device="cpu")
         group = self._groups.receives[peer]
         work = dist.irecv(into, self._groups.ranks[peer], group=group)
-        pending = self._inbound(watch(Issued(work, into)))
+        pending = self._inbound(watch(Then(Issued(work, into), lend)))
         if parted:
             assert self._tensor is not None
-            return _Joined(pending, self._tensor, buffer)
+            return Then(pending, partial(_join, self._tensor, buffer))
         return pending
 
     def _splits(self, tensor: Tensor) -> bool:
@@ -296,20 +230,20 @@ class ProcessGroups:
         group = self._groups.ends[end]
         if group is None:  # one rank owns the whole layer
             tensor = message()
-            return Issued(None, tensor[None] if transfer is Transfer.ALL_GATHER else tensor)
+            own = tensor[None] if transfer is Transfer.ALL_GATHER else tensor
+            return Then(Issued(None, own), lend)
         leader = self._groups.leaders[exchange.root]
 
         def issue() -> Pending:
-            return watch(
-                _start_collective(group, transfer, self._outbound(message()), leader, counts)
-            )
+            own = self._outbound(message())
+            return watch(Then(_start_collective(group, transfer, own, leader, counts), lend))
 
         pending = self._in_order(end, issue, beside=exchange.continues is not None)
         if exchange.delivers and self._tensor is not None:
             if transfer is Transfer.REDUCE:
-                pending = _PassedOn(pending, leader, self._tensor, None)
+                pending = Then(pending, partial(_pass_on, self._tensor, leader, None))
             elif transfer is Transfer.GATHER:
-                pending = _PassedOn(pending, leader, self._tensor, sum(counts))
+                pending = Then(pending, partial(_pass_on, self._tensor, leader, sum(counts)))
         return self._inbound(pending) if exchange.delivers else pending
 
     def _in_order(self, end: End, issue: Callable[[], Pending], *, beside: bool) -> Pending:
@@ -337,7 +271,26 @@ class ProcessGroups:
         return tensor.cpu() if self._through_host else tensor
 
     def _inbound(self, pending: Pending) -> Pending:
-        return _Staged(pending, self._device) if self._through_host else pending
+        if not self._through_host:
+            return pending
+        return Then(pending, methodcaller("to", self._device))
+
+
+def _join(group: dist.ProcessGroup, whole: Tensor, part: Tensor) -> Tensor:
+    """Gather into `whole` the parts of a hop that the ranks of `group` have received."""
+    all_gather_single(whole.view(-1), part, group)
+    return whole
+
+
+def _pass_on(group: dist.ProcessGroup, source: int, num_rows: int | None, result: Tensor) -> Tensor:
+    """Broadcast over `group` the `result` that only rank `source` has received.
+
+    `source` has `num_rows` rows.  None means that `result` has the same shape on all ranks.
+    """
+    if num_rows is not None and len(result) != num_rows:
+        result = result.new_empty((num_rows, *result.shape[1:]))
+    dist.broadcast(result, source, group=group)
+    return result
 
 
 def _start_collective(

@@ -24,10 +24,10 @@ from schedules.ir import Kind, Pass
 from schedules.lower import Action, Exchange, Op, Program
 from schedules.problem import Collective
 from schedules.vocab import Payload
-from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
-from vp_train.pipeline.offload import HostLink, Kept, Owner, storages_of
+from vp_train.pipeline.offload import HostLink, Owner, SavedActivations, storages_of
+from vp_train.tensors.pending import Pending
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.tensors.streams import Lead, Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
@@ -360,7 +360,7 @@ class Executor:
         return None if losses is None else losses.view(m, s, b).transpose(1, 2)
 
 
-class _Entry(torch.autograd.Function):
+class _StageInput(torch.autograd.Function):
     """The input of a stage in a forward pass; its gradient is appended to `gradients`.
 
     A leaf in its place would hold the input, also while that waits in host memory.
@@ -390,7 +390,7 @@ class _Offloads:
         self._moved = {op.item for op in ops if op.action is Action.OFFLOAD}
         numbers = {item.stage for item in self._moved if isinstance(item, Pass)}
         self._owned = {number: storages_of(stages[number]) for number in numbers}
-        self._kept: dict[Pass, Kept] = {}
+        self._kept: dict[Pass, SavedActivations] = {}
 
     def keeping(self, stage: StageModule, item: Pass) -> AbstractContextManager[None]:
         """Return the context for the forward pass `item`, which may be one that is moved."""
@@ -399,7 +399,7 @@ class _Offloads:
         kept = self._kept[item] = self._link.keep(str(item), self._owned[item.stage])
         return stage.offloading(kept.hooks)
 
-    def of(self, op: Op) -> Kept:
+    def of(self, op: Op) -> SavedActivations:
         """Return what the forward pass `op.item` has kept."""
         assert isinstance(op.item, Pass)
         return self._kept[op.item]
@@ -536,7 +536,7 @@ class _Step:
         if self._trains:
             gradients: list[Tensor] = []
             with torch.enable_grad(), self._offloads.keeping(stage, item):
-                x = _Entry.apply(x, torch.empty(0, requires_grad=True), gradients)  # type: ignore[no-untyped-call]
+                x = _StageInput.apply(x, torch.empty(0, requires_grad=True), gradients)  # type: ignore[no-untyped-call]
                 y = stage(x, segments)
             # The gradient edge is enough for the backward, so y itself need not be kept.
             self._saved.put("y", item.stage, item.microbatch, (gradients, get_gradient_edge(y)))
@@ -703,11 +703,11 @@ class _Step:
         return torch.empty(shape, dtype=self._modules.dtype, device=self._modules.device)
 
 
-_MOVES: dict[Action, Callable[[Kept], None]] = {
-    Action.OFFLOAD: Kept.offload,
-    Action.OFFLOADED: Kept.offloaded,
-    Action.RELOAD: Kept.reload,
-    Action.RESTORED: Kept.restored,
+_MOVES: dict[Action, Callable[[SavedActivations], None]] = {
+    Action.OFFLOAD: SavedActivations.offload,
+    Action.OFFLOADED: SavedActivations.offloaded,
+    Action.RELOAD: SavedActivations.reload,
+    Action.RESTORED: SavedActivations.restored,
 }
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from schedules.lower import Exchange
 from schedules.problem import Problem
 from schedules.vocab import End, Transfer
-from vp_train.pipeline.aside import Pending
-from vp_train.pipeline.comms import Issued, Watch
+from vp_train.pipeline.comms import Watch
+from vp_train.tensors.pending import Issued, Pending, Then
 from vp_train.tensors.streams import Mark, Streams, lend, streams_of, with_index
 
 Result = TypeVar("Result")
@@ -241,7 +241,8 @@ class LocalTransport:
         end, members = exchange.end, self._board.members[exchange.end]
         if len(members) == 1:  # nothing to exchange, and nothing to wait for beside the passes
             own = message()
-            return Issued(None, own[None] if exchange.transfer is Transfer.ALL_GATHER else own)
+            own = own[None] if exchange.transfer is Transfer.ALL_GATHER else own
+            return Then(Issued(None, own), lend)
         with nullcontext() if exchange.continues is None else self.streams.beside(end):
             own = message()
             key = self._next(end)

@@ -1,7 +1,7 @@
-"""Kept activations in host memory: what a forward pass saves waits there for its backward.
+"""Saved activations in host memory: what a forward pass saves waits there for its backward.
 
-`HostLink.keep` returns a `Kept` for one forward pass.  Its hooks collect what autograd saves while
-they are active.  Four operations of the program then move it:
+`HostLink.keep` returns the `SavedActivations` of one forward pass.  Their hooks collect what
+autograd saves while they are active.  Four operations of the program then move it:
 
 - `offload` begins to copy it to the host, on a side stream that has waited for the passes;
 - `offloaded` lets the passes wait for that copy, and drops the tensors on the device;
@@ -104,7 +104,7 @@ class HostMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class HostCopy:
     """A copy between device and host that was issued; it holds what it reads and writes.
 
     mark: its end on its stream, None on a CPU, where it has ended.
@@ -133,14 +133,14 @@ class HostLink:
         self.memory = HostMemory(pinned=device.type == "cuda", block_bytes=block_bytes)
         self.moved_bytes = 0  # so far, in either direction
 
-    def keep(self, name: str, owned: Collection[int]) -> Kept:
-        """Return an empty `Kept` for the forward pass `name`.
+    def keep(self, name: str, owned: Collection[int]) -> SavedActivations:
+        """Return empty `SavedActivations` of the forward pass `name`.
 
         owned: the data pointers of storages that never leave the device.
         """
-        return Kept(self, name, owned)
+        return SavedActivations(self, name, owned)
 
-    def copy(self, side: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Copy:
+    def copy(self, side: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> HostCopy:
         """Copy the second tensor of each pair to the first, on the side stream `side`.
 
         The copies begin when the passes have done what was issued before.
@@ -151,7 +151,7 @@ class HostLink:
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
                 self.moved_bytes += target.nbytes
-            return Copy(self._streams, self._streams.mark(), pairs)
+            return HostCopy(self._streams, self._streams.mark(), pairs)
 
 
 class _Storage:
@@ -210,7 +210,7 @@ class _Saved:
         return memory.view(self.dtype).as_strided(self.shape, self.stride, offset)
 
 
-class Kept:
+class SavedActivations:
     """The activations that the offloaded layers of one forward pass keep, and their place.
 
     It holds the tensors until `restored`.  After that only the autograd graph does, and frees each
@@ -223,7 +223,7 @@ class Kept:
         self._blocks: list[Tensor] = []
         self._left = 0  # bytes of the last block that are not used
         self._place = _Place.ON_DEVICE
-        self._copy: Copy | None = None  # the last one
+        self._copy: HostCopy | None = None  # the last one
         self.num_bytes = 0  # that are moved; known when the forward pass has ended
 
     @property
@@ -232,7 +232,7 @@ class Kept:
         return 0 if self._place is _Place.ON_HOST else self.num_bytes
 
     @property
-    def copying(self) -> Copy | None:
+    def copying(self) -> HostCopy | None:
         """Return the copy that was issued last, None if it ended when it was issued."""
         return None if self._copy is None or self._copy.mark is None else self._copy
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from schedules.ir import Kind, Pass
-from schedules.lower import TRANSFERS, Action
+from schedules.lower import HOST_TRANSFERS, Action
 from schedules.timeline import Span
-from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.executor import BLIND, Observer
 from vp_train.pipeline.timers import Timer
+from vp_train.tensors.pending import Pending
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Recorder:
 
     def waits(self, action: Action, item: object) -> AbstractContextManager[None]:
         inner = self.inner.waits(action, item)
-        if action in TRANSFERS and isinstance(item, Pass):
+        if action in HOST_TRANSFERS and isinstance(item, Pass):
             return self._transfer(action, item, inner)
         return inner
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from schedules.ir import Kind, Pass
 from schedules.lower import Action
-from vp_train.pipeline.aside import Pending
 from vp_train.pipeline.timers import Timer
+from vp_train.tensors.pending import Pending
 
 
 class Part(StrEnum):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vp_train.pipeline.aside import Pending
+from vp_train.tensors.pending import Pending
 
 
 class Timer(Protocol):

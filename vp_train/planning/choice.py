@@ -498,7 +498,7 @@ def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> lis
     ]
 
 
-def beside(choice: Choice, num_layers: int) -> list[Choice]:
+def with_other_chunks(choice: Choice, num_layers: int) -> list[Choice]:
     """Return the choices whose ranks have one stage more or less, where this is free."""
     if choice.num_chunks is None:
         return []

@@ -334,7 +334,7 @@ def proposing(config: RunConfig) -> RunConfig:
     return replace(config, cluster=with_margin(config.cluster))
 
 
-def beside(config: RunConfig, report: PlanReport) -> RunConfig:
+def for_another_plan(config: RunConfig, report: PlanReport) -> RunConfig:
     """Return `config` with the memory that another plan may use in the place of its own.
 
     That is what a proposal may use if its own plan leaves as much free, else all.

@@ -147,7 +147,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class SearchResult:
     """The result of a search.
 
     best: the fastest choices that were planned, sorted.  One that is as fast as another of the same

@@ -26,7 +26,7 @@ _READS = {End.INPUT: Kind.E, End.OUTPUT: Kind.S}
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class ReplicaExchange:
     """The seconds of a step in which replicas exchange gradients and parameters, on one rank.
 
     `sums` and `gathers` are whole.  `exposed_sums` and `exposed_gathers` are what they add to the
@@ -65,7 +65,7 @@ def exchange(
     optim: OptimConfig,
     parameters: Sequence[int],
     update_seconds: Sequence[float],
-) -> Exchange:
+) -> ReplicaExchange:
     """Return what the exchange of the replicas adds to a step of the slowest rank.
 
     parameters, update_seconds: of every pipeline rank.  All ranks wait for each other before the
@@ -75,7 +75,7 @@ def exchange(
     whole = [replica_seconds(step.work, cluster, optim, count) for count in parameters]
     sums, gathers = max(one.sums for one in whole), max(one.gathers for one in whole)
     if step.degrees.dp == 1 or optim.offload:
-        return Exchange(sums, gathers, sums, gathers)
+        return ReplicaExchange(sums, gathers, sums, gathers)
     runs = [_runs(step, optim, rank) for rank in range(step.num_ranks)]
     end = step.timeline.makespan
     late_sums = max(_sums_end(step, cluster, optim, rank) for rank in runs) - end
@@ -83,7 +83,7 @@ def exchange(
         _lateness(step, cluster, optim, rank, update)
         for rank, update in zip(runs, update_seconds, strict=True)
     )
-    return Exchange(
+    return ReplicaExchange(
         sums,
         gathers,
         max(0.0, late_sums) if optim.overlap_sums else sums,

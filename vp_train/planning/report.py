@@ -40,7 +40,7 @@ from vp_train.planning.memory import (
     rank_memory,
     state_of,
 )
-from vp_train.planning.overlap import Exchange, exchange
+from vp_train.planning.overlap import ReplicaExchange, exchange
 from vp_train.planning.plan import StepPlan, plan_step, row_advice
 from vp_train.planning.workload import Workload
 from vp_train.units import human_bytes, plural
@@ -122,7 +122,7 @@ class PlanReport:
     bubble: float
     bound: float
     bound_reason: str
-    exchange: Exchange
+    exchange: ReplicaExchange
     messages: float | None = None
     offloading: Offloading | None = None
     host: HostUsage = field(default_factory=HostUsage)

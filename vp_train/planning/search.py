@@ -38,16 +38,16 @@ from vp_train.planning.choice import (
     Kept,
     Space,
     as_typed,
-    beside,
     neighbours,
     offloading,
     space_of,
+    with_other_chunks,
     without_vocabulary_of,
 )
 from vp_train.planning.cluster import limit_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.explore import Explorer
-from vp_train.planning.found import Estimate, Limits, Result, counted
+from vp_train.planning.found import Estimate, Limits, SearchResult, counted
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import plan_nodes
@@ -77,7 +77,7 @@ def search(
     in_time: Callable[[], bool],
     progress: Callable[[str], object],
     space: Space | None = None,
-) -> Result:
+) -> SearchResult:
     """Return the fastest choices that fit, as far as they are found while `in_time()`.
 
     `progress` gets lines to show.  `space` limits the choices.  At least one choice is estimated
@@ -141,7 +141,7 @@ class _Search:
         # Those of which single stages were changed, and whether they recompute less then.
         self._changed: set[tuple[Choice, bool]] = set()
 
-    def run(self, firsts: Sequence[Choice] = ()) -> Result:
+    def run(self, firsts: Sequence[Choice] = ()) -> SearchResult:
         """Search.  `firsts` are estimated before others, whatever effort that takes."""
         offloads = self._offloads
         part = _BEFORE_OFFLOADING if offloads else _FOR_ESTIMATES
@@ -169,7 +169,7 @@ class _Search:
             if not self._plans or self._seen == before or not self._explorer.goes_on():
                 return self._result()
 
-    def _result(self) -> Result:
+    def _result(self) -> SearchResult:
         rows, spare = self._book.distinct()
         first = next((estimate for estimate in rows if estimate.is_planned), None)
         top = rows[: self._limits.top]
@@ -185,7 +185,7 @@ class _Search:
             if estimate.candidate.choice not in spare
         )
         refused = sorted(self._book.refused, key=lambda refusal: refusal.bound)
-        return Result(
+        return SearchResult(
             best=best,
             with_vocabulary=self._book.first(splits_vocabulary=True),
             without_vocabulary=self._book.first(splits_vocabulary=False),
@@ -332,7 +332,8 @@ class _Search:
 
     def _around(self, choice: Choice) -> list[Choice]:
         """Return the choices that `_look_around` tries."""
-        found = neighbours(choice, self._space.choices) + beside(choice, self._num_layers)
+        found = neighbours(choice, self._space.choices)
+        found += with_other_chunks(choice, self._num_layers)
         if self._offloads and (choice.offload or choice.recompute != "none"):
             found += offloading(choice, self._num_layers, where_needed=True)
         return [one for one in found if self._space.kept.against(one) is None]
@@ -341,7 +342,7 @@ class _Search:
         """Return the choice with one more stage on every rank, if there may be one."""
         return [
             one
-            for one in beside(choice, self._num_layers)
+            for one in with_other_chunks(choice, self._num_layers)
             if one.layout.num_stages > choice.layout.num_stages
             and self._space.kept.against(one) is None
         ]
@@ -533,7 +534,9 @@ class _Search:
         self._explorer.say()
 
 
-def without_vocabulary(config: RunConfig, degrees: Degrees, shared: Shared | None = None) -> Result:
+def without_vocabulary(
+    config: RunConfig, degrees: Degrees, shared: Shared | None = None
+) -> SearchResult:
     """Return the fastest ways to run `config` without vocabulary parallelism on the same degrees.
 
     Its schedule, chunks and placement are free, and short steps are simulated, which are `shared`
@@ -556,7 +559,7 @@ def simulated(
     *,
     below: float = math.inf,
     shared: Shared | None = None,
-) -> Result:
+) -> SearchResult:
     """Return the fastest of `space` by short steps of `effort` passes, without a margin.
 
     `firsts` are estimated before others, whatever effort that takes.  What cannot take fewer than

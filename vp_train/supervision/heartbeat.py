@@ -28,7 +28,7 @@ _NEVER = "has never begun: its process hangs before its first beat, or was not s
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Activity:
     """Where a rank stands: what it does, and whether it waits for another rank."""
 
     doing: str
@@ -64,7 +64,7 @@ class Heartbeat:
 
     def __init__(self, address: tuple[str, int], rank: int, attempt: str = "0") -> None:
         self._address, self._rank, self._attempt = address, rank, attempt
-        self._place: Callable[[], Place] = lambda: Place("starts")
+        self._activity: Callable[[], Activity] = lambda: Activity("starts")
         self._stopped = Event()
         Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
@@ -76,9 +76,9 @@ class Heartbeat:
         address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         return cls(address, rank, environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
-    def follow(self, place: Callable[[], Place]) -> None:
-        """Say from now on what `place` returns; the thread calls it."""
-        self._place = place
+    def follow(self, activity: Callable[[], Activity]) -> None:
+        """Say from now on what `activity` returns; the thread calls it."""
+        self._activity = activity
 
     def stop(self) -> None:
         """End the beats."""
@@ -89,8 +89,8 @@ class Heartbeat:
         while not self._stopped.is_set():
             try:
                 store = store or self._store()
-                place = self._place()
-                beat = Beat(count, host, place.doing, place.waits)
+                activity = self._activity()
+                beat = Beat(count, host, activity.doing, activity.waits)
                 store.set(self._key(self._rank), json.dumps(asdict(beat)))
                 count += 1
             except (OSError, RuntimeError):  # there is no store yet, or the connection broke

@@ -23,7 +23,7 @@ from vp_train.failures import (
     silent_peer,
 )
 from vp_train.supervision.ending import leave
-from vp_train.supervision.heartbeat import Heartbeat, Place
+from vp_train.supervision.heartbeat import Activity, Heartbeat
 
 
 class Watcher:
@@ -38,19 +38,19 @@ class Watcher:
 
     def place(self, doing: str, *, waits: bool = False) -> None:
         """Note what the rank does before its steps, and whether it waits for others."""
-        self._follow(lambda: Place(doing, waits))
+        self._follow(lambda: Activity(doing, waits))
 
-    def follow(self, step: Callable[[], int], place: Callable[[], Place]) -> None:
-        """Say from now on the step, and the place, that these return.
+    def follow(self, step: Callable[[], int], activity: Callable[[], Activity]) -> None:
+        """Say from now on the step, and the activity, that these return.
 
         Ranks wait for each other no longer than run.timeout_seconds then.
         """
         self._timeout_seconds, self._step = self._settings.timeout_seconds, step
-        self._follow(place)
+        self._follow(activity)
 
-    def _follow(self, place: Callable[[], Place]) -> None:
+    def _follow(self, activity: Callable[[], Activity]) -> None:
         if self._heartbeat is not None:
-            self._heartbeat.follow(place)
+            self._heartbeat.follow(activity)
 
     def watch(self, groups: Sequence[ProcessGroup]) -> None:
         """Watch the NCCL communicators of `groups`."""

@@ -11,9 +11,9 @@ The rule: a tensor must outlive its last use on every stream.  Three things ensu
 2. Tensors that a step keeps to its end need no `lend`.  The step ends when the passes have waited
    for all communications, and a side stream allocates again only after a pass of the next step.
    The stream that copies the next batch does so at any time, so a step lends what it copied.
-3. A `Pending` holds the tensors that a communication reads and writes, until the stream of the
-   passes has waited for it or the host has seen that it is complete.  torch itself holds them only
-   until the first stream waits, which may be a side stream.
+3. A `Pending` (`tensors.pending`) holds the tensors that a communication reads and writes, until
+   the stream of the passes has waited for it or the host has seen that it is complete.  torch
+   itself holds them only until the first stream waits, which may be a side stream.
 """
 
 from __future__ import annotations

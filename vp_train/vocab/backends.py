@@ -15,7 +15,7 @@ from vp_train.tensors.precision import accumulate, statistics_dtype, widened
 from vp_train.vocab.chunks import CHUNKS
 from vp_train.vocab.joined import Joined
 from vp_train.vocab.passes import Backend, Product, Softmax, cap, lifted
-from vp_train.vocab.products import Products
+from vp_train.vocab.products import VocabProducts
 from vp_train.vocab.rows import extend, softmax_factor
 from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
@@ -29,7 +29,7 @@ def make_backend(
     grad: Tensor,
     softcap: float | None,
     recompute_fraction: float,
-    products: Products | None = None,
+    products: VocabProducts | None = None,
 ) -> Backend:
     """Return the backend called `name`; layers that never run at once may share `products`.
 
@@ -75,12 +75,12 @@ class Chunked:
         grad: Tensor,
         softcap: float | None,
         recompute: float,
-        products: Products | None = None,
+        products: VocabProducts | None = None,
     ) -> None:
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
         self._free: list[Tensor] = []  # kept: on a CPU fresh memory costs as much as filling it
-        self._products = products or Products()
+        self._products = products or VocabProducts()
 
     def prepare(self, num_tokens: int) -> None:
         pass

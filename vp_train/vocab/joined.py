@@ -21,7 +21,7 @@ from vp_train.tensors.alignment import rounded_up
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 from vp_train.vocab.passes import Product, Softmax, cap, lifted
-from vp_train.vocab.products import Products
+from vp_train.vocab.products import VocabProducts
 from vp_train.vocab.rows import exponentials, extend, fastest_warps, relate, softmax_factor
 from vp_train.vocab.rows import scale as scale_rows
 from vp_train.vocab.shard import Owned
@@ -67,7 +67,7 @@ class Joined:
         grad: Tensor,
         softcap: float | None,
         recompute: float,
-        products: Products | None = None,
+        products: VocabProducts | None = None,
     ) -> None:
         if weight.dtype is torch.float16 and not weight.is_cuda:
             raise ValueError(
@@ -75,7 +75,7 @@ class Joined:
             )
         self._weight, self._grad, self._softcap = weight, grad, softcap
         self._first_kept = round(recompute * len(weight))
-        self._products = products or Products()
+        self._products = products or VocabProducts()
         self._num_warps: dict[tuple[int, int], int | None] = {}  # by the shape of a chunk
 
     def prepare(self, num_tokens: int) -> None:

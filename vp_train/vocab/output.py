@@ -37,7 +37,7 @@ from vp_train.tensors.streams import lend, to_device
 from vp_train.vocab.backends import make_backend
 from vp_train.vocab.loss import IGNORE_INDEX, LossOptions
 from vp_train.vocab.passes import Product, Softmax
-from vp_train.vocab.products import Products
+from vp_train.vocab.products import VocabProducts
 from vp_train.vocab.rows import combine, input_term, loss_of, scale, subtract_targets
 from vp_train.vocab.shard import Owned, Shard, require_within
 
@@ -84,7 +84,7 @@ class OutputLayer:
         options: LossOptions = _PLAIN,
         recompute_fraction: float = 1.0,
         sum_dtype: torch.dtype | None = None,
-        products: Products | None = None,
+        products: VocabProducts | None = None,
     ) -> None:
         assert weight.shape == grad.shape
         assert weight.shape[0] == shard.num_rows

@@ -19,7 +19,7 @@ _BLOCK_BYTES = 3 << 20  # size of a block of a transposed product
 _GAP = 32
 
 
-class Products:
+class VocabProducts:
     """The products of one layer.
 
     Results lie in scratch memory and are valid until the next use of scratch of the same name.

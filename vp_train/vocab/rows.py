@@ -2,7 +2,8 @@
 
 There are three implementations with the same arguments.  On CUDA these are Triton kernels, if
 Triton is installed.  On a CPU in 16 bits they are kernels in C++, if there is a compiler.
-Otherwise they are torch operations, which make several passes over the logits.
+Otherwise they are torch operations, which make several passes over the logits.  Every function
+chooses for itself, call by call: the kernels of each take other dtypes and strides.
 """
 
 from __future__ import annotations
