@@ -32,7 +32,7 @@ from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, order_of
 from vp_train.planning.learned import alike
-from vp_train.planning.queue import Option
+from vp_train.planning.queue import Prospect
 from vp_train.planning.search import _Search, fits_on, search
 from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
 from vp_train.planning.weigh import Weight as Weighed
@@ -513,8 +513,10 @@ def test_what_is_alike_is_expected_to_exceed_its_bounds_by_nearly_the_least_fact
     assert sorted(world.asked("short")) == [0, 1, 2, 3]
     assert [plan.report.step_seconds for plan in found.best] == [0.5, 1.0, 1.6, 3.0]
     factors = (0.97 * 1.5, 1.0, 1.0)
-    options = [searching._explorer.options[world.choices[number]] for number in (4, 5, 6)]
-    assert [searching._explorer.key(option) for option in options] == [9.0 * one for one in factors]
+    prospects = [searching._explorer.prospects[world.choices[number]] for number in (4, 5, 6)]
+    assert [searching._explorer.key(prospect) for prospect in prospects] == [
+        9.0 * one for one in factors
+    ]
     of_short = [estimate.seconds for estimate in searching._book.estimates]
     assert sorted(of_short) == [1.0, 1.0, 1.5, 3.0], "passes take at least their bound"
 
@@ -696,8 +698,8 @@ def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_th
     )
     searching._book.add(searching._trials.estimate(world.draft(choices[0])))
     world.log.clear()
-    searching._explorer.options = {
-        choice: Option(number, choice, 1.0 if number >= 2 else None)
+    searching._explorer.prospects = {
+        choice: Prospect(number, choice, 1.0 if number >= 2 else None)
         for number, choice in enumerate(choices)
     }
     searching._look_around()

@@ -11,7 +11,7 @@ from vp_train.config import ConfigError
 from vp_train.planning.book import Book
 from vp_train.planning.choice import Choice, Space
 from vp_train.planning.found import counted
-from vp_train.planning.queue import Option, Queue
+from vp_train.planning.queue import Prospect, Queue
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
 from vp_train.planning.trials import Trials
@@ -27,7 +27,7 @@ _TRIES_OF_DOUBTFUL = 3
 class Explorer:
     """Weighs all choices of a space, and drafts and estimates those with the lowest bounds.
 
-    options: the choices of the space, and those that were added, in this order.
+    prospects: the choices of the space, and those that were added, in this order.
     queue: what is left of the space.
     unweighed: those for which there was no time.
     pressed: the choices that seem to fit with an optimizer on hosts only.
@@ -50,28 +50,28 @@ class Explorer:
         self._num_drafted = 0
         self._num_before = 0  # estimates of what came first and does not fit
         self._beyond: set[Choice] = set()  # those beyond the space that were weighed
-        self.options = {
-            choice: Option(number, choice) for number, choice in enumerate(space.choices)
+        self.prospects = {
+            choice: Prospect(number, choice) for number, choice in enumerate(space.choices)
         }
         self.queue = Queue(self.key)
-        self.unweighed: list[Option] = []
+        self.unweighed: list[Prospect] = []
         self.pressed: list[Choice] = []
         self.until = 0.0
 
     def weigh(self) -> None:
         """Weigh all choices.  Out of time, those that were weighed are a sample of all."""
-        self._scales.check(self.options)
-        options = list(self.options.values())
-        random.Random(1).shuffle(options)
+        self._scales.check(self.prospects)
+        prospects = list(self.prospects.values())
+        random.Random(1).shuffle(prospects)
         before = sum(self._book.excluded.values())  # a summary counts them too
-        for place, option in enumerate(options):
+        for place, prospect in enumerate(prospects):
             if place % 128 == 0:
-                total = before + len(options)
+                total = before + len(prospects)
                 self._progress(f"{before + place:,} of {total:,} choices weighed")
                 if not self.queue.is_empty and not self._effort.in_time():
-                    self.unweighed = options[place:]
+                    self.unweighed = prospects[place:]
                     break
-            choice = option.choice
+            choice = prospect.choice
             self._effort.spent += _WEIGH_NODES
             try:
                 if self._book.below < math.inf and self._scales.bound(choice) >= self._book.below:
@@ -80,25 +80,25 @@ class Explorer:
             except ConfigError as error:
                 self._book.refuse(choice, error, 0.0)
             else:
-                self._put(self.queue, option, weight)
+                self._put(self.queue, prospect, weight)
 
     def queue_of(self, choices: Iterable[Choice]) -> Queue:
         """Return a queue of choices that were not estimated.
 
-        Those that are not among the options are weighed, and left out if none may be the best of
+        Those that are not among the prospects are weighed, and left out if none may be the best of
         its kind.
         """
         queue = Queue(self.key)
         for choice in choices:
-            option = self.options.get(choice)
-            if option is None:
+            prospect = self.prospects.get(choice)
+            if prospect is None:
                 self._add(choice, queue)
-            elif option.is_weighed and not option.is_done:
-                queue.push(option, 0.0)
+            elif prospect.is_weighed and not prospect.is_done:
+                queue.push(prospect, 0.0)
         return queue
 
     def _add(self, choice: Choice, queue: Queue) -> None:
-        """Put a choice that is not among the options into a queue, once, if it may be the best."""
+        """Put a choice that is no prospect yet into a queue, once, if it may be the best."""
         if choice in self._beyond:
             return
         self._beyond.add(choice)
@@ -108,29 +108,29 @@ class Explorer:
         except ConfigError:
             return
         if weight.seems_to_fit and self._book.may_be_first(choice, weight.seconds):
-            option = self.options[choice] = Option(len(self.options), choice)
-            self._put(queue, option, weight)
+            prospect = self.prospects[choice] = Prospect(len(self.prospects), choice)
+            self._put(queue, prospect, weight)
 
-    def _put(self, queue: Queue, option: Option, weight: Weight) -> None:
-        """Put an option that was weighed into a queue."""
-        option.bound = weight.seconds
+    def _put(self, queue: Queue, prospect: Prospect, weight: Weight) -> None:
+        """Put a prospect that was weighed into a queue."""
+        prospect.bound = weight.seconds
         if weight.optimizer is not None and weight.optimizer.offload:
-            self.pressed.append(option.choice)
-        queue.push(option, weight.needs)
+            self.pressed.append(prospect.choice)
+        queue.push(prospect, weight.needs)
 
-    def estimate_first(self, option: Option, *, is_sure: bool = True) -> None:
-        """Estimate an option before others; unless `is_sure` only if it seems to fit cheaply."""
-        if not option.is_weighed:
+    def estimate_first(self, prospect: Prospect, *, is_sure: bool = True) -> None:
+        """Estimate a prospect before others; unless `is_sure` only if it seems to fit cheaply."""
+        if not prospect.is_weighed:
             return
         try:
-            item = option.candidate = self._trials.draft(option.choice)
-            option.bound = item.seconds
+            item = prospect.candidate = self._trials.draft(prospect.choice)
+            prospect.bound = item.seconds
             if not is_sure and self._is_doubtful(item, self.queue):
                 return
-            option.is_done = True
+            prospect.is_done = True
             self._book.add(self._trials.estimate(item))
         except ConfigError as error:
-            self.refuse(option, error)
+            self.refuse(prospect, error)
             self._num_before = self._trials.num_estimated  # the leanest is estimated in any case
 
     def estimate_apart(self, queue: Queue) -> None:
@@ -152,52 +152,52 @@ class Explorer:
             queue.push(passed)
         queue.passed_over = []
         while self.goes_on():
-            option = self._next(queue, top)
-            if option is None:
+            prospect = self._next(queue, top)
+            if prospect is None:
                 if not queue.doubtful:
                     return
                 self._look_at_doubtful(queue)
                 continue
             before = self._effort.spent
             try:
-                self._look_at(option, queue)
+                self._look_at(prospect, queue)
             except ConfigError as error:
-                self.refuse(option, error)
+                self.refuse(prospect, error)
                 self.say()
             finally:
-                self._spent_on[option.splits_vocabulary] += self._effort.spent - before
+                self._spent_on[prospect.splits_vocabulary] += self._effort.spent - before
 
-    def _look_at(self, option: Option, queue: Queue) -> None:
-        """Draft an option, or estimate it if it was drafted or nothing fits yet.
+    def _look_at(self, prospect: Prospect, queue: Queue) -> None:
+        """Draft a prospect, or estimate it if it was drafted or nothing fits yet.
 
         Raises ConfigError if it does not fit.
         """
-        item = option.candidate
+        item = prospect.candidate
         if item is None:
-            item = option.candidate = self._trials.draft(option.choice)
+            item = prospect.candidate = self._trials.draft(prospect.choice)
             least = self._shared.least(item)
-            option.bound, option.is_exact = (
+            prospect.bound, prospect.is_exact = (
                 (item.seconds, False) if least is None else (least, True)
             )
             if self._book.knows_time:
-                queue.push(option)
-                queue.drafted.append(option)
+                queue.push(prospect)
+                queue.drafted.append(prospect)
                 self._num_drafted += 1
                 self._progress(f"{self._num_drafted:,} looked at, {self._words()}")
                 return
         if self._is_doubtful(item, queue):
-            queue.doubtful.append(option)
+            queue.doubtful.append(prospect)
             return
-        option.is_done = True
+        prospect.is_done = True
         self._book.add(self._trials.estimate(item))
         self.say()
 
-    def refuse(self, option: Option, error: ConfigError) -> None:
-        """Book an option as refused, with the stages that recompute once they are known."""
-        option.is_done = True
-        item, bound = option.candidate, option.bound
+    def refuse(self, prospect: Prospect, error: ConfigError) -> None:
+        """Book a prospect as refused, with the stages that recompute once they are known."""
+        prospect.is_done = True
+        item, bound = prospect.candidate, prospect.bound
         assert bound is not None, "it was weighed"
-        self._book.refuse(option.choice if item is None else item.choice, error, bound)
+        self._book.refuse(prospect.choice if item is None else item.choice, error, bound)
 
     def goes_on(self) -> bool:
         """Return whether to estimate another choice: the first one always, if no time is known."""
@@ -208,40 +208,40 @@ class Explorer:
             enough = max(self._effort.total, self.until)
         return not self._effort.is_over(enough)
 
-    def key(self, option: Option) -> float:
-        """Return about the least seconds of an option: its bound and what others are above it."""
-        choice, item, bound = option.choice, option.candidate, option.bound
+    def key(self, prospect: Prospect) -> float:
+        """Return about the least seconds of a prospect: its bound and what others are above it."""
+        choice, item, bound = prospect.choice, prospect.candidate, prospect.bound
         assert bound is not None, "it was weighed"
         learned = self._trials.learned
         if item is not None and len(item.optimizers) > 1:
             room = (1 + _MEMORY_TOLERANCE) * self._scales.limit - learned.excess_bytes(item.choice)
             seconds = item.seconds_within(room)
             bound += seconds - item.seconds if item.seconds < seconds < math.inf else 0.0
-        factor = 1.0 if option.is_exact else learned.factor(choice)
+        factor = 1.0 if prospect.is_exact else learned.factor(choice)
         return counted(choice, bound) * factor
 
-    def _next(self, queue: Queue, top: int) -> Option | None:
-        """Take the option to look at next, None if no other could be among the `top`."""
+    def _next(self, queue: Queue, top: int) -> Prospect | None:
+        """Take the prospect to look at next, None if no other could be among the `top`."""
         if not self._book.knows_time:
             return queue.pop_leanest()
         if len(queue.drafted) >= queue.next_drafts:
             queue.next_drafts *= 2
             seen = {*queue.doubtful, *queue.passed_over}
             waiting = [
-                (self.key(option), option)
-                for option in queue.drafted
-                if not option.is_done
-                and option not in seen
-                and option.candidate is not None
-                and not self._is_doubtful(option.candidate, queue)
+                (self.key(prospect), prospect)
+                for prospect in queue.drafted
+                if not prospect.is_done
+                and prospect not in seen
+                and prospect.candidate is not None
+                and not self._is_doubtful(prospect.candidate, queue)
             ]
             if waiting:
-                key, option = min(waiting)
-                if key < self._book.to_beat(top)[option.splits_vocabulary]:
-                    return option
+                key, prospect = min(waiting)
+                if key < self._book.to_beat(top)[prospect.splits_vocabulary]:
+                    return prospect
         return self._lowest(queue, top)
 
-    def _lowest(self, queue: Queue, top: int) -> Option | None:
+    def _lowest(self, queue: Queue, top: int) -> Prospect | None:
         """Take what may be the fastest choice that is left, unless it cannot be among the `top`.
 
         Where the best of both kinds are looked for, with and without vocabulary parallelism, each
@@ -275,15 +275,15 @@ class Explorer:
 
         Of the latter hardly any fits, so where a time is known by short steps only a few are tried.
         """
-        options = queue.doubtful
+        prospects = queue.doubtful
         if not self._book.has_kinds and self._book.knows_time:
-            ordered = sorted(options, key=lambda option: (self.key(option), option))
-            options = [one for one in ordered if one.candidate and one.candidate.seems_to_fit]
-            others = [one for one in ordered if one not in options]
-            options += others[:_TRIES_OF_DOUBTFUL]
+            ordered = sorted(prospects, key=lambda prospect: (self.key(prospect), prospect))
+            prospects = [one for one in ordered if one.candidate and one.candidate.seems_to_fit]
+            others = [one for one in ordered if one not in prospects]
+            prospects += others[:_TRIES_OF_DOUBTFUL]
             queue.passed_over += others[_TRIES_OF_DOUBTFUL:]
-        for place, option in enumerate(options):
-            queue.push(option, float(place))
+        for place, prospect in enumerate(prospects):
+            queue.push(prospect, float(place))
         queue.doubtful, queue.looks_at_all = [], True
 
     def say(self, more: str = "") -> None:

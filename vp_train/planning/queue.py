@@ -15,7 +15,7 @@ FIRST_DRAFTS = 32
 
 
 @dataclass(slots=True, eq=False)
-class Option:
+class Prospect:
     """A choice and what a search knows of it.
 
     number: its place among all, which decides between equals.
@@ -32,7 +32,7 @@ class Option:
     candidate: Candidate | None = None
     is_done: bool = False
 
-    def __lt__(self, other: Option) -> bool:
+    def __lt__(self, other: Prospect) -> bool:
         return self.number < other.number
 
     @property
@@ -54,22 +54,24 @@ class Queue:
     passed_over: those to look at after all others.
     """
 
-    def __init__(self, key: Callable[[Option], float]) -> None:
+    def __init__(self, key: Callable[[Prospect], float]) -> None:
         self._key = key
         # Without (False) and with (True) vocabulary parallelism.
-        self._by_seconds: tuple[list[tuple[float, Option]], ...] = ([], [])
-        self._by_bytes: list[tuple[float, Option]] = []
-        self.drafted: list[Option] = []
+        self._by_seconds: tuple[list[tuple[float, Prospect]], ...] = ([], [])
+        self._by_bytes: list[tuple[float, Prospect]] = []
+        self.drafted: list[Prospect] = []
         self.next_drafts = FIRST_DRAFTS
-        self.doubtful: list[Option] = []
+        self.doubtful: list[Prospect] = []
         self.looks_at_all = False
-        self.passed_over: list[Option] = []
+        self.passed_over: list[Prospect] = []
 
-    def push(self, option: Option, num_bytes: float | None = None) -> None:
-        """Put an option into the queue; by its bytes, too, if they are given."""
-        heapq.heappush(self._by_seconds[option.splits_vocabulary], (self._key(option), option))
+    def push(self, prospect: Prospect, num_bytes: float | None = None) -> None:
+        """Put a prospect into the queue; by its bytes, too, if they are given."""
+        heapq.heappush(
+            self._by_seconds[prospect.splits_vocabulary], (self._key(prospect), prospect)
+        )
         if num_bytes is not None:
-            heapq.heappush(self._by_bytes, (num_bytes, option))
+            heapq.heappush(self._by_bytes, (num_bytes, prospect))
 
     def add(self, other: Queue) -> None:
         """Add what another queue has left."""
@@ -84,11 +86,11 @@ class Queue:
         self.passed_over += other.passed_over
 
     @property
-    def left(self) -> list[Option]:
+    def left(self) -> list[Prospect]:
         """Those that were not estimated yet, the first ones first."""
-        waiting = {option for heap in self._by_seconds for _, option in heap}
+        waiting = {prospect for heap in self._by_seconds for _, prospect in heap}
         waiting.update(self.doubtful, self.passed_over)
-        return sorted(option for option in waiting if not option.is_done)
+        return sorted(prospect for prospect in waiting if not prospect.is_done)
 
     @property
     def is_empty(self) -> bool:
@@ -101,30 +103,32 @@ class Queue:
         """
         heap = self._by_seconds[splits_vocabulary]
         while heap:
-            known, option = heap[0]
-            key = self._key(option)
-            if option.is_done:
+            known, prospect = heap[0]
+            key = self._key(prospect)
+            if prospect.is_done:
                 heapq.heappop(heap)
             elif key > known:
-                heapq.heapreplace(heap, (key, option))
+                heapq.heapreplace(heap, (key, prospect))
             else:
                 return key
         return math.inf
 
-    def pop(self, *, splits_vocabulary: bool) -> Option:
+    def pop(self, *, splits_vocabulary: bool) -> Prospect:
         """Take the first of a kind, after `first`."""
         return heapq.heappop(self._by_seconds[splits_vocabulary])[1]
 
-    def pop_leanest(self) -> Option | None:
+    def pop_leanest(self) -> Prospect | None:
         """Take the one that seems to need least memory, None if none is left."""
         while self._by_bytes:
-            _, option = heapq.heappop(self._by_bytes)
-            if not option.is_done:
-                return option
+            _, prospect = heapq.heappop(self._by_bytes)
+            if not prospect.is_done:
+                return prospect
         return None
 
     def renew(self) -> None:
-        """Order the options again, since simulations may have lowered what is expected."""
+        """Order the prospects again, since simulations may have lowered what is expected."""
         for heap in self._by_seconds:
-            heap[:] = [(self._key(option), option) for _, option in heap if not option.is_done]
+            heap[:] = [
+                (self._key(prospect), prospect) for _, prospect in heap if not prospect.is_done
+            ]
             heapq.heapify(heap)

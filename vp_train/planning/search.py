@@ -148,7 +148,7 @@ class _Search:
         self._explorer.until = part * self._limits.effort
         self._explorer.weigh()
         for choice in firsts:
-            self._explorer.estimate_first(self._explorer.options[choice])
+            self._explorer.estimate_first(self._explorer.prospects[choice])
         if self._plans:
             self._estimate_typed()
         while True:
@@ -178,7 +178,7 @@ class _Search:
         best = tuple(self._book.planned[e.candidate.choice] for e in top if e.is_planned)
         last = top[-1].counted if len(top) == self._limits.top else float("inf")
         left, unweighed = self._explorer.queue.left, self._explorer.unweighed
-        num_open = len(unweighed) + sum(self._explorer.key(option) < last for option in left)
+        num_open = len(unweighed) + sum(self._explorer.key(prospect) < last for prospect in left)
         num_open += sum(
             not estimate.is_planned and estimate.counted * (1 - _SLACK) < last
             for estimate in self._book.as_planned()
@@ -195,13 +195,13 @@ class _Search:
             leanest=self._book.closest(self._scales),
             refused=tuple(refused[:_KEPT_REFUSALS]),
             excluded=+self._book.excluded,  # without those that ruled out nothing
-            num_choices=len(self._explorer.options) + self._num_excluded - self._book.num_same,
-            num_added=len(self._explorer.options) - len(self._space.choices),
+            num_choices=len(self._explorer.prospects) + self._num_excluded - self._book.num_same,
+            num_added=len(self._explorer.prospects) - len(self._space.choices),
             num_same=self._book.num_same,
             num_estimated=self._trials.num_estimated,
             num_planned=len(self._book.planned),
             num_open=num_open,
-            num_unseen=Counter(option.splits_vocabulary for option in (*left, *unweighed)),
+            num_unseen=Counter(prospect.splits_vocabulary for prospect in (*left, *unweighed)),
             ended=self._ended if num_open else "",
             kept=self._space.kept,
         )
@@ -222,9 +222,9 @@ class _Search:
 
     def _estimate_typed(self) -> None:
         """Estimate the run as it was typed if it seems to fit, so that no result is slower."""
-        option = None if self._typed is None else self._explorer.options.get(self._typed)
-        if option is not None:
-            self._explorer.estimate_first(option, is_sure=False)
+        prospect = None if self._typed is None else self._explorer.prospects.get(self._typed)
+        if prospect is not None:
+            self._explorer.estimate_first(prospect, is_sure=False)
 
     def _estimate_other_kind(self) -> None:
         """Estimate a choice with or without vocabulary parallelism if only the other was found.
@@ -235,17 +235,20 @@ class _Search:
         if len(kinds) != 1 or not self._effort.in_time():
             return
         left = [
-            option for option in self._explorer.queue.left if option.splits_vocabulary not in kinds
+            prospect
+            for prospect in self._explorer.queue.left
+            if prospect.splits_vocabulary not in kinds
         ]
-        for option in heapq.nsmallest(_TRIES_OF_OTHER_KIND, left, key=self._explorer.key):
+        for prospect in heapq.nsmallest(_TRIES_OF_OTHER_KIND, left, key=self._explorer.key):
             try:
-                item = option.candidate = option.candidate or self._trials.draft(option.choice)
+                item = prospect.candidate or self._trials.draft(prospect.choice)
+                prospect.candidate = item
                 if item.seems_to_fit:
                     self._book.add(self._trials.estimate(item))
-                    option.is_done = True
+                    prospect.is_done = True
                     return
             except ConfigError as error:
-                self._explorer.refuse(option, error)
+                self._explorer.refuse(prospect, error)
 
     def _confirm(self) -> None:
         """Plan the best estimate whole, and if that is slower estimate what it had ruled out.
@@ -288,14 +291,16 @@ class _Search:
         binding += [e.candidate.choice for e in self._book.estimates if e.optim.offload]
         binding += [refusal.choice for refusal in self._book.refused if refusal.needs is not None]
         binding += self._explorer.pressed
-        drafted = [(o.choice, o.candidate) for o in self._explorer.options.values() if o.candidate]
+        drafted = [
+            (o.choice, o.candidate) for o in self._explorer.prospects.values() if o.candidate
+        ]
         binding += [choice for choice, item in drafted if item.is_pressed or not item.seems_to_fit]
         return [
             choice
             for choice in dict.fromkeys(
                 other for bound in binding for other in offloading(bound, self._num_layers)
             )
-            if choice not in self._explorer.options and self._space.kept.against(choice) is None
+            if choice not in self._explorer.prospects and self._space.kept.against(choice) is None
         ]
 
     def _look_around(self) -> None:
@@ -442,13 +447,13 @@ class _Search:
         return sorted(drafts, key=lambda one: one.seconds)
 
     def _is_done(self, choice: Choice) -> bool:
-        return choice in self._explorer.options and self._explorer.options[choice].is_done
+        return choice in self._explorer.prospects and self._explorer.prospects[choice].is_done
 
     def _add(self, estimate: Estimate) -> None:
-        """Book an estimate of a choice that may be among the options."""
-        option = self._explorer.options.get(estimate.candidate.choice)
-        if option is not None:
-            option.is_done = True
+        """Book an estimate of a choice that may be among the prospects."""
+        prospect = self._explorer.prospects.get(estimate.candidate.choice)
+        if prospect is not None:
+            prospect.is_done = True
         self._book.add(estimate)
         self._explorer.say()
 
