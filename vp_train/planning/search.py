@@ -62,7 +62,8 @@ _TRIES_OF_OTHER_KIND, _TRIES_TO_FIT = 20, 50
 # Parts of the effort: after which activations are offloaded, and for estimates with that.
 _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
-_FOR_STAGES = 0.05  # part of the effort for single stages, see `_change_stages`
+# Parts of the effort for single stages, at once and in all, see `_change_stages`.
+_FOR_STAGES_AT_ONCE, _FOR_STAGES = 0.05, 0.15
 _TRIES_NEARLY = 8  # of what almost fits, in more stages
 _MOST_CONFIRMED = 3  # plans that are made before the best is known, see `_confirm`
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
@@ -140,6 +141,8 @@ class _Search:
         self._looked_around: set[Choice] = set()
         # Those of which single stages were changed, and whether they recompute less then.
         self._changed: set[tuple[Choice, bool]] = set()
+        self._with_stages: set[Choice] = set()  # what came of that and was simulated
+        self._for_stages = _FOR_STAGES * limits.effort  # that is left for these
 
     def run(self, firsts: Sequence[Choice] = ()) -> SearchResult:
         """Search.  `firsts` are estimated before others, whatever effort that takes."""
@@ -379,14 +382,35 @@ class _Search:
         """Let single stages recompute less in the best of each kind, and more in what almost fits.
 
         Where the backward is split, no sum over stages says what a rank keeps.  So each is tried.
+        Which stages recompute also changes the order of passes.  So stages of other ranks than the
+        one that needs most may be better, and have their turn at last.
         """
-        until = self._effort.spent + _FOR_STAGES * self._limits.effort
+        for change in (self._change_stages_of_fullest, self._change_any_stages):
+            before, most = self._effort.spent, _FOR_STAGES_AT_ONCE * self._limits.effort
+            change(before + min(most, self._for_stages))
+            self._for_stages -= self._effort.spent - before
+
+    def _change_stages_of_fullest(self, until: float) -> None:
         for estimate in self._first_estimates():
             self._recompute_less(estimate.candidate, until)
         for choice in self._nearly():
             fitting = self._made_to_fit(self._trials.almost[choice], until)
             if fitting is not None:
                 self._recompute_less(fitting.candidate, until)
+
+    def _change_any_stages(self, until: float) -> None:
+        for choice in self._nearly():
+            almost = self._trials.almost[choice].candidate
+            for other in self._with_other_stage(almost, until, fewer=False):
+                if self._effort.is_over(until):
+                    return
+                with suppress(ConfigError):
+                    self._add(self._with_stages_of(other))
+
+    def _with_stages_of(self, candidate: Candidate) -> Estimate:
+        """Return the estimate of a candidate of `_with_other_stage`, which is tried once."""
+        self._with_stages.add(candidate.choice)
+        return self._trials.estimate_as_it_is(candidate)
 
     def _recompute_less(self, candidate: Candidate, until: float) -> None:
         """Let one stage after the other recompute less while a step is the fastest of its kind."""
@@ -396,7 +420,7 @@ class _Search:
                 if self._effort.is_over(until):
                     return
                 with suppress(ConfigError):
-                    estimate = self._trials.estimate_as_it_is(other)
+                    estimate = self._with_stages_of(other)
                     if self._book.may_be_first(other.choice, estimate.seconds):
                         self._add(estimate)
                         candidate = other
@@ -414,7 +438,7 @@ class _Search:
                 if self._effort.is_over(until):
                     return None
                 try:
-                    estimate = self._trials.estimate_as_it_is(other)
+                    estimate = self._with_stages_of(other)
                 except TooLargeError as error:
                     if error.needs < needs:
                         candidate, rank, needs = other, error.rank, error.needs
@@ -437,7 +461,8 @@ class _Search:
         """
         drafts = list[Candidate]()
         for choice in candidate.choice.with_other_stage(fewer=fewer, rank=rank):
-            if self._is_done(choice) or self._space.kept.against(choice) is not None:
+            is_known = choice in self._with_stages or self._is_done(choice)
+            if is_known or self._space.kept.against(choice) is not None:
                 continue
             if self._effort.is_over(until):
                 return []
