@@ -232,6 +232,14 @@ def test_one_rank_offloads_with_stages_of_a_layer_or_of_two_of_which_one_moves()
     assert offloading(one, 1) == [replace(one, offload=1.0)]
 
 
+def test_on_one_rank_recomputation_of_some_layers_is_next_to_that_of_all():
+    config = config_of(num_layers=4)
+    choices = [one for one in space_of(config).choices if one.degrees == Degrees(4, 1, 1)]
+    everywhere = next(one for one in choices if one.recompute == "full" and not one.num_chunks)
+    beside = neighbours(everywhere, choices)
+    assert any(one.recompute == "full" and one.recompute_where_needed for one in beside)
+
+
 def test_chunks_are_tried_where_stages_shrink_and_where_all_are_alike():
     for pp, layers, head in itertools.product((2, 3, 4, 7), (8, 30, 64, 126), (None, 0.4, 1.3)):
         counts = range(2, most_chunks(pp, layers) + 1)

@@ -60,7 +60,9 @@ class Facts:
     more, fewer: the number of the same choice of which more, or fewer, stages recompute, if there
         is one.
     vocabulary: the seconds of S, and those of T.
-    less, most: the numbers of the choices of which one stage recomputes less, or more.
+    less, most: the numbers of the choices of which one stage recomputes less, or more; `most` of
+        any rank, and `on_rank` of the one that needs most.
+    rank: the rank that needs most.
     """
 
     bound: float
@@ -87,6 +89,8 @@ class Facts:
     vocabulary: float = 1.0
     less: tuple[int, ...] = ()
     most: tuple[int, ...] = ()
+    on_rank: tuple[int, ...] | None = None
+    rank: int = 1
 
     def __post_init__(self):
         self.drafted = self.bound if self.drafted is None else self.drafted
@@ -176,7 +180,8 @@ class World:
 
     def needs(self, step, optimizers):
         sizes = self.facts[step.choice].short_bytes
-        return [(sizes.get(name_of(optim), ROOMY), 1) for optim in optimizers]
+        rank = self.facts[step.choice].rank
+        return [(sizes.get(name_of(optim), ROOMY), rank) for optim in optimizers]
 
     def after(self, step, optim):
         return self.facts[step.choice].after.get(name_of(optim), 0.0)
@@ -254,7 +259,11 @@ def enter(monkeypatch):
 
         def with_other_stage(choice, *, fewer, rank=None):
             facts = world.facts[choice]
-            return [world.choices[number] for number in (facts.less if fewer else facts.most)]
+            found = facts.less if fewer else facts.most
+            if rank is not None:
+                assert rank == facts.rank
+                found = facts.most if facts.on_rank is None else facts.on_rank
+            return [world.choices[number] for number in found]
 
         world.with_optimizers = with_optimizers
         monkeypatch.setattr(search_module, "Scales", scales)
@@ -1276,6 +1285,34 @@ def test_stages_recompute_more_one_by_one_where_that_helps_the_rank_that_needs_m
     found = run(world, first=2)
     assert world.asked("short") == tried
     assert numbers(world, found.best) == [4]
+
+
+def test_stages_of_the_rank_that_needs_most_recompute_first_and_one_rank_after_the_other(enter):
+    """As many bytes on fewer ranks are a step forward: the search counts the last of these."""
+    missing = {"short_bytes": {"adamw": 1.05 * GIB}}
+    facts = [Facts(10.0, 10.0), Facts(5.0, 5.0, **missing, rank=3, most=(2, 3), on_rank=(3,))]
+    facts += [Facts(5.5, 8.5), Facts(6.0, 6.0, **missing, rank=2, most=(4, 5), on_rank=(5,))]
+    facts += [Facts(6.5, 9.0), Facts(7.0, 8.0)]
+    world = World(facts)
+    enter(world)
+    found = run(world, first=2)
+    assert world.asked("short") == [0, 1, 3, 5, 2, 4]
+    assert numbers(world, found.best) == [5]
+
+
+def test_a_stage_more_recomputes_where_only_a_slower_optimizer_fits(enter):
+    optimizers, after = (ADAMW, OFFLOAD), {"offload": 4.0}
+    facts = [Facts(10.0, 10.0)]
+    for number, (bound, part) in enumerate(((5.0, 1.05), (5.5, 1.04), (6.0, 0.9)), start=1):
+        sizes = {"adamw": part * GIB, "offload": 0.5 * GIB}
+        one = Facts(bound, bound, short_bytes=sizes, optimizers=optimizers, after=after)
+        one.most = (number + 1,) if number < 3 else ()
+        facts.append(one)
+    world = World(facts)
+    enter(world)
+    found = run(world, first=2)
+    assert world.asked("short") == [0, 1, 2, 3]
+    assert numbers(world, found.best) == [3]
 
 
 def test_single_stages_recompute_more_in_what_only_a_whole_step_shows_to_need_too_much(enter):

@@ -488,8 +488,8 @@ def neighbours(choice: Choice, others: Iterable[Choice], number: int = 1) -> lis
     These things are the degrees, the size of a microbatch, the schedule with its chunks, the
     vocabulary algorithm, the placement, what is recomputed, and sequence parallelism.  With the
     degrees the chunks and sequence parallelism may change, and with the algorithm the placement.
-    Towards one pipeline rank, which leaves no choice of them, the schedule, the algorithm and the
-    placement change with the degrees.
+    To one pipeline rank, where what is recomputed decides them, the schedule, the algorithm and the
+    placement change with all else.
     """
     return [
         other if other.offload == choice.offload else replace(other, offload=choice.offload)
@@ -530,7 +530,7 @@ def _differences(choice: Choice, other: Choice) -> int:
         choice.num_chunks != other.num_chunks and not splits
     )
     places = choice.redistributes != other.redistributes and not moves
-    if splits and other.degrees.pp == 1:
+    if other.degrees.pp == 1 and (splits or choice.degrees.pp == 1):
         moves = schedules = places = False
     return (
         splits
@@ -583,7 +583,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
     """Yield the choices for one split, as if each step had one microbatch of one sequence.
 
     They include values that are tried only because they are `kept`.  One rank gives every layer a
-    stage of its own where only some recompute, and nothing else comes from more stages then.
+    stage of its own where only some recompute or offloading is kept; else that changes nothing.
     """
     pp, tp, model = degrees.pp, degrees.tp, config.model
     splits_sequences = config.run.device in SEQUENCE_DEVICES and model.seq_length % tp == 0
@@ -602,7 +602,7 @@ def _variants(config: RunConfig, degrees: Degrees, kept: Kept = ALL) -> Iterator
                     (recompute, needed)
                     for recompute in RECOMPUTE
                     for needed in _where_needed(recompute, num_stages)
-                    if needed or pp > 1 or num_stages == 1
+                    if needed or pp > 1 or num_stages == 1 or offload
                 ]
                 for (recompute, needed), sequences in product(kinds, both):
                     yield Choice(

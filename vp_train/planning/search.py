@@ -25,7 +25,6 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from schedules.generators import GENERATORS
@@ -52,7 +51,7 @@ from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import plan_nodes
 from vp_train.planning.trials import Almost, Effort, Trials
-from vp_train.planning.weigh import Candidate, Scales, TooLargeError
+from vp_train.planning.weigh import Candidate, Scales
 
 _FOR_ESTIMATES = 0.5  # part of the effort; the rest is for whole plans
 # A whole step may take so much less than its estimate.
@@ -113,13 +112,11 @@ class _Search:
         below: float = math.inf,
         shared: Shared | None = None,
     ) -> None:
-        self._plans, self._below = plans, below
-        self._limits, self._space = limits, space
+        self._plans, self._limits, self._space = plans, limits, space
         self._typed = as_typed(config)
         if shared is None:
             limit = limit_of(config.cluster, limits.margin)
             shared = Shared(Scales(config, limit, margin=limits.margin), keeps_steps=False)
-        self._shared = shared
         self._scales = shared.scales.with_optimizers(space.optimizers)
         self._effort = Effort(limits.effort, in_time)
         self._book = Book(Counter(space.excluded), below, has_kinds=plans)
@@ -141,7 +138,7 @@ class _Search:
         self._looked_around: set[Choice] = set()
         # Those of which single stages were changed, and whether they recompute less then.
         self._changed: set[tuple[Choice, bool]] = set()
-        self._with_stages: set[Choice] = set()  # what came of that and was simulated
+        self._with_stages: set[Choice] = set()  # what was simulated of what came of that
         self._for_stages = _FOR_STAGES * limits.effort  # that is left for these
 
     def run(self, firsts: Sequence[Choice] = ()) -> SearchResult:
@@ -396,7 +393,7 @@ class _Search:
         for choice in self._nearly():
             fitting = self._made_to_fit(self._trials.almost[choice], until)
             if fitting is not None:
-                self._recompute_less(fitting.candidate, until)
+                self._recompute_less(fitting, until)
 
     def _change_any_stages(self, until: float) -> None:
         for choice in self._nearly():
@@ -404,52 +401,40 @@ class _Search:
             for other in self._with_other_stage(almost, until, fewer=False):
                 if self._effort.is_over(until):
                     return
-                with suppress(ConfigError):
-                    self._add(self._with_stages_of(other))
-
-    def _with_stages_of(self, candidate: Candidate) -> Estimate:
-        """Return the estimate of a candidate of `_with_other_stage`, which is tried once."""
-        self._with_stages.add(candidate.choice)
-        return self._trials.estimate_as_it_is(candidate)
+                self._estimate_stages(other)
 
     def _recompute_less(self, candidate: Candidate, until: float) -> None:
         """Let one stage after the other recompute less while a step is the fastest of its kind."""
-        while (candidate.choice, True) not in self._changed:
+        while not self._effort.is_over(until) and (candidate.choice, True) not in self._changed:
             self._changed.add((candidate.choice, True))
             for other in self._with_other_stage(candidate, until, fewer=True):
                 if self._effort.is_over(until):
                     return
-                with suppress(ConfigError):
-                    estimate = self._with_stages_of(other)
-                    if self._book.may_be_first(other.choice, estimate.seconds):
-                        self._add(estimate)
-                        candidate = other
-                        break
+                is_first, _ = self._estimate_stages(other)
+                if is_first:
+                    candidate = other
+                    break
 
-    def _made_to_fit(self, almost: Almost, until: float) -> Estimate | None:
+    def _made_to_fit(self, almost: Almost, until: float) -> Candidate | None:
         """Let stages of the rank that needs most recompute more, one by one, until a step fits.
 
-        Returns None if none does that may be the fastest of its kind.
+        Returns None if none does that is the fastest of its kind.
         """
-        candidate, rank, needs = almost.candidate, almost.rank, almost.needs
-        while (candidate.choice, False) not in self._changed:
+        while not self._effort.is_over(until):
+            candidate = almost.candidate
+            if (candidate.choice, False) in self._changed:
+                return None
             self._changed.add((candidate.choice, False))
-            for other in self._with_other_stage(candidate, until, fewer=False, rank=rank):
+            others = self._with_other_stage(candidate, until, fewer=False, rank=almost.rank)
+            for other in others:
                 if self._effort.is_over(until):
                     return None
-                try:
-                    estimate = self._with_stages_of(other)
-                except TooLargeError as error:
-                    if error.needs < needs:
-                        candidate, rank, needs = other, error.rank, error.needs
-                        break
-                except ConfigError:
-                    continue
-                else:
-                    is_first = self._book.may_be_first(other.choice, estimate.seconds)
-                    self._add(estimate)  # with balanced rows it may be the first
-                    if is_first:
-                        return estimate
+                is_first, left = self._estimate_stages(other)
+                if is_first:
+                    return other
+                if left is not None and almost.is_relieved_by(left):
+                    almost = left
+                    break
         return None
 
     def _with_other_stage(
@@ -457,30 +442,40 @@ class _Search:
     ) -> list[Candidate]:
         """Return those in which one stage recomputes less, or more, the fastest first.
 
-        Only those that may be the fastest of their kind; none if the effort does not suffice.
+        Only those that were not simulated and may be the fastest of their kind; none if the effort
+        does not suffice.
         """
         drafts = list[Candidate]()
         for choice in candidate.choice.with_other_stage(fewer=fewer, rank=rank):
-            is_known = choice in self._with_stages or self._is_done(choice)
+            prospect = self._explorer.prospects.get(choice)
+            is_known = choice in self._with_stages or (prospect is not None and prospect.is_done)
             if is_known or self._space.kept.against(choice) is not None:
                 continue
             if self._effort.is_over(until):
                 return []
-            with suppress(ConfigError):
-                drafts.append(self._trials.draft_as_it_is(choice))
-        drafts = [one for one in drafts if self._book.may_be_first(one.choice, one.seconds)]
+            draft = self._trials.draft_stages(candidate, choice)
+            if draft is not None and self._book.may_be_first(choice, draft.seconds):
+                drafts.append(draft)
         return sorted(drafts, key=lambda one: one.seconds)
 
-    def _is_done(self, choice: Choice) -> bool:
-        return choice in self._explorer.prospects and self._explorer.prospects[choice].is_done
+    def _estimate_stages(self, candidate: Candidate) -> tuple[bool, Almost | None]:
+        """Estimate a candidate of `_with_other_stage`.
 
-    def _add(self, estimate: Estimate) -> None:
-        """Book an estimate of a choice that may be among the prospects."""
-        prospect = self._explorer.prospects.get(estimate.candidate.choice)
-        if prospect is not None:
-            prospect.is_done = True
-        self._book.add(estimate)
-        self._explorer.say()
+        Returns whether it is the first of its kind, and what almost fits.  Where balanced rows may
+        make it the first, it is booked, too.
+        """
+        choice = candidate.choice
+        self._with_stages.add(choice)
+        if choice in self._explorer.prospects:
+            self._explorer.prospects[choice].is_done = True
+        estimate, almost = self._trials.estimate_as_it_is(candidate)
+        if estimate is None:
+            return False, almost
+        is_first = self._book.may_be_first(choice, estimate.seconds)
+        if is_first or (choice.splits_vocabulary and not choice.balance):
+            self._book.add(estimate)
+            self._explorer.say()
+        return is_first, almost
 
     def _balance(self) -> None:
         """Estimate vocab.balance in the place of what may be among the best with it.

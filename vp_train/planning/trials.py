@@ -48,12 +48,33 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Almost:
-    """A candidate that almost fits, the seconds of its step, and the rank that needs most bytes."""
+    """A candidate that almost fits with its fastest optimizer that does not.
+
+    With that its step takes so many `seconds`, and needs so many bytes on `rank`, which needs most.
+    """
 
     candidate: Candidate
+    optim: OptimConfig
     seconds: float
-    rank: int | None
     needs: float
+    rank: int
+
+    def is_relieved_by(self, other: Almost) -> bool:
+        """Return whether another needs less, or as much on fewer ranks: `rank` is their last."""
+        return self.optim == other.optim and (other.needs, other.rank) < (self.needs, self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class _Simulated:
+    """A short step, the estimate with the fastest optimizer that fits, else the refusal.
+
+    almost: what almost fits, with an optimizer that may be faster.
+    """
+
+    step: StepPlan
+    best: Estimate | None
+    refusal: ConfigError | None
+    almost: Almost | None
 
 
 class Trials:
@@ -122,7 +143,8 @@ class Trials:
         none fits, and HostMemoryError if only the hosts lack memory.
         """
         self.num_estimated += 1
-        step, best, refusal = self._short_step(candidate)
+        tried = self._simulated(candidate)
+        step, best, refusal = tried.step, tried.best, tried.refusal
         for _ in range(_ROUNDS if candidate.choice.offload else 1):
             if best is not None:
                 break
@@ -130,7 +152,8 @@ class Trials:
             if more is None:
                 break
             candidate = more
-            step, best, _ = self._short_step(candidate)
+            tried = self._simulated(candidate)
+            step, best = tried.step, tried.best
         if best is None:
             assert refusal is not None
             raise refusal
@@ -139,20 +162,28 @@ class Trials:
             fewer = self._other(self._scales.with_fewer_recompute, *which)
             if fewer is None:
                 break
-            fewer_step, other, _ = self._short_step(fewer)
-            if other is None or other.seconds >= best.seconds:
+            tried = self._simulated(fewer)
+            if tried.best is None or tried.best.seconds >= best.seconds:
                 break
-            step, best = fewer_step, other
+            step, best = tried.step, tried.best
         return best
 
-    def estimate_as_it_is(self, candidate: Candidate) -> Estimate:
-        """Return the estimate for the fastest optimizer.  Raises ConfigError like `estimate`."""
+    def draft_stages(self, candidate: Candidate, choice: Choice) -> Candidate | None:
+        """Return the draft of `candidate` with other stages that recompute, None if it cannot be.
+
+        Most of these cannot, so its effort counts in any case.
+        """
+        self.effort.spent += draft_nodes(replace(candidate, choice=choice))
+        try:
+            return self._scales.draft(choice)
+        except ConfigError:
+            return None
+
+    def estimate_as_it_is(self, candidate: Candidate) -> tuple[Estimate | None, Almost | None]:
+        """Return the estimate for the fastest optimizer that fits, and what almost fits."""
         self.num_estimated += 1
-        _, best, refusal = self._short_step(candidate)
-        if best is None:
-            assert refusal is not None
-            raise refusal
-        return best
+        tried = self._simulated(candidate)
+        return tried.best, tried.almost
 
     def _other(
         self, drafted: Callable[..., Candidate | None], *arguments: object
@@ -167,13 +198,8 @@ class Trials:
         self.effort.spent += draft_nodes(other)
         return other if self._book.may_be_first(other.choice, other.seconds) else None
 
-    def _short_step(
-        self, candidate: Candidate
-    ) -> tuple[StepPlan, Estimate | None, ConfigError | None]:
-        """Return a short step, and the estimate for the fastest optimizer that fits, else why not.
-
-        What almost fits is noted.
-        """
+    def _simulated(self, candidate: Candidate) -> _Simulated:
+        """Simulate a short step, and note what it tells."""
         step, passes, placed = self._shared.short_step(candidate)
         self.effort.spent += effort_of(candidate.choice, placed)
         passes = max(passes, candidate.passes)
@@ -188,7 +214,7 @@ class Trials:
                 seconds = passes + self._scales.after(step, optim)
                 is_faster = almost is None or seconds < almost.seconds
                 if needs <= NEARLY * self._scales.limit and is_faster:
-                    almost = Almost(candidate, seconds, rank, needs)
+                    almost = Almost(candidate, optim, seconds, needs, rank)
                 continue
             try:
                 host = self._host_bytes(step, optim)
@@ -200,7 +226,7 @@ class Trials:
         best = min(found, key=lambda estimate: estimate.seconds, default=None)
         if almost is not None and (best is None or almost.seconds < best.seconds):
             self.almost[candidate.choice] = almost
-        return step, best, refusal
+        return _Simulated(step, best, refusal, almost)
 
     def _host_bytes(self, step: StepPlan, optim: OptimConfig) -> float:
         """Return what a step keeps in host memory.  Raises HostMemoryError for too much."""
@@ -232,7 +258,9 @@ class Trials:
                 return
         assert refusal is not None, "nothing was found"
         if isinstance(refusal, TooLargeError) and refusal.needs <= NEARLY * self._scales.limit:
-            self.almost[choice] = Almost(candidate, estimate.seconds, refusal.rank, refusal.needs)
+            needs, rank = refusal.needs, refusal.rank
+            assert rank is not None, "it was planned"
+            self.almost[choice] = Almost(candidate, estimate.optim, estimate.seconds, needs, rank)
         self._book.refuse(choice, refusal, estimate.seconds)
         self._book.replace(estimate, estimate.unbalanced)
         if estimate.unbalanced is not None:
