@@ -31,11 +31,13 @@ from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import (
     BLIND,
+    NO_UPDATES,
     Executor,
     Observer,
     PlacedBatch,
     RankModules,
     StageModule,
+    WeightUpdates,
 )
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
@@ -124,6 +126,21 @@ class RankModel:
             for name, parameter in self.parameters.items()
             if name not in self.copied
         )
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationModel:
+    """One rank's share of a model that is only evaluated: parameters, and no memory to train them.
+
+    The attributes are those of RankModel.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    splits: dict[str, TensorSlice]
+    evaluator: Executor
+    stages: Mapping[int, Stage]
+    output_layer: OutputLayer | None
+    reports_loss: bool
 
 
 def _has_kernels(settings: RunSettings) -> bool:
@@ -254,7 +271,7 @@ def build_rank(
             for number, stage in weights.stages.items()
         }
     training, evaluating = _build_modules(
-        config, plan, mesh, weights, stages, gradients, completions
+        config, plan, mesh, weights, stages, gradients.by_name, completions
     )
     if missing := _missing(config):
         tell(f"to be faster, {missing}")
@@ -275,9 +292,35 @@ def build_rank(
         gradients=gradients,
         optimizer=optimizer,
         loss_scale=LossScale.of(config.run.dtype),
-        reports_loss=plan.problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
+        reports_loss=_reports_loss(plan, mesh),
         _completions=completions,
     )
+
+
+def build_for_evaluation(config: RunConfig, plan: RunPlan, mesh: Mesh) -> EvaluationModel:
+    """Build the model of this rank with its initial values, without gradients and an optimizer."""
+    device = rank_device(config)
+    weights = _build_weights(config, plan, mesh, device)
+    no_memory = {
+        name: torch.empty_like(parameter, device="meta")
+        for name, parameter in weights.parameters.items()
+    }
+    _, evaluating = _build_modules(
+        config, plan, mesh, weights, weights.stages, no_memory, NO_UPDATES
+    )
+    comms = Comms(_process_groups(config, mesh, device))
+    return EvaluationModel(
+        parameters=weights.parameters,
+        splits=weights.splits,
+        evaluator=Executor(plan.evaluation_program, mesh.pipeline_rank, evaluating, comms),
+        stages=weights.stages,
+        output_layer=evaluating.output_layer,
+        reports_loss=_reports_loss(plan, mesh),
+    )
+
+
+def _reports_loss(plan: RunPlan, mesh: Mesh) -> bool:
+    return plan.problem.root(End.OUTPUT) == mesh.pipeline_rank and mesh.tensor_rank == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +403,8 @@ def _build_modules(
     mesh: Mesh,
     weights: _Weights,
     stages: Mapping[int, StageModule],
-    gradients: Gradients,
-    updates: _Completions,
+    gradients: Mapping[str, Tensor],
+    updates: WeightUpdates,
 ) -> tuple[RankModules, RankModules]:
     """Return the modules that the executors of training and of evaluation call."""
     input_layer, loss = None, config.loss
@@ -393,7 +436,7 @@ def _build_modules(
 def _output_layer(
     config: RunConfig,
     weights: _Weights,
-    gradients: Gradients,
+    gradients: Mapping[str, Tensor],
     algorithm: VocabAlgorithm,
     options: LossOptions,
     products: VocabProducts,
