@@ -417,6 +417,7 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "5",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_RUNTIME_CONNECT": "0",
         "NCCL_MAX_P2P_NCHANNELS": "2",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "3000",
@@ -427,12 +428,17 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         == tmp_path / "logs" / "flight-recorder-rank-3"
     )
     assert flight_recorder.file_of({}, tmp_path, 3) == tmp_path / "logs" / "flight-recorder-rank-3"
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine"}
+    environment = {
+        "PYTORCH_CUDA_ALLOC_CONF": "",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine",
+        "NCCL_RUNTIME_CONNECT": "1",
+    }
     set_environment(environment, RunSettings(hop_channels=0), tmp_path)
     assert environment == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
         "PYTORCH_CUDA_ALLOC_CONF": "",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine",
+        "NCCL_RUNTIME_CONNECT": "1",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "3000",
         "TORCH_FR_BUFFER_SIZE": "2000",

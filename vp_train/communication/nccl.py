@@ -105,6 +105,8 @@ def set_environment(
     if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name takes precedence
         # The number of tokens that a rank owns varies between microbatches, so sizes vary too.
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # NCCL would connect rings and trees in the first collective that takes them, within a step.
+    environment.setdefault("NCCL_RUNTIME_CONNECT", "0")
     if settings.hop_channels:
         environment.setdefault("NCCL_MAX_P2P_NCHANNELS", str(settings.hop_channels))
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
