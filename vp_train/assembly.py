@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,6 +62,7 @@ from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.products import VocabProducts
+from vp_train.vocab.rows import runs_triton
 from vp_train.vocab.shard import Shard
 
 
@@ -179,16 +180,16 @@ def _missing(config: RunConfig) -> str:
 
 
 def _warm_up(
-    config: RunConfig, weights: _Weights, training: RankModules, evaluating: RankModules
+    config: RunConfig, stages: Iterable[Stage], training: RankModules, evaluating: RankModules
 ) -> None:
-    """Run what compiles, so that no step does, for which other ranks would wait.
+    """Run `stages` and output layers, so that no step compiles, for which other ranks would wait.
 
     Gradients and weights stay as they are.  Where torch cannot compile, run.compile=auto goes on
     without.  Collective over the tensor-parallel ranks.  Raises ConfigError where it cannot, if
     run.compile is on or there are tensor-parallel ranks.
     """
     try:
-        for stage in weights.stages.values():
+        for stage in stages:
             stage.warm_up(config.micro_batch_size)
         for modules in (training, evaluating):
             if modules.output_layer is not None:
@@ -275,12 +276,15 @@ def build_rank(
     )
     if missing := _missing(config):
         tell(f"to be faster, {missing}")
-    if compiled_parts(config):
+    # Triton's kernels of the vocabulary are there also where nothing else is compiled.
+    compiles = bool(compiled_parts(config))
+    if compiles or runs_triton(device):
         # Tensor-parallel ranks wait for each other while they compile.
         alone = mesh.degrees.tp == 1
         turn = compile_one_first() if alone else nullcontext()
         with compiling or nullcontext(), starting(mesh.tensor, config.run), turn:
-            _warm_up(config, weights, training, evaluating)
+            warmed = weights.stages.values() if compiles else ()
+            _warm_up(config, warmed, training, evaluating)
     return RankModel(
         parameters=weights.parameters,
         splits=weights.splits,
