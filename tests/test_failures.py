@@ -410,7 +410,20 @@ def test_nothing_is_watched_where_torch_does_not_say_its_errors(monkeypatch):
     assert threading.active_count() == before
 
 
-def test_the_environment_is_set_where_the_user_has_not(tmp_path):
+@pytest.mark.parametrize(
+    ("num_cpus", "num_local", "threads"), [(3, 8, 1), (64, 8, 8), (255, 8, 31), (512, 8, 32)]
+)
+def test_ranks_of_a_node_share_its_cpus_to_compile(
+    tmp_path, monkeypatch, num_cpus, num_local, threads
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(num_cpus))
+    environment = {"LOCAL_WORLD_SIZE": str(num_local)}
+    set_environment(environment, RunSettings(), tmp_path)
+    assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
+
+
+def test_the_environment_is_set_where_the_user_has_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(20))
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "5"}
     set_environment(environment, RunSettings(hop_channels=2), tmp_path)
     assert environment == {
@@ -419,6 +432,7 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "NCCL_RUNTIME_CONNECT": "0",
         "NCCL_MAX_P2P_NCHANNELS": "2",
+        "TORCHINDUCTOR_COMPILE_THREADS": "20",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "3000",
         "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/logs/flight-recorder-rank-",
@@ -432,6 +446,7 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         "PYTORCH_CUDA_ALLOC_CONF": "",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine",
         "NCCL_RUNTIME_CONNECT": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "7",
     }
     set_environment(environment, RunSettings(hop_channels=0), tmp_path)
     assert environment == {
@@ -439,6 +454,7 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         "PYTORCH_CUDA_ALLOC_CONF": "",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine",
         "NCCL_RUNTIME_CONNECT": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "7",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "3000",
         "TORCH_FR_BUFFER_SIZE": "2000",
