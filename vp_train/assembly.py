@@ -45,9 +45,9 @@ from vp_train.tensors.compiling import (
     compile_one_first,
     compiles_alone,
     compiles_on,
-    failures,
     give_up,
     has_cpp_compiler,
+    is_failure,
     is_turned_off,
     prepare_inductor,
     reason_of,
@@ -194,7 +194,9 @@ def _warm_up(
         for modules in (training, evaluating):
             if modules.output_layer is not None:
                 modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
-    except failures() as error:
+    except Exception as error:
+        if not is_failure(error):
+            raise
         reason = reason_of(str(error))
         setting, is_split = config.run.compile, config.parallel.tp > 1
         # Tensor-parallel ranks must not differ: copies of a norm would drift apart.

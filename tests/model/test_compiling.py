@@ -216,6 +216,39 @@ def test_output_layers_are_warmed_up_where_triton_runs_although_nothing_is_compi
         assert warmed == ([tokens] * 2 if runs else [])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "No valid triton configs. OutOfResources: out of resource: shared memory",
+        "No triton configs are available",
+    ],
+)
+def test_a_run_goes_on_where_a_gpu_has_no_room_for_a_compiled_kernel(monkeypatch, capsys, words):
+    """torch finds out when it launches the kernel, and its error is not one of a compiler."""
+
+    def launch(*arguments):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(shape, "_PAYS_ON_CPU", 1)
+    config = replace(CONFIG, run=replace(CONFIG.run, compile="auto"))
+    batch = random_batch(config, 1)
+    with compiled_by(lambda graph, inputs: launch, monkeypatch):
+        (loss,) = run_locally(
+            config, make_plan(config, 1), lambda rank, model, _: model.train_step(*batch)
+        )
+    assert loss.isfinite()
+    assert f"going on without compiling, more slowly: {words}" in capsys.readouterr().err
+
+
+def test_another_error_of_the_warm_up_ends_the_run(monkeypatch):
+    def broken(stage, micro_batch_size):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(Stage, "warm_up", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_locally(CONFIG, make_plan(CONFIG, 1), lambda rank, model, together: None)
+
+
 def test_turned_off_nothing_is_compiled(traced):
     config = replace(CONFIG, run=replace(CONFIG.run, compile="off", linear_dtype="float8"))
     batch = random_batch(config, 1)
