@@ -484,6 +484,7 @@ def node(monkeypatch):
 
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
         monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+        monkeypatch.setattr("vp_train.communication.nccl.stay_near_gpu", lambda _: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
         return asked
@@ -513,6 +514,15 @@ def test_ranks_of_a_node_share_its_gpus_evenly_and_with_nccl_not_several_of_them
         assert environment["TORCH_FR_BUFFER_SIZE"] == "2000"  # NCCL and CUDA are set up
         taken += asked
     assert taken in ([], [local % num_devices for local in range(num_local or 1)])
+
+
+def test_a_rank_goes_to_the_cpus_near_its_gpu_before_that_has_memory(node, monkeypatch):
+    asked, near = node(4), []
+    monkeypatch.setattr(
+        "vp_train.communication.nccl.stay_near_gpu", lambda index: near.append((index, [*asked]))
+    )
+    take_gpu({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, RunSettings(device="cuda"))
+    assert (near, asked) == ([(3, [])], [3])
 
 
 def test_a_rank_on_a_cpu_takes_nothing(monkeypatch):

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from vp_train.communication.flight_recorder import DUMP_SECONDS, prefix
+from vp_train.communication.locality import stay_near_gpu
 from vp_train.config import ConfigError, RunSettings
 
 _POLL_SECONDS = 0.2
@@ -55,7 +56,9 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
             f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one GPU per "
             "rank; start fewer ranks here, or let them share GPUs with run.comm_backend=gloo"
         )
-    torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % num_devices)
+    device = int(environment.get("LOCAL_RANK", "0")) % num_devices
+    stay_near_gpu(device)  # before there is pinned memory, and threads that would stay elsewhere
+    torch.cuda.set_device(device)
     require_float8(settings)
     return settings.comm_backend
 
