@@ -360,9 +360,7 @@ def test_the_mesh_makes_the_planned_groups_and_connects_them_under_the_start_tim
         if options is not None:
             assert options.is_high_priority_stream
             assert options.config.max_ctas == (
-                RunSettings().collective_ctas
-                if purpose in (*END_PURPOSES.values(), Purpose.DATA)
-                else 32
+                RunSettings().collective_ctas if purpose in END_PURPOSES.values() else 32
             )
     on_nccl = [
         (spec, group) for spec, group in zip(own, mesh.made, strict=True) if NCCL in spec.backend

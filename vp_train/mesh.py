@@ -205,8 +205,9 @@ def _make(
         in_world = spec.purpose in WORLD_PURPOSES
         long = in_world or on_nccl  # NCCL connects at the first message, under its timeout
         seconds = settings.world_timeout_seconds if long else settings.timeout_seconds
-        # These collectives run beside the passes, so they must leave thread blocks to them.
-        few_ctas = spec.purpose in (*END_PURPOSES.values(), Purpose.DATA)
+        # These collectives run beside the passes, so they must leave thread blocks to them.  Sums
+        # over replicas come at the end of a step, where few passes are left.
+        few_ctas = spec.purpose in END_PURPOSES.values()
         is_member = rank in spec.members
         timeout = timedelta(seconds=seconds)
         group = dist.new_group(
