@@ -2,7 +2,8 @@
 # Environment of a rank, each variable with its reason.  The launch scripts read it; in your own:
 #   HEAD=node0 . launch/env.sh
 # What you have set stays.  vp-train itself sets CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_ALLOC_CONF,
-# NCCL_MAX_P2P_NCHANNELS and torch's flight recorder (docs/cluster.md).
+# NCCL_MAX_P2P_NCHANNELS, NCCL_RUNTIME_CONNECT, TORCHINDUCTOR_COMPILE_THREADS and torch's flight
+# recorder (docs/cluster.md).
 
 # Ranks share the cores of their node.  More threads per rank would only take turns.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

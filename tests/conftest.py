@@ -86,7 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
     starts_workers = getattr(config.option, "tx", None) and not hasattr(config, "workerinput")
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     if starts_workers and sys.platform == "linux" and not has_gpu:
-        workers = WarmWorkers()
+        workers = WarmWorkers(config.invocation_params.dir, config.args)
         config.option.tx = [f"{way}//python={workers.python}" for way in config.option.tx]
         config.add_cleanup(workers.stop)
 

@@ -26,8 +26,8 @@ for _heavy in (
 ):
     import_module(_heavy)
 for _groups in ("", "model=nano"):  # imports hydra, and reads files that need not be read again
-    for _data in ("", "data=synthetic", "data=text data.path=text"):
-        load_config([*_groups.split(), *_data.split()])
+    for _more in ("", "data=synthetic", "data=text data.path=text", "cluster=h100_80g_node"):
+        load_config([*_groups.split(), *_more.split()])
 
 gc.collect()
 gc.freeze()  # collections in the ranks would visit, and so copy, the pages of every object

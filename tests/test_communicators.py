@@ -27,6 +27,7 @@ from vp_train.communication.communicators import (
     GLOO,
     NCCL,
     Purpose,
+    collectives_of,
     gloo_sockets,
     hop_flows,
     plan_groups,
@@ -310,7 +311,9 @@ def fake_nccl(monkeypatch):
                 dist, name, lambda _, peer, group, name=name: steps.append((name, peer, group))
             )
         monkeypatch.setattr(
-            dist, "all_reduce", lambda _, group: steps.append(("all_reduce", None, group))
+            mesh_module,
+            "_run_once",
+            lambda collective, group, root, _: steps.append((collective, root, group)),
         )
         monkeypatch.setattr(
             mesh_module.ControlGroup, "barrier", lambda self: steps.append(("barrier", None, self))
@@ -357,9 +360,7 @@ def test_the_mesh_makes_the_planned_groups_and_connects_them_under_the_start_tim
         if options is not None:
             assert options.is_high_priority_stream
             assert options.config.max_ctas == (
-                RunSettings().collective_ctas
-                if purpose in (*END_PURPOSES.values(), Purpose.DATA)
-                else 32
+                RunSettings().collective_ctas if purpose in END_PURPOSES.values() else 32
             )
     on_nccl = [
         (spec, group) for spec, group in zip(own, mesh.made, strict=True) if NCCL in spec.backend
@@ -371,7 +372,8 @@ def test_the_mesh_makes_the_planned_groups_and_connects_them_under_the_start_tim
     expected = []
     for spec, group in on_nccl:
         hop = "send" if rank == spec.sender else "recv"
-        expected.append(("all_reduce" if spec.sender is None else hop, group))
+        of_group = collectives_of(spec, problem) if spec.sender is None else [hop]
+        expected += [(name, group) for name in of_group]
     assert [(name, group) for name, _, group in warmed] == expected
     assert [(when, group) for when, _, group in steps if isinstance(when, timedelta)] == [
         (timedelta(seconds=7), group) for _, group in on_nccl

@@ -26,6 +26,18 @@ def test_groups_that_are_composed_once_give_what_hydra_composes(words):
         assert compose._composed_once(words) == compose._hydra_composed(words)
 
 
+def test_overrides_of_saved_settings_give_what_hydra_composes():
+    saved = asdict(load_config(["data=text", "data.path=a", "optim=zero1", "schedule=v_half"]))
+    for words in (
+        [],
+        ["optim.lr=1e-3", "run.steps=7"],
+        ["vocab.shards=null", "batch_ramp=[[3,4]]"],
+    ):
+        given = words, compose.Saved(saved, {"optim.lr"})
+        assert compose._composed_once(*given) == compose._hydra_composed(*given)
+        assert compose._composed_once(words, compose.Saved(saved, {"optim"})) is None
+
+
 @pytest.mark.parametrize("word", ["optim.lr=1,2", "optim.lrr=1", "model=none", "optim.lr='a"])
 def test_what_cannot_be_composed_is_left_to_hydra(word):
     assert compose._composed_once(["model=nano", word]) is None

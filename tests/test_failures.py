@@ -410,14 +410,29 @@ def test_nothing_is_watched_where_torch_does_not_say_its_errors(monkeypatch):
     assert threading.active_count() == before
 
 
-def test_the_environment_is_set_where_the_user_has_not(tmp_path):
+@pytest.mark.parametrize(
+    ("num_cpus", "num_local", "threads"), [(3, 8, 1), (64, 8, 8), (255, 8, 31), (512, 8, 32)]
+)
+def test_ranks_of_a_node_share_its_cpus_to_compile(
+    tmp_path, monkeypatch, num_cpus, num_local, threads
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(num_cpus))
+    environment = {"LOCAL_WORLD_SIZE": str(num_local)}
+    set_environment(environment, RunSettings(), tmp_path)
+    assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
+
+
+def test_the_environment_is_set_where_the_user_has_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(20))
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "5"}
     set_environment(environment, RunSettings(hop_channels=2), tmp_path)
     assert environment == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "5",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_RUNTIME_CONNECT": "0",
         "NCCL_MAX_P2P_NCHANNELS": "2",
+        "TORCHINDUCTOR_COMPILE_THREADS": "20",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "3000",
         "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/logs/flight-recorder-rank-",
@@ -427,12 +442,19 @@ def test_the_environment_is_set_where_the_user_has_not(tmp_path):
         == tmp_path / "logs" / "flight-recorder-rank-3"
     )
     assert flight_recorder.file_of({}, tmp_path, 3) == tmp_path / "logs" / "flight-recorder-rank-3"
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine"}
+    environment = {
+        "PYTORCH_CUDA_ALLOC_CONF": "",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine",
+        "NCCL_RUNTIME_CONNECT": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "7",
+    }
     set_environment(environment, RunSettings(hop_channels=0), tmp_path)
     assert environment == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
         "PYTORCH_CUDA_ALLOC_CONF": "",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine",
+        "NCCL_RUNTIME_CONNECT": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "7",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "3000",
         "TORCH_FR_BUFFER_SIZE": "2000",
@@ -462,6 +484,7 @@ def node(monkeypatch):
 
         monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
         monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+        monkeypatch.setattr("vp_train.communication.nccl.stay_near_gpu", lambda _: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", capability_of)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
         return asked
@@ -491,6 +514,15 @@ def test_ranks_of_a_node_share_its_gpus_evenly_and_with_nccl_not_several_of_them
         assert environment["TORCH_FR_BUFFER_SIZE"] == "2000"  # NCCL and CUDA are set up
         taken += asked
     assert taken in ([], [local % num_devices for local in range(num_local or 1)])
+
+
+def test_a_rank_goes_to_the_cpus_near_its_gpu_before_that_has_memory(node, monkeypatch):
+    asked, near = node(4), []
+    monkeypatch.setattr(
+        "vp_train.communication.nccl.stay_near_gpu", lambda index: near.append((index, [*asked]))
+    )
+    take_gpu({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, RunSettings(device="cuda"))
+    assert (near, asked) == ([(3, [])], [3])
 
 
 def test_a_rank_on_a_cpu_takes_nothing(monkeypatch):

@@ -61,6 +61,7 @@ def config_of(root, name="run", steps=8, p=2, **run):
                     "eval_microbatches": 3,
                     "checkpoint_every": 4,
                     "trace_step": 3,
+                    "report": False,
                 }
                 | run
             )

@@ -21,11 +21,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import parent_process
 from pathlib import Path
+
+import pytest
 
 _MOST_BYTES = 1 << 17  # of the words and the environment of a process
 
@@ -76,20 +78,21 @@ class WarmPrograms:
 class WarmWorkers:
     """A process with the imports of tests and ranks, and `python`, which starts copies of it.
 
+    It has imported the modules of `tests` too, the words of a pytest that runs in `directory`:
+    pytest rewrites their asserts, which takes longer than all that is left to its workers.
+
     Its copies share one fork server for their ranks.  It starts as cold as any other Python where
     there is a GPU, because CUDA does not survive a fork.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path, tests: Sequence[str]) -> None:
         self._place = Path(tempfile.mkdtemp())
         self.python = self._place / "python"
         listener = _listener(self._place, self._place)
         parent, self._alive = os.pipe()
-        code = (
-            f"from tests.warm import _serve_workers as serve; serve({listener.fileno()}, {parent})"
-        )
+        words = listener.fileno(), parent, str(directory), list(tests)
         self._server = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"from tests.warm import _serve_workers as run; run(*{words})"],
             cwd=Path(__file__).parents[1],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # ranks write there, as where execnet starts the workers
@@ -107,7 +110,7 @@ class WarmWorkers:
         shutil.rmtree(self._place, ignore_errors=True)
 
 
-def _serve_workers(listener: int, parent: int) -> None:
+def _serve_workers(listener: int, parent: int, directory: str, tests: list[str]) -> None:
     from tests.ranks import share_fork_server
 
     for name in ("pytest", "hypothesis.strategies", "xdist.remote", "tests.hf.models"):
@@ -115,7 +118,26 @@ def _serve_workers(listener: int, parent: int) -> None:
             import_module(name)
     server = socket.socket(fileno=listener)
     share_fork_server(str(Path(server.getsockname()).with_name("ranks")))
+    with chdir(directory):
+        _import_tests(tests)
     _serve(server, parent)
+
+
+def _import_tests(tests: list[str]) -> None:
+    """Import the test modules that pytest finds by the words `tests`.
+
+    Meanwhile another process begins with the last of them, for their bytecode.
+    """
+    words = ["--collect-only", "-n0", "-p", "no:cacheprovider"]
+    files = sorted(str(file) for word in tests for file in Path(word).rglob("test_*.py"))
+    helper = os.fork() if files else None
+    if helper == 0:
+        pytest.main([*words, *reversed(files)])
+        os._exit(0)
+    pytest.main([*words, *tests])
+    if helper:
+        _kill(helper)
+        os.waitpid(helper, 0)
 
 
 def _serve_programs(listener: socket.socket) -> None:

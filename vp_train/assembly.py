@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,11 +31,13 @@ from vp_train.optim.zero import ZeroAdamW
 from vp_train.pipeline.comms import Comms, ProcessGroups, Transport
 from vp_train.pipeline.executor import (
     BLIND,
+    NO_UPDATES,
     Executor,
     Observer,
     PlacedBatch,
     RankModules,
     StageModule,
+    WeightUpdates,
 )
 from vp_train.planning.placement import offloaded_layers
 from vp_train.planning.plan import RunPlan
@@ -43,9 +45,9 @@ from vp_train.tensors.compiling import (
     compile_one_first,
     compiles_alone,
     compiles_on,
-    failures,
     give_up,
     has_cpp_compiler,
+    is_failure,
     is_turned_off,
     prepare_inductor,
     reason_of,
@@ -60,6 +62,7 @@ from vp_train.vocab.input import InputLayer
 from vp_train.vocab.loss import LossOptions
 from vp_train.vocab.output import OutputLayer
 from vp_train.vocab.products import VocabProducts
+from vp_train.vocab.rows import runs_triton
 from vp_train.vocab.shard import Shard
 
 
@@ -126,6 +129,21 @@ class RankModel:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationModel:
+    """One rank's share of a model that is only evaluated: parameters, and no memory to train them.
+
+    The attributes are those of RankModel.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    splits: dict[str, TensorSlice]
+    evaluator: Executor
+    stages: Mapping[int, Stage]
+    output_layer: OutputLayer | None
+    reports_loss: bool
+
+
 def _has_kernels(settings: RunSettings) -> bool:
     """Return whether the vocabulary passes have kernels in C++."""
     return settings.device == "cpu" and DTYPES[settings.dtype].itemsize == 2
@@ -162,21 +180,23 @@ def _missing(config: RunConfig) -> str:
 
 
 def _warm_up(
-    config: RunConfig, weights: _Weights, training: RankModules, evaluating: RankModules
+    config: RunConfig, stages: Iterable[Stage], training: RankModules, evaluating: RankModules
 ) -> None:
-    """Run what compiles, so that no step does, for which other ranks would wait.
+    """Run `stages` and output layers, so that no step compiles, for which other ranks would wait.
 
     Gradients and weights stay as they are.  Where torch cannot compile, run.compile=auto goes on
     without.  Collective over the tensor-parallel ranks.  Raises ConfigError where it cannot, if
     run.compile is on or there are tensor-parallel ranks.
     """
     try:
-        for stage in weights.stages.values():
+        for stage in stages:
             stage.warm_up(config.micro_batch_size)
         for modules in (training, evaluating):
             if modules.output_layer is not None:
                 modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
-    except failures() as error:
+    except Exception as error:
+        if not is_failure(error):
+            raise
         reason = reason_of(str(error))
         setting, is_split = config.run.compile, config.parallel.tp > 1
         # Tensor-parallel ranks must not differ: copies of a norm would drift apart.
@@ -254,16 +274,19 @@ def build_rank(
             for number, stage in weights.stages.items()
         }
     training, evaluating = _build_modules(
-        config, plan, mesh, weights, stages, gradients, completions
+        config, plan, mesh, weights, stages, gradients.by_name, completions
     )
     if missing := _missing(config):
         tell(f"to be faster, {missing}")
-    if compiled_parts(config):
+    # Triton's kernels of the vocabulary are there also where nothing else is compiled.
+    compiles = bool(compiled_parts(config))
+    if compiles or runs_triton(device):
         # Tensor-parallel ranks wait for each other while they compile.
         alone = mesh.degrees.tp == 1
         turn = compile_one_first() if alone else nullcontext()
         with compiling or nullcontext(), starting(mesh.tensor, config.run), turn:
-            _warm_up(config, weights, training, evaluating)
+            warmed = weights.stages.values() if compiles else ()
+            _warm_up(config, warmed, training, evaluating)
     return RankModel(
         parameters=weights.parameters,
         splits=weights.splits,
@@ -275,9 +298,35 @@ def build_rank(
         gradients=gradients,
         optimizer=optimizer,
         loss_scale=LossScale.of(config.run.dtype),
-        reports_loss=plan.problem.root(End.OUTPUT) == rank and mesh.tensor_rank == 0,
+        reports_loss=_reports_loss(plan, mesh),
         _completions=completions,
     )
+
+
+def build_for_evaluation(config: RunConfig, plan: RunPlan, mesh: Mesh) -> EvaluationModel:
+    """Build the model of this rank with its initial values, without gradients and an optimizer."""
+    device = rank_device(config)
+    weights = _build_weights(config, plan, mesh, device)
+    no_memory = {
+        name: torch.empty_like(parameter, device="meta")
+        for name, parameter in weights.parameters.items()
+    }
+    _, evaluating = _build_modules(
+        config, plan, mesh, weights, weights.stages, no_memory, NO_UPDATES
+    )
+    comms = Comms(_process_groups(config, mesh, device))
+    return EvaluationModel(
+        parameters=weights.parameters,
+        splits=weights.splits,
+        evaluator=Executor(plan.evaluation_program, mesh.pipeline_rank, evaluating, comms),
+        stages=weights.stages,
+        output_layer=evaluating.output_layer,
+        reports_loss=_reports_loss(plan, mesh),
+    )
+
+
+def _reports_loss(plan: RunPlan, mesh: Mesh) -> bool:
+    return plan.problem.root(End.OUTPUT) == mesh.pipeline_rank and mesh.tensor_rank == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +409,8 @@ def _build_modules(
     mesh: Mesh,
     weights: _Weights,
     stages: Mapping[int, StageModule],
-    gradients: Gradients,
-    updates: _Completions,
+    gradients: Mapping[str, Tensor],
+    updates: WeightUpdates,
 ) -> tuple[RankModules, RankModules]:
     """Return the modules that the executors of training and of evaluation call."""
     input_layer, loss = None, config.loss
@@ -393,7 +442,7 @@ def _build_modules(
 def _output_layer(
     config: RunConfig,
     weights: _Weights,
-    gradients: Gradients,
+    gradients: Mapping[str, Tensor],
     algorithm: VocabAlgorithm,
     options: LossOptions,
     products: VocabProducts,

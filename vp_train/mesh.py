@@ -24,9 +24,12 @@ from vp_train.communication.communicators import (
     GLOO,
     NCCL,
     WORLD_PURPOSES,
+    Collective,
     GroupSpec,
     Purpose,
+    collectives_of,
     plan_groups,
+    root_of,
 )
 from vp_train.communication.control import ControlGroup, row_width
 from vp_train.communication.nccl import communicator_options, take_gpu
@@ -36,6 +39,7 @@ from vp_train.pipeline.groups import Groups
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import RunPlan
 from vp_train.supervision.watcher import Watcher
+from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
 
 _Made = Sequence[tuple[GroupSpec, dist.ProcessGroup]]
 
@@ -143,7 +147,9 @@ def build_mesh(
     if watching is not None:
         watching([group for _, group in made])
     if backend == NCCL:
-        _warm_up(made, rank)
+        device = torch.device("cuda", torch.cuda.current_device())
+        _warm_up(made, rank, degrees, problem, device)
+        torch.cuda.synchronize(device)
         world.barrier()
         for spec, group in made:
             if spec.purpose not in CONTROL_PURPOSES:
@@ -199,8 +205,9 @@ def _make(
         in_world = spec.purpose in WORLD_PURPOSES
         long = in_world or on_nccl  # NCCL connects at the first message, under its timeout
         seconds = settings.world_timeout_seconds if long else settings.timeout_seconds
-        # These collectives run beside the passes, so they must leave thread blocks to them.
-        few_ctas = spec.purpose in (*END_PURPOSES.values(), Purpose.DATA)
+        # These collectives run beside the passes, so they must leave thread blocks to them.  Sums
+        # over replicas come at the end of a step, where few passes are left.
+        few_ctas = spec.purpose in END_PURPOSES.values()
         is_member = rank in spec.members
         timeout = timedelta(seconds=seconds)
         group = dist.new_group(
@@ -217,24 +224,53 @@ def _make(
     return made
 
 
-def _warm_up(made: _Made, rank: int) -> None:
-    """Send one element through each communicator, so that NCCL connects here and not in a step.
+def _warm_up(
+    made: _Made, rank: int, degrees: Degrees, problem: Problem, device: torch.device
+) -> None:
+    """Run all that each communicator will run, so that NCCL connects here and not in a step.
 
-    A pair sends and receives, as in a step, because point-to-point messages use other NCCL
-    communicators than collectives.
+    NCCL connects two ranks at the first message between them.  `set_environment` lets it connect
+    the rings and trees of collectives at once; where somebody has set that otherwise, it connects
+    those at the first collective that takes them.  A pair sends and receives, as in a step, because
+    point-to-point messages use other NCCL communicators than collectives.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
     for spec, group in made:
-        element = torch.zeros(1, device=device)
         if spec.sender is not None:
+            element = torch.zeros(1, device=device)
             (receiver,) = set(spec.members) - {spec.sender}
             if rank == spec.sender:
                 dist.send(element, receiver, group=group)
             else:
                 dist.recv(element, spec.sender, group=group)
         elif NCCL in spec.backend:
-            dist.all_reduce(element, group=group)
-    torch.cuda.synchronize(device)
+            root = root_of(spec, degrees, problem)
+            for collective in collectives_of(spec, problem):
+                _run_once(collective, group, root, device)
+
+
+def _run_once(
+    collective: Collective, group: dist.ProcessGroup, root: int, device: torch.device
+) -> None:
+    """Run a collective over one element of every rank; `root` is a global rank."""
+    size = group.size()
+    whole, part = torch.zeros(size, device=device), torch.zeros(1, device=device)
+    match collective:
+        case Collective.ALL_REDUCE:
+            dist.all_reduce(part, group=group)
+        case Collective.ALL_GATHER:
+            all_gather_single(whole, part, group)
+        case Collective.REDUCE_SCATTER:
+            reduce_scatter_single(part, whole, group)
+        case Collective.BROADCAST:
+            dist.broadcast(part, root, group=group)
+        case Collective.REDUCE:
+            dist.reduce(part, root, group=group)
+        case Collective.GATHER | Collective.SCATTER:
+            many = [int(dist.get_rank() == root)] * size
+            one = [int(member == dist.get_group_rank(group, root)) for member in range(size)]
+            sent, received = (one, many) if collective is Collective.GATHER else (many, one)
+            source, result = whole.new_zeros(sum(sent)), whole.new_zeros(sum(received))
+            dist.all_to_all_single(result, source, received, sent, group=group)
 
 
 def _control(

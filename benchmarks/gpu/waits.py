@@ -191,6 +191,11 @@ def spinning(where: Where, report: Report) -> None:
         times[name] = {
             blocks: _beside(where, how, blocks, a, b, calls) for blocks in (0, 1, 2, 4, 8, 16, 32)
         }
+        if where.on_gpu:
+            times[f"{name}, with as many multiprocessors left free"] = {
+                blocks: _beside(where, how, blocks, a, b, calls, free=blocks)
+                for blocks in (0, 2, 4, 32)
+            }
     report.note(milliseconds=times, blocks_by=how.__name__)
     small = next(iter(times.values()))
     slower = {blocks: time / small[0] - 1 for blocks, time in small.items() if blocks}
@@ -206,21 +211,45 @@ def spinning(where: Where, report: Report) -> None:
 
 
 def _beside(
-    where: Where, how: Callable[[int], object], blocks: int, a: Tensor, b: Tensor, calls: int
+    where: Where,
+    how: Callable[[int], object],
+    blocks: int,
+    a: Tensor,
+    b: Tensor,
+    calls: int,
+    *,
+    free: int | None = None,
 ) -> float:
-    """Return the milliseconds of a product beside so many blocks, the best of three."""
+    """Return the milliseconds of a product beside so many blocks, the best of three.
+
+    free: the multiprocessors that the product, by cuBLASLt, leaves to others; None: as usual.
+    """
     rounds = []
-    for _ in range(4):
-        where.synchronise()
-        spun = how(blocks)
-        time.sleep(0.002)  # they are there when the products begin
-        begin = mark(where)
-        for _ in range(calls):
-            torch.mm(a, b)
-        rounds.append(elapsed(where, begin, mark(where)) / calls)
-        where.synchronise()
-        del spun
+    with nullcontext() if free is None else _left_free(free):
+        for _ in range(4):
+            where.synchronise()
+            spun = how(blocks)
+            time.sleep(0.002)  # they are there when the products begin
+            begin = mark(where)
+            for _ in range(calls):
+                torch.mm(a, b)
+            rounds.append(elapsed(where, begin, mark(where)) / calls)
+            where.synchronise()
+            del spun
     return min(rounds[1:])
+
+
+@contextmanager
+def _left_free(multiprocessors: int) -> Iterator[None]:
+    """Let products take cuBLASLt, and leave so many multiprocessors to other kernels."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch._C._set_sm_carveout_experimental(multiprocessors)
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 def _spinner(where: Where) -> Callable[[int], object]:

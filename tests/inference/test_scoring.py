@@ -15,6 +15,7 @@ import torch
 
 import vp_train
 from tests.inference.trained import SENTENCE, WORDS, command, records
+from tests.vocab.test_memory import growth
 from vp_train.commands.score import Score, main
 from vp_train.config import ConfigError
 from vp_train.data.tokenizer import train_tokenizer
@@ -54,6 +55,17 @@ def test_scores_are_the_log_softmax_of_the_model(trained):
             logits = hidden @ weights["output.weight"].T
         expected.append(logits.log_softmax(-1)[: len(labels)].gather(1, labels[:, None])[:, 0])
     assert torch.allclose(found.double(), torch.cat(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_is_opened_in_the_memory_of_its_parameters(trained, dtype):
+    """Beside them a tensor is read and converted at a time: no gradients, masters or moments."""
+    opened_runs = []
+    grown = growth(lambda: opened_runs.append(vp_train.open_run(trained, dtype=dtype)))
+    parameters = opened_runs[0].model.parameters.values()
+    own = sum(parameter.nbytes for parameter in parameters)
+    largest = 4 * max(parameter.numel() for parameter in parameters)
+    assert own <= grown < own + 4 * largest
 
 
 def test_what_cannot_be_scored_is_said(trained, tmp_path):

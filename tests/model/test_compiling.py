@@ -26,8 +26,10 @@ from vp_train.assembly import (
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig, RunConfig, RunSettings
 from vp_train.mesh import build_mesh
 from vp_train.model import shape
+from vp_train.model.stage import Stage
 from vp_train.planning.plan import make_plan
 from vp_train.tensors import compiling
+from vp_train.vocab.output import OutputLayer
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -200,6 +202,51 @@ def test_more_shapes_than_the_limit_run_as_torch_operations(traced, monkeypatch)
         x = torch.ones(size)
         assert torch.equal(double(x), 2 * x)
     assert len(traced) == 3
+
+
+def test_output_layers_are_warmed_up_where_triton_runs_although_nothing_is_compiled(monkeypatch):
+    """Kernels of the vocabulary would be compiled within step 1, where other ranks wait."""
+    warmed, config = [], replace(CONFIG, run=replace(CONFIG.run, compile="off"))
+    monkeypatch.setattr(OutputLayer, "warm_up", lambda layer, tokens: warmed.append(tokens))
+    monkeypatch.setattr(Stage, "warm_up", None)  # not called
+    for runs in (False, True):
+        monkeypatch.setattr("vp_train.assembly.runs_triton", lambda device, runs=runs: runs)
+        run_locally(config, make_plan(config, 1), lambda rank, model, together: None)
+        tokens = config.micro_batch_size * config.model.seq_length
+        assert warmed == ([tokens] * 2 if runs else [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "No valid triton configs. OutOfResources: out of resource: shared memory",
+        "No triton configs are available",
+    ],
+)
+def test_a_run_goes_on_where_a_gpu_has_no_room_for_a_compiled_kernel(monkeypatch, capsys, words):
+    """torch finds out when it launches the kernel, and its error is not one of a compiler."""
+
+    def launch(*arguments):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(shape, "_PAYS_ON_CPU", 1)
+    config = replace(CONFIG, run=replace(CONFIG.run, compile="auto"))
+    batch = random_batch(config, 1)
+    with compiled_by(lambda graph, inputs: launch, monkeypatch):
+        (loss,) = run_locally(
+            config, make_plan(config, 1), lambda rank, model, _: model.train_step(*batch)
+        )
+    assert loss.isfinite()
+    assert f"going on without compiling, more slowly: {words}" in capsys.readouterr().err
+
+
+def test_another_error_of_the_warm_up_ends_the_run(monkeypatch):
+    def broken(stage, micro_batch_size):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(Stage, "warm_up", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_locally(CONFIG, make_plan(CONFIG, 1), lambda rank, model, together: None)
 
 
 def test_turned_off_nothing_is_compiled(traced):

@@ -1,5 +1,7 @@
 """Stages whose passes are replayed compute what those do that run them anew."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from tests.pipeline.compare import assert_all_close
 from tests.pipeline.equivalence import assert_equivalent, compare_locally, config_of
 from tests.pipeline.truth import random_batch
 from vp_train.config import ConfigError
+from vp_train.model.graphs import _Slot, repeated
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 
@@ -56,6 +59,30 @@ def test_passes_that_cannot_be_replayed_are_refused_by_name(word):
         plan()
     for way_out in str(refused.value).partition("; use ")[2].split(" or "):
         plan(way_out)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_slot_is_freed_at_once(split):
+    """The warm-up of a GPU frees its slot while Python's garbage collector is off."""
+    config = config_of(1, 1, 101)
+
+    def work(rank, model, together):
+        stage = model.stages[0]
+        x = torch.ones(config.model.seq_length, 1, config.model.hidden_size, dtype=torch.float64)
+        slot = _Slot(stage, x, repeated, split=split)
+        slot.forward(x)
+        slot.backward(x)
+        if split:
+            slot.weights()
+        reference = weakref.ref(slot)
+        gc.disable()
+        try:
+            del slot
+            return reference() is None
+        finally:
+            gc.enable()
+
+    assert run_locally(config, make_plan(config, 1), work) == [True]
 
 
 def steps_of(config, plan, batches):

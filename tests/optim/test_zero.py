@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.optim.setup import RUNS, SHAPES
+from tests.optim.setup import RUNS, SHAPES, accumulate, build
 from tests.vocab.test_memory import growth
 from vp_train.config import OptimConfig
 from vp_train.optim.adamw import MOMENTS
@@ -58,3 +59,48 @@ def test_only_the_first_replica_has_it_all_and_none_takes_more_than_a_tensor_at_
         assert same
         assert taking < whole / 2
         assert giving < (4 * whole if rank == 0 else whole / 2)
+
+
+class LateCopies(TorchDispatchMode):
+    """A device whose copies that the host does not wait for run when it waits for their event."""
+
+    def __init__(self):
+        super().__init__()
+        self._copies = []
+
+    def synchronize(self):
+        for target, source in self._copies:
+            target.copy_(source)
+        self._copies.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default and args[2:] == (True,):
+            self._copies.append(args[:2])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def norms(rank, num_ranks, late):
+    """Return the squared norms of two steps, copied as on a GPU if `late`."""
+    _, gradients, optimizer = build("offload")
+    device, zero = LateCopies(), optimizer._zero
+    copy_gradient = zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu
+
+    def copied(parameter):
+        with device:
+            copy_gradient(parameter)
+        zero._pending_offload_events[None] = device  # by its stream
+
+    if late:
+        zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu = copied
+    found = []
+    for seed in (1, 2):
+        accumulate(gradients, seed, rank)
+        optimizer.reduce()
+        found.append(optimizer.squared_norm().item())
+        optimizer.step(1e-3, 1.0)
+    return found
+
+
+def test_the_norm_is_that_of_gradients_that_have_come_to_the_host(ranks):
+    assert ranks(2).run(norms, True) == ranks(2).run(norms, False)

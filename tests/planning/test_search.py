@@ -36,7 +36,7 @@ from vp_train.settings import load_config
 
 SMALL = ["model=nano", "cluster.gpus_per_node=2", "num_microbatches=2", "model.num_layers=4"]
 GIB = 2**30
-NO_END = Limits(top=1, margin=0.0, effort=10**12)
+NO_END = Limits(top=1, margin=0.0)
 
 
 def config_of(*overrides):

@@ -28,6 +28,12 @@ from schedules.vocab import VOCAB_ALGORITHMS
 CLOSE = 1 + 1e-9
 
 
+@pytest.fixture
+def hasty_search(quick_search, monkeypatch):
+    """Search with a fifth of the effort of `quick_search` after the starts are refined."""
+    monkeypatch.setattr(auto, "_ROUNDS", ((2, 3_000), (1, 6_000)))
+
+
 def options_of(
     p, m, algorithms=("one_barrier",), *, spread=0.0, slowness=None, names=tuple(GENERATORS), seed=0
 ):
@@ -90,7 +96,7 @@ def timeline_of(solution):
 )
 @pytest.mark.parametrize("cap_of", ["1f1b", "v_half"])
 def test_never_slower_than_a_named_schedule_within_the_caps(
-    quick_search, p, m, spread, algorithms, cap_of
+    hasty_search, p, m, spread, algorithms, cap_of
 ):
     options = options_of(p, m, algorithms, spread=spread)
     named = [simulate(generate(o.name, o.problem, o.cost), o.problem, o.cost) for o in options]
@@ -112,7 +118,7 @@ def test_never_slower_than_a_named_schedule_within_the_caps(
 
 
 @pytest.mark.parametrize(("p", "m", "spread"), [(1, 1, 0.0), (2, 3, 0.5), (3, 4, 0.2)])
-def test_without_caps_a_search_never_refuses(quick_search, p, m, spread):
+def test_without_caps_a_search_never_refuses(hasty_search, p, m, spread):
     options = options_of(p, m, ("one_barrier", "none"), spread=spread)
     free = timeline_of(solve(options, [math.inf] * p)).makespan
     assert (
@@ -160,7 +166,7 @@ def test_a_watch_can_end_the_search_with_the_best_so_far(quick_search, looks):
     assert not caught.value.is_stopped
 
 
-def test_every_rank_has_a_cap_of_its_own(quick_search):
+def test_every_rank_has_a_cap_of_its_own(hasty_search):
     options, low = options_of(3, 9), 2.0
     assert min(timeline_of(solve(options, (3.0,) * 3)).peak_bytes) > low
     for tight in range(3):
@@ -174,7 +180,7 @@ def test_every_rank_has_a_cap_of_its_own(quick_search):
     ("p", "m", "spread", "seed"), [(2, 4, 0.0, 0), (3, 5, 0.3, 1), (4, 8, 0.3, 2)]
 )
 def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(
-    quick_search, p, m, spread, seed
+    hasty_search, p, m, spread, seed
 ):
     options = options_of(p, m, spread=spread, seed=seed)
     for cap in (p, 0.7 * p):
@@ -197,7 +203,7 @@ def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(
 )
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
 def test_an_impossible_cap_is_refused_and_the_bytes_that_were_reached_are_a_possible_cap(
-    quick_search, p, m, caps, spread, algorithm
+    hasty_search, p, m, caps, spread, algorithm
 ):
     options = options_of(p, m, (algorithm,), spread=spread)
     with pytest.raises(CapError) as caught:

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 
 import torch
+from _pytest.monkeypatch import MonkeyPatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schedules.vocab import Payload
@@ -213,6 +214,33 @@ def count_launches(monkeypatch, device, num_chunks):
     return found
 
 
+def compare_warm_up(monkeypatch):
+    """The warm-up launches every kernel of a step, and adds nothing to the gradient."""
+    num_tokens, num_rows, hidden = 4, 48, 8
+    monkeypatch.setitem(chunks.CHUNKS, "cuda", chunks.ChunkSize(1, 16, 16))
+    monkeypatch.setattr("vp_train.vocab.backends.Chunked", joined.Joined)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, hidden, generator=generator) for n in (num_tokens, num_rows))
+    targets, weights = torch.arange(num_tokens), torch.ones(num_tokens)
+    for algorithm in ("one_barrier", "two_barrier"):
+        grad = torch.zeros_like(weight)
+        layer = make_layer(weight, grad, Shard(0, num_rows), algorithm, "chunked", PLAIN)
+        with MonkeyPatch.context() as patched, Launches(patched) as launches:
+            layer.warm_up(num_tokens)
+            warmed = {name for name in launches.counts if name.startswith("_")}
+        assert not grad.any()
+        with MonkeyPatch.context() as patched, Launches(patched) as launches:
+            run_output(
+                *(x, weight, targets, weights),
+                sizes=[num_rows],
+                algorithm=algorithm,
+                backend="chunked",
+            )
+            used = {name for name in launches.counts if name.startswith("_")}
+        assert used <= warmed, used - warmed
+        assert "_subtract_targets" in used
+
+
 def compare_layers(monkeypatch, device):
     """Compare the whole layer on shards, through the kernels, with the unsharded one."""
     monkeypatch.setitem(chunks.CHUNKS, "cuda", chunks.ChunkSize(1, 16, 16))
@@ -237,14 +265,14 @@ def main() -> None:
     """Run everything in Triton's interpreter, and print the launches for one and three chunks."""
     import json
 
-    from _pytest.monkeypatch import MonkeyPatch
-
     assert os.environ["TRITON_INTERPRET"] == "1"
     cpu = torch.device("cpu")
     for compare, case in COMPARISONS:
         compare(case, cpu)
     with MonkeyPatch.context() as monkeypatch:
         compare_layers(monkeypatch, cpu)
+    with MonkeyPatch.context() as monkeypatch:
+        compare_warm_up(monkeypatch)
     counts = []
     for num_chunks in (1, 3):
         with MonkeyPatch.context() as monkeypatch:

@@ -47,6 +47,18 @@ def test_the_triton_kernels_are_right_in_the_interpreter_and_few():
 
 
 @with_triton
+def test_owned_tokens_that_begin_anywhere_need_no_further_code():
+    from vp_train.vocab.triton_rows import _subtract_targets
+
+    free = {
+        parameter.name
+        for parameter in _subtract_targets.params
+        if parameter.do_not_specialize_on_alignment
+    }
+    assert free == {"positions", "rows"}
+
+
+@with_triton
 def test_warps_are_measured_where_a_kernel_runs_whose_sums_may_differ(monkeypatch):
     from vp_train.vocab import triton_rows
 

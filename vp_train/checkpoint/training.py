@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vp_train.assembly import RankModel
+from vp_train.assembly import EvaluationModel, RankModel
 from vp_train.checkpoint.manifest import (
     MANIFEST,
     MOST_STEPS,
@@ -34,6 +34,7 @@ from vp_train.config.resume import (
 from vp_train.durable import checkpoints_in, plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
+from vp_train.tensors.precision import statistics_dtype
 
 Value = TypeVar("Value")
 
@@ -220,8 +221,7 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
     The checkpoint may have any parallel layout and any dtype.  Raises ConfigError if it is of
     another model, naming the setting or the tensor, and both values.
     """
-    manifest, saved = _opened(path, saved_settings)
-    _require_same(saved, {"model": asdict(config.model)}, path, config, keeps_with_weights)
+    manifest = _opened_weights(path, config)
 
     def read(kind: str, name: str) -> Tensor:
         if kind in MOMENTS:
@@ -229,6 +229,21 @@ def load_weights(path: Path, config: RunConfig, model: RankModel) -> None:
         return _read(path, manifest, model, kind, name, cast=True)
 
     model.optimizer.restore(read)
+
+
+@torch.no_grad()
+def load_parameters(path: Path, config: RunConfig, model: EvaluationModel) -> None:
+    """Load the parameters of checkpoint `path`; the rest is as in `load_weights`."""
+    manifest = _opened_weights(path, config)
+    for name, parameter in model.parameters.items():
+        parameter.copy_(_read(path, manifest, model, "parameter", name, cast=True))
+
+
+def _opened_weights(path: Path, config: RunConfig) -> Manifest:
+    """Return the manifest of checkpoint `path`.  Raises ConfigError if it is of another model."""
+    manifest, saved = _opened(path, saved_settings)
+    _require_same(saved, {"model": asdict(config.model)}, path, config, keeps_with_weights)
+    return manifest
 
 
 def _opened(path: Path, read: Callable[[Manifest], Value]) -> tuple[Manifest, Value]:
@@ -251,10 +266,17 @@ def _key(kind: str, name: str) -> str:
 
 
 def _read(
-    path: Path, manifest: Manifest, model: RankModel, kind: str, name: str, *, cast: bool
+    path: Path,
+    manifest: Manifest,
+    model: RankModel | EvaluationModel,
+    kind: str,
+    name: str,
+    *,
+    cast: bool,
 ) -> Tensor:
     """Read this rank's slice of a parameter or moment, in the dtype of the gradients."""
-    tensor = torch.empty(model.parameters[name].shape, dtype=model.gradients.dtype)
+    parameter = model.parameters[name]
+    tensor = torch.empty(parameter.shape, dtype=statistics_dtype(parameter.dtype))
     load(
         path,
         manifest,

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from schedules.ir import Kind, Pass
 from schedules.problem import Problem
-from schedules.vocab import End
+from schedules.vocab import End, Transfer, evaluation
 from vp_train.planning.degrees import Degrees
 
 GLOO, NCCL, BOTH = "gloo", "nccl", "cpu:gloo,cuda:nccl"
@@ -38,6 +38,40 @@ class Purpose(StrEnum):
 WORLD_PURPOSES = (Purpose.WORLD, Purpose.WORLD_LEADERS)
 CONTROL_PURPOSES = (*WORLD_PURPOSES, Purpose.STEPS, Purpose.STEPS_LEADERS)
 END_PURPOSES = {End.INPUT: Purpose.INPUT, End.OUTPUT: Purpose.OUTPUT}
+
+
+class Collective(StrEnum):
+    """A collective as NCCL has it.  Some have a root, among the members of their group."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    BROADCAST = "broadcast"
+    REDUCE = "reduce"
+    GATHER = "gather"  # to the root; messages between pairs of ranks
+    SCATTER = "scatter"  # from the root; messages between pairs of ranks
+
+
+_COLLECTIVES = {
+    Purpose.ALONE: (Collective.ALL_REDUCE,),
+    Purpose.TENSOR: (
+        Collective.ALL_REDUCE,
+        Collective.ALL_GATHER,
+        Collective.REDUCE_SCATTER,
+        Collective.BROADCAST,
+    ),
+    Purpose.DATA: (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.REDUCE_SCATTER),
+    Purpose.TIED: (Collective.ALL_REDUCE,),
+}
+_OF_TRANSFER = {
+    Transfer.BROADCAST: Collective.BROADCAST,
+    Transfer.REDUCE: Collective.REDUCE,
+    Transfer.GATHER: Collective.GATHER,
+    Transfer.SCATTER: Collective.SCATTER,
+    Transfer.ALL_MAX: Collective.ALL_REDUCE,
+    Transfer.ALL_SUM: Collective.ALL_REDUCE,
+    Transfer.ALL_GATHER: Collective.ALL_GATHER,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +121,31 @@ def plan_groups(
     if degrees.pp > 1:
         specs.extend(_hop_groups(degrees, problem) if nccl else _lanes(degrees))
     return tuple(specs)
+
+
+def collectives_of(spec: GroupSpec, problem: Problem) -> tuple[Collective, ...]:
+    """Return the collectives that a group with device tensors may run in steps and evaluations.
+
+    A pair that hops runs none.
+    """
+    if spec.purpose in _COLLECTIVES:
+        return _COLLECTIVES[spec.purpose]
+    barriers = (*problem.algorithm.barriers, *evaluation(problem.algorithm).barriers)
+    used = {
+        _OF_TRANSFER[barrier.transfer]
+        for barrier in barriers
+        if END_PURPOSES[barrier.end] is spec.purpose
+    }
+    return tuple(sorted(used))
+
+
+def root_of(spec: GroupSpec, degrees: Degrees, problem: Problem) -> int:
+    """Return the global rank that is the root of the collectives of `spec`."""
+    for end, purpose in END_PURPOSES.items():
+        if spec.purpose is purpose:
+            replica, *_ = degrees.place(spec.members[0])
+            return degrees.rank(replica, problem.root(end), 0)
+    return spec.members[0]
 
 
 def gloo_sockets(specs: Sequence[GroupSpec], rank: int) -> int:

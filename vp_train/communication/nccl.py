@@ -5,7 +5,8 @@ Everything here does nothing if torch has no NCCL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+import os
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -15,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from vp_train.communication.flight_recorder import DUMP_SECONDS, prefix
+from vp_train.communication.locality import stay_near_gpu
 from vp_train.config import ConfigError, RunSettings
 
 _POLL_SECONDS = 0.2
+_MOST_COMPILE_THREADS = 32  # torch's own bound
 _FLOAT8_CAPABILITY = (8, 9)  # the first with products of float8
 
 
@@ -53,7 +56,9 @@ def take_gpu(environment: MutableMapping[str, str], settings: RunSettings) -> st
             f"{num_local} ranks but {num_devices} GPU(s) on this node, and NCCL needs one GPU per "
             "rank; start fewer ranks here, or let them share GPUs with run.comm_backend=gloo"
         )
-    torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")) % num_devices)
+    device = int(environment.get("LOCAL_RANK", "0")) % num_devices
+    stay_near_gpu(device)  # before there is pinned memory, and threads that would stay elsewhere
+    torch.cuda.set_device(device)
     require_float8(settings)
     return settings.comm_backend
 
@@ -105,8 +110,12 @@ def set_environment(
     if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the older name takes precedence
         # The number of tokens that a rank owns varies between microbatches, so sizes vary too.
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # NCCL would connect rings and trees in the first collective that takes them, within a step.
+    environment.setdefault("NCCL_RUNTIME_CONNECT", "0")
     if settings.hop_channels:
         environment.setdefault("NCCL_MAX_P2P_NCHANNELS", str(settings.hop_channels))
+    # By default every rank would start a process for each CPU of the node to compile for its GPU.
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(_compile_threads(environment)))
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     environment.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", f"{DUMP_SECONDS * 1000:.0f}")
     # If both are set, torch uses the new names and warns about the old ones.
@@ -114,6 +123,12 @@ def set_environment(
         environment.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:
         environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix(directory))
+
+
+def _compile_threads(environment: Mapping[str, str]) -> int:
+    """Return this rank's share of the CPUs, at most as many as torch's compiler takes alone."""
+    num_local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    return min(_MOST_COMPILE_THREADS, max(1, len(os.sched_getaffinity(0)) // num_local))
 
 
 def communicator_options(settings: RunSettings, timeout: timedelta, *, few_ctas: bool) -> Any:

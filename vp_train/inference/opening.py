@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from vp_train.assembly import RankModel, build_rank
+from vp_train.assembly import EvaluationModel, build_for_evaluation
 from vp_train.checkpoint.store import find
-from vp_train.checkpoint.training import load_weights
+from vp_train.checkpoint.training import load_parameters
 from vp_train.communication.nccl import require_float8, require_gpu
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.tokenizer import LARGEST_TOKENIZER, beyond, end_token_id, load_tokenizer
@@ -39,7 +39,7 @@ class OpenRun:
     config: RunConfig
     checkpoint: Path
     tokenizer: Tokenizer | None
-    model: RankModel
+    model: EvaluationModel
     mesh: Mesh
     end_name: str | None = None
 
@@ -83,9 +83,9 @@ def opened(opening: Opening) -> OpenRun:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     mesh = build_mesh(plan.degrees, plan.problem, config.run)
-    model = build_rank(config, plan, mesh)
+    model = build_for_evaluation(config, plan, mesh)
     checkpoint = find(opening.directory, mesh.world)
-    load_weights(checkpoint, config, model)
+    load_parameters(checkpoint, config, model)
     tokenizer = _tokenizer_of(opening)
     return OpenRun(config, checkpoint, tokenizer, model, mesh, _end_name(opening.run))
 

@@ -44,6 +44,7 @@ class Tracer:
         """Return the recorder of a step that all ranks begin together.  Collective."""
         parameters = list(self._model.parameters.values())
         recorder = Recorder(self._mesh.pipeline_rank, self._timer, parameters, inner)
+        self._timer.settle()  # else every GPU would begin after what it still has of the last step
         stopwatch.switch(Part.WAITING)
         self._mesh.steps.barrier()
         stopwatch.switch(Part.DATA)

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import count
 from threading import Lock
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +70,18 @@ def _recording_alone() -> Iterator[None]:
 
 
 def repeated(work: Work) -> Work:
-    """Return `work`, which takes the place of its graph on a CPU."""
-    return work
+    """Return what runs the method `work` anew, in the place of its graph on a CPU.
+
+    It does not keep the slot that has the method: a slot that keeps itself is freed late.
+    """
+    reference = WeakMethod(work)
+
+    def run() -> None:
+        method = reference()
+        assert method is not None
+        method()
+
+    return run
 
 
 class _Slot:

@@ -34,6 +34,11 @@ class Gradients:
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
+    @property
+    def by_name(self) -> Mapping[str, Tensor]:
+        """The gradient of every parameter."""
+        return self._views
+
     def of(self, bucket: Bucket) -> Tensor:
         """Return the gradients of `bucket` and its padding, which is 0, as one view."""
         return self.flat[bucket.start : bucket.stop]

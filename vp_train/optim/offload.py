@@ -128,6 +128,8 @@ class OffloadedAdamW:
         self.ready(list(self._group_of))
         if self._zero is not None:
             self._zero.overlapping_partition_gradients_reduce_epilogue()
+            # On a GPU the copies to the host are under way, and DeepSpeed waits in `step` only.
+            self._zero._wait_for_offload_copies()
         self._started.clear()
         if self._tied is not None:
             own = self._shard(self._group_of[self._tied.name][1])

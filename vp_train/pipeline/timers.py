@@ -37,6 +37,10 @@ class Timer(Protocol):
         """Set the origin of `seconds` to now."""
         ...
 
+    def settle(self) -> None:
+        """Return when the work that was issued to the stream of the passes is done."""
+        ...
+
     def watch(self, pending: Pending, channel: str, done: Callable[[Any], None]) -> Pending:
         """Return `pending`, perhaps wrapped; call `done` with a mark for its end.
 
@@ -54,6 +58,9 @@ class HostTimer:
     def start(self, at: float | None = None) -> None:
         """Set the origin of `seconds` to now, or to the moment `at` of time.perf_counter."""
         self._origin = time.perf_counter() if at is None else at
+
+    def settle(self) -> None:
+        pass
 
     def mark(self, used: Any = None) -> float:
         return time.perf_counter()
@@ -82,6 +89,9 @@ class CudaTimer:
 
     def start(self) -> None:
         self._origin = self.mark()
+
+    def settle(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
 
     def mark(self, used: Any = None) -> Any:
         event = used or torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

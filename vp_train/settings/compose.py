@@ -33,8 +33,7 @@ def composed_config(overrides: Sequence[str], saved: Saved | None = None) -> Run
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    composed = _composed_once(overrides) if saved is None else None
-    composed = composed or _of_hydra(overrides, saved)
+    composed = _composed_once(overrides, saved) or _of_hydra(overrides, saved)
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -88,10 +87,11 @@ def _of_hydra(overrides: Sequence[str], saved: Saved | None) -> Any:
         raise ConfigError(f"{words} cannot be read; write key=value, e.g. run.steps=100") from None
 
 
-def _composed_once(overrides: Sequence[str]) -> Any:
+def _composed_once(overrides: Sequence[str], saved: Saved | None = None) -> Any:
     """Compose as hydra does, but the groups only once in this process; None if something is wrong.
 
-    Hydra reads all files for every call, which takes most of its time.
+    Also None where groups begin anew on what is saved.  Hydra reads all files for every call, which
+    takes most of its time.
     """
     from omegaconf import OmegaConf
 
@@ -103,8 +103,14 @@ def _composed_once(overrides: Sequence[str]) -> Any:
             if choice not in groups[group]:
                 return None
             chosen[group] = word
+    if saved is not None and saved.anew & groups.keys():
+        return None
     try:
-        composed = pickle.loads(_of_groups(tuple(sorted(chosen.values()))))
+        if saved is None:
+            composed = pickle.loads(_of_groups(tuple(sorted(chosen.values()))))
+        else:
+            composed = pickle.loads(_types())
+            composed.merge_with(saved.settings)
         for word in overrides:
             if word.partition("=")[0] not in chosen:
                 parsed = parsed_override(word)
@@ -130,11 +136,9 @@ def _hydra_composed(overrides: Sequence[str], saved: Saved | None = None) -> Any
     from importlib.resources import files
 
     from hydra import compose, initialize_config_module
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    store = ConfigStore.instance()
-    store.store(name="schema", node=_schema())
+    store = _store()
     if saved is not None:
         defaults = OmegaConf.load(str(files("vp_train.configs").joinpath("config.yaml"))).defaults
         anew = [
@@ -149,13 +153,28 @@ def _hydra_composed(overrides: Sequence[str], saved: Saved | None = None) -> Any
 
 
 @cache
-def _schema() -> object:
-    """Return the types of all settings."""
+def _store() -> Any:
+    """Return hydra's store with the types of all settings, and with nothing of its own settings.
+
+    Hydra would read eight files for those, half of its time: they are for programs that it starts.
+    """
+    from hydra.conf import HydraConf
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="schema", node=pickle.loads(_types()))
+    store.store(name="config", group="hydra", node=HydraConf(defaults=[]))
+    return store
+
+
+@cache
+def _types() -> bytes:
+    """Return the types of all settings, pickled."""
     from omegaconf import OmegaConf
 
     types = OmegaConf.structured(RunConfig)
     _thaw(types)
-    return types
+    return pickle.dumps(types)
 
 
 def _thaw(node: object) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 
@@ -26,7 +28,7 @@ def read_yaml(path: Path) -> object:
     bytes cannot become many.  Raises UnreadableError for a file that is not regular or too large,
     for aliases, tags, `${...}`, deep nesting, and for anything else than a mapping.
     """
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -34,7 +36,7 @@ def read_yaml(path: Path) -> object:
     try:
         if (reason := _refusal(text)) is not None:
             raise UnreadableError(f"{path}: {reason}")
-        settings = OmegaConf.create(text)
+        settings = pickle.loads(_parsed(text))
     except UnreadableError:
         raise
     except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
@@ -44,6 +46,14 @@ def read_yaml(path: Path) -> object:
     if not isinstance(settings, DictConfig) or not settings:
         raise UnreadableError(f"{path} holds no settings, one `key: value` per line")
     return settings
+
+
+@lru_cache(maxsize=16)
+def _parsed(text: str) -> bytes:
+    """Return a YAML text as an omegaconf node, pickled; a run that goes on reads its file often."""
+    from omegaconf import OmegaConf
+
+    return pickle.dumps(OmegaConf.create(text))
 
 
 def _refusal(text: str) -> str | None:

@@ -76,6 +76,7 @@ def values_of(config: RunConfig) -> dict[str, object]:
     return values | {item.name: getattr(config, item.name) for item in own_fields()}
 
 
+@cache
 def group_choices() -> dict[str, list[str]]:
     """Return the choices of every group of settings: the names of its YAML files, sorted."""
     from importlib.resources import files

@@ -34,6 +34,7 @@ _SILENT_SECONDS = 1.0  # of compiling, before a line says so
 # Seconds between two lines on how long it takes so far, by whether stdout is a terminal.
 _EVERY_SECONDS = {True: 1.0, False: 10.0}
 _THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch reads it
+_NO_KERNEL = ("No valid triton configs", "No triton configs")  # how torch begins to say so
 _compiling = Lock()  # before torch 2.13 settings of dynamo are those of all threads
 _given_up = Event()  # since torch 2.13 its own switch counts for the calling thread only
 
@@ -274,10 +275,16 @@ def give_up() -> None:
     _given_up.set()
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """Return the exceptions with which torch says that it cannot compile something."""
+def is_failure(error: Exception) -> bool:
+    """Return whether torch says with `error` that it cannot compile something.
+
+    Where a kernel needs more shared memory than a GPU has, torch may notice when the kernel is
+    launched first, and raise a RuntimeError.
+    """
     errors = sys.modules.get("torch._dynamo.exc")  # absent before anything is compiled
-    return () if errors is None else (errors.TorchDynamoException,)
+    if errors is not None and isinstance(error, errors.TorchDynamoException):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith(_NO_KERNEL)
 
 
 def reason_of(message: str) -> str:

@@ -94,7 +94,8 @@ class CudaStreams:
         side = self._sides.get(name)
         if side is None:
             side = self._sides[name] = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(side):
+        # A new thread has GPU 0, and `stream` would start CUDA there to restore its stream.
+        with torch.cuda.device(self._device), torch.cuda.stream(side):
             yield
 
 

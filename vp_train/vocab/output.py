@@ -97,12 +97,14 @@ class OutputLayer:
 
     @torch.no_grad()
     def warm_up(self, num_tokens: int) -> None:
-        """Run the passes of a microbatch without a loss, so that no step compiles code.
+        """Run the passes of a microbatch whose loss has weight 0, so that no step compiles code.
 
         Zeros are added to the gradient.
         """
-        nothing = torch.full((1, num_tokens), IGNORE_INDEX)
-        step = self.begin(nothing, torch.zeros(nothing.shape))
+        targets = torch.full((1, num_tokens), IGNORE_INDEX)
+        if self.shard.num_rows:
+            targets[:, 0] = self.shard.start  # there is code for targets among the own rows
+        step = self.begin(targets, torch.zeros(targets.shape))
         x = self.weight.new_zeros(num_tokens, self.weight.shape[1])
         step.s(0, x, keep=self.input_gradient is not None)
         step.absorb(Payload.STATISTICS, 0, step.message(Payload.STATISTICS, 0)[None])

@@ -331,11 +331,16 @@ def _by_token_or_all(scale: Tensor | float) -> tuple[Tensor | None, float]:
     return (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Return whether there are Triton kernels for `device`."""
+    return (device.type == "cuda" or _interprets()) and has_triton()
+
+
 def _suits_triton(statistics: Tensor, *others: Tensor) -> bool:
     """Return whether a kernel takes these: fp32 statistics on CUDA, contiguous, with Triton."""
-    if statistics.dtype is not torch.float32 or not (statistics.is_cuda or _interprets()):
+    if statistics.dtype is not torch.float32 or not runs_triton(statistics.device):
         return False
-    return has_triton() and all(tensor.is_contiguous() for tensor in (statistics, *others))
+    return all(tensor.is_contiguous() for tensor in (statistics, *others))
 
 
 @cache

@@ -371,7 +371,8 @@ def scale(
             )
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+# The owned tokens of a microbatch begin anywhere in those of the step.
+@triton.jit(do_not_specialize_on_alignment=["positions", "rows"])  # type: ignore[untyped-decorator, unused-ignore]
 def _subtract_targets(  # type: ignore[no-untyped-def]
     grad,
     x,
