@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from vp_train.settings.files import config_text
 from vp_train.settings.help import section_help, setting_help, settings_help, settings_page
 from vp_train.settings.resume import resume_words
 from vp_train.settings.saved import saved_words
-from vp_train.settings.tree import group_choices, sections
+from vp_train.settings.tree import ENTRIES, group_choices, sections
 from vp_train.settings.words import override, typed
 
 SECTIONS = sections() | {"blend": BlendEntry}
@@ -100,6 +101,17 @@ def test_help_has_every_setting_with_its_value_and_meaning():
             assert setting.meaning in full
             for words in (*setting.choices, setting.unit):
                 assert words in full
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_of_a_list_of_entries_has_their_settings_and_an_example_that_works(name):
+    page = setting_help(name, load_config([]))
+    for item in fields(ENTRIES[name][0]):
+        assert re.search(rf"\n    {item.name}=.*  {re.escape(setting_of(item).meaning)}", page)
+    (example,) = re.findall("'([^']*)'", page)
+    assert example.startswith(f"{name}=")
+    words = [example, "data=blend"] if name == "data.blend" else [example]
+    assert len(getattr(load_config(words).data, name.removeprefix("data."))) == 2
 
 
 def test_groups_of_names_have_the_names_of_the_tables():

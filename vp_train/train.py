@@ -28,7 +28,7 @@ from vp_train.data.tokenizer import tokenizer_config
 from vp_train.failures import EXIT_CONFIG, EXIT_OK, Ending, SharedFailure
 from vp_train.mesh import Mesh, connect
 from vp_train.metrics.bits import BitsPerByte
-from vp_train.metrics.header import introduce
+from vp_train.metrics.header import introduce, warnings_of
 from vp_train.metrics.meter import Meter, worst_of_stages
 from vp_train.metrics.profiler import profiling
 from vp_train.metrics.progress import Validation
@@ -470,7 +470,7 @@ def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Report
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, run.take_notices())
+    reporter.start(config_yaml, run.take_notices(), warnings_of(config, source))
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,

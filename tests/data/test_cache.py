@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from tokenizers import Tokenizer
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
 from tests.programs import Program, finished
 from vp_train.config import BlendEntry, ConfigError
-from vp_train.data import Corpus, corpus, describe, prepare
+from vp_train.data import Corpus, corpus, describe, locks, prepare
 from vp_train.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 
@@ -125,7 +129,7 @@ def test_interrupted_build_leaves_nothing(letters: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         prepare(text_config(letters), VOCAB_SIZE, progress=False)
     left = {path.name for path in (letters / "cache").iterdir()}
-    (tokenizer,) = left - {".lock", "fingerprints"}  # it is complete and need not be trained anew
+    (tokenizer,) = left - {"locks", "fingerprints"}  # it is complete and need not be trained anew
     assert tokenizer.startswith("tokenizer-")
     assert tokenizer.endswith(".json")
 
@@ -153,12 +157,75 @@ def test_killed_process_does_not_matter_and_two_at_once_build_once(letters: Path
     outputs, errors = zip(*((each.stdout, each.stderr) for each in done), strict=True)
     assert sorted(output.split()[1] for output in outputs) == ["False", "True"], errors
     assert {path.name for path in (letters / "cache").glob("text-*")} == {outputs[0].split()[0]}
+    tokenizing = f"tokenizing {letters / 'text'}"
     assert killed.stderr.splitlines() == [
         "training a tokenizer of 300 tokens on 360 B",
-        "tokenizing",
+        tokenizing,
     ]
-    # The tokenizer is there already.  A slow machine also says how far it is.
-    assert {line.partition(":")[0] for line in "".join(errors).splitlines()} == {"tokenizing"}
+    # The tokenizer is there already.  On a slow machine one also says how far it is, or waits.
+    said = {line.partition(":")[0] for line in "".join(errors).splitlines()}
+    assert {words for words in said if not words.startswith("waiting for ")} == {tokenizing}
+    assert not list((letters / "cache").glob("building*"))
+
+
+def test_a_long_build_keeps_no_other_corpus_waiting(
+    letters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one corpus is built, one that is complete is opened and another one is built."""
+    write_letters(letters / "found" / "text", [60] * 3)
+    write_letters(letters / "built" / "text", [60] * 4)
+    cache = letters / "cache"
+    for name in ("found", "built"):
+        (letters / name / "cache").symlink_to(cache)
+    cache.mkdir()
+    prepare(text_config(letters / "found"), VOCAB_SIZE, progress=False)
+    write, said = corpus.write_dataset, []
+
+    def write_slowly(*arguments: Any) -> tuple[int, int]:
+        for name in ("found", "built"):
+            done = Program(prepare_letters, [letters / name, "live"]).finish(60)
+            said.append(done.stdout.split()[1])
+        return write(*arguments)
+
+    monkeypatch.setattr(corpus, "write_dataset", write_slowly)
+    assert prepare(text_config(letters), VOCAB_SIZE, progress=False).fresh
+    assert said == ["False", "True"]
+    assert len(list(cache.glob("text-*"))) == 3
+    assert not list(cache.glob("building*"))
+
+
+def test_who_waits_says_for_whom_and_then_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "_POLITE_SECONDS", 0.0)
+    worked = threading.Event()
+
+    def wait() -> None:
+        with locks.alone(tmp_path, "corpus", progress=True):
+            worked.set()
+
+    waiting, said = threading.Thread(target=wait, daemon=True), ""
+    until = time.monotonic() + 30
+    with locks.alone(tmp_path, "corpus", progress=True):
+        waiting.start()
+        while not said and time.monotonic() < until:
+            said = capsys.readouterr().err
+        assert not worked.is_set()
+    waiting.join(30)
+    assert worked.is_set()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert said.startswith(f"waiting for {holder}, which makes {tmp_path / 'corpus'} (")
+
+
+def test_what_killed_builds_have_left_is_removed(tmp_path: Path) -> None:
+    """Only that whose lock nobody holds: the others are being built."""
+    places = [locks.building_place(tmp_path / name) for name in ("dead", "alive")]
+    for place in places:
+        place.mkdir()
+        (place / "tokens.bin").write_bytes(b"half")
+    with locks.alone(tmp_path, "alive", progress=False):
+        locks.remove_left(tmp_path)
+    assert [place.exists() for place in places] == [False, True]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[", "{}"])

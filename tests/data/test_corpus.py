@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.disk import largest_file
-from vp_train.config import ConfigError, DataConfig, ModelConfig, RunConfig, RunSettings
+from vp_train.config import BlendEntry, ConfigError, DataConfig, ModelConfig, RunConfig, RunSettings
 from vp_train.data import corpus as corpus_module
-from vp_train.data import describe, indexed, open_source, prepare
+from vp_train.data import describe, indexed, open_source, prepare, prepare_all
 from vp_train.data.corpus import _Work
 from vp_train.data.encoding import Encoded
 from vp_train.data.indexed import check_tokens, largest_token, token_dtype
@@ -176,14 +176,63 @@ def test_what_is_left_out_is_said_and_a_corpus_of_nothing_else_is_refused(
     lines.write_text(line + "\n")
     with pytest.raises(ConfigError, match=f"holds? no text .left out, {words}.*data.jsonl_field"):
         prepare(config(tmp_path, lines), VOCAB, progress=False)
-    assert not (tmp_path / "cache" / "building").exists()
+    assert not list((tmp_path / "cache").glob("building*"))
     lines.write_text(line + '\n{"text": "good"}\n')
     capsys.readouterr()
     corpus = prepare(config(tmp_path, lines), VOCAB, progress=False)
-    assert re.match(f"left out, {words}", capsys.readouterr().err)
+    assert capsys.readouterr().err == ""
     again = prepare(config(tmp_path, lines), VOCAB, progress=False)
     assert again.manifest == corpus.manifest
-    assert re.search(f"\nleft out, {words}", describe(again))
+    for found in (corpus, again):
+        assert re.search(f"\nleft out, {words}", describe(found))
+
+
+def test_a_run_says_once_what_is_left_out_and_warns_each_time_of_much(tmp_path, capsys):
+    """A tenth is much.  A run that finds its corpus, or is given it, warns too."""
+    lines = tmp_path / "all.jsonl"
+    for kept, is_much in ((9, True), (10, False)):
+        text = json.dumps({"text": "one two three four " * 20}) + "\n"
+        lines.write_text(text * kept + '{"content": "one"}\n')
+        data = config(tmp_path, lines, validation_fraction=0.2)
+        stored = prepare(data, VOCAB, progress=False).path
+        for each in (data, replace(data, path=str(stored))):
+            warnings = open_source(run_config(each)).warnings
+            assert len(warnings) == is_much
+            if is_much:
+                (words,) = warnings
+                assert words == (
+                    f"data.path={each.path}: 1 of 10 documents were left out: "
+                    f"documents without the text field, first {lines}:10 (no 'text', but content)"
+                    "; jsonl_field names the field that has the text"
+                )
+    assert capsys.readouterr().err == ""
+    lines.write_text(text * 3 + '{"content": "one"}\n')
+    for said in (1, 0):
+        open_source(run_config(config(tmp_path, lines, validation_fraction=0.3)))
+        assert capsys.readouterr().err.count("left out, documents without the text field") == said
+
+
+@pytest.mark.parametrize("is_blend", [False, True])
+def test_no_tokenizer_is_trained_where_there_is_no_text(tmp_path, text, monkeypatch, is_blend):
+    lines = tmp_path / "all.jsonl"
+    lines.write_text('{"content": "one two"}\n' * 3)
+    monkeypatch.delattr(corpus_module, "train_tokenizer")
+    data, name = config(tmp_path, lines), ""
+    if is_blend:
+        entries = (BlendEntry(path=str(text)), BlendEntry(path=str(lines)))
+        data, name = replace(data, name="blend", path=None, blend=entries), r"data.blend\[1\]: "
+    words = "left out, documents without the text field: 3; first .* \\(no 'text', but content\\)"
+    with pytest.raises(ConfigError, match=rf"^{name}{lines} holds no text \({words}\); set "):
+        prepare_all(data, VOCAB, progress=False)
+
+
+def test_a_directory_without_text_is_refused_with_the_files_of_other_kinds(tmp_path, text):
+    for file in text.iterdir():
+        file.write_text("")
+    (text / "a.docx").write_text("x")
+    kinds = "files with other endings: 1; first .*; left out, empty documents: 20; first"
+    with pytest.raises(ConfigError, match=f"hold no text .left out, {kinds}"):
+        prepare(config(tmp_path, text), VOCAB, progress=False)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=5))
@@ -227,10 +276,11 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
         prepare(config(tmp_path, tmp_path / "empty"), 100, progress=False)
 
 
-def test_files_that_are_not_utf8_are_left_out_and_named(tmp_path, text, capsys):
+def test_files_that_are_not_utf8_are_left_out_and_named(tmp_path, text):
     (text / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    assert prepare(config(tmp_path, text), VOCAB, progress=False).manifest.num_documents == 20
-    assert "latin.txt" in capsys.readouterr().err
+    corpus = prepare(config(tmp_path, text), VOCAB, progress=False)
+    assert corpus.manifest.num_documents == 20
+    assert "latin.txt" in describe(corpus)
 
 
 def test_a_token_out_of_range_is_named_with_file_and_offset(tmp_path, text):
@@ -282,8 +332,10 @@ def test_what_a_corpus_is_renamed_to_was_synchronized_before(tmp_path, text, mon
     prepare(config(tmp_path, text), VOCAB, progress=False)
     assert steps[0].startswith("tokenizer-")
     *before, name, place = steps[1:]
-    assert {*before} == {"tokens.bin", "tokens.idx", "tokenizer.json", "manifest.json", "building"}
-    assert (name, place) == ("building renamed", "cache")
+    files = {"tokens.bin", "tokens.idx", "tokenizer.json", "manifest.json"}
+    assert {*before} - files == {name.removesuffix(" renamed")}
+    assert name.startswith("building-text-")
+    assert place == "cache"
 
 
 def test_a_truncated_corpus_is_refused(tmp_path, text):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,10 +199,27 @@ def test_file_that_is_not_utf8_is_left_out_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [tmp_path / name for name in ("bad.txt", "good.txt", "worse.txt")]
-    for file, content in zip(files, (b"\xff\xfe", b"good", b"\x80"), strict=True):
+    for file, content in zip(files, (b"\xff", b"good", b"\x80"), strict=True):
         file.write_bytes(content)
     assert [document.text for document in read_documents(files, "text", warn=True)] == ["good"]
     assert f"texts that are not UTF-8: 2; first {files[0]} (line 1)\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_utf16_is_named_with_what_makes_it_utf8(tmp_path: Path, encoding: str, name: str) -> None:
+    """The command of the message makes a text that is read."""
+    file = tmp_path / name
+    file.write_bytes('\ufeff{"text": "née"}\n'.encode(encoding))
+    state = Reading(LeftOut())
+    assert not list(read_documents([file], "text", reading=state))
+    (words,) = [place for place in state.left_out.first.values() if "UTF-16" in place]
+    assert words.startswith(str(file))
+    found = re.search(r"looks like UTF-16: (iconv \S+ \S+ \S+ \S+) makes it UTF-8", words)
+    assert found
+    done = subprocess.run([*found[1].split(), file], capture_output=True, check=True)
+    file.write_bytes(done.stdout)
+    assert "née" in texts(file)[0]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 22])

@@ -17,7 +17,8 @@ import vp_train
 from tests.inference.trained import SENTENCE, WORDS, command, records
 from tests.vocab.test_memory import growth
 from vp_train.commands.score import Score, main
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, DataConfig
+from vp_train.data import describe, prepare
 from vp_train.data.tokenizer import train_tokenizer
 from vp_train.inference.layout import opening_of
 from vp_train.inference.opening import open_run, opened
@@ -218,6 +219,20 @@ def test_lines_end_with_a_newline_or_crlf_and_a_byte_order_mark_is_no_text(
     assert found["a.txt"] == found["b.txt"]
     _, out, _ = score_command(capsys, trained, tmp_path, "--lines", "--json")
     assert len(out.splitlines()) == 5, "the files of a directory"
+
+
+def test_vp_score_leaves_out_what_vp_prepare_does_and_says_so_alike(trained, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("a.txt", ".hidden", "b.docx"):
+        (text / name).write_text(SENTENCE)
+    (text / "c.jsonl").write_text('{"content": "the cat"}')
+    _, out, said = score_command(capsys, trained, text, "--json")
+    assert len(out.splitlines()) == 2
+    data = DataConfig(name="text", path=str(text), cache_dir=str(tmp_path / "cache"))
+    _, _, _, *left_out = describe(prepare(data, 300, progress=False)).splitlines()
+    assert len(left_out) == 3
+    assert [line for line in said.splitlines() if line.startswith("left out")] == left_out
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,11 @@ def test_the_environment_names_versions_and_a_command_for_a_shell(
 ):
     monkeypatch.setattr(sys, "argv", [program, "run.steps=1"])
     directory = RunDirectory(RunSettings(root=str(tmp_path)))
-    directory.write_environment()
+    directory.write_environment(["too much is left out"])
     environment = json.loads((directory.path / "env.json").read_text())
     assert environment["packages"]["torch"]
     assert environment["command"] == [shown, "run.steps=1"]
+    assert environment["warnings"] == ["too much is left out"]
 
 
 def records(path):

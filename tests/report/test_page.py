@@ -615,6 +615,13 @@ def test_the_versions_name_what_is_known_in_one_order(tmp_path):
     ]
 
 
+def test_the_warnings_begin_with_those_of_the_first_lines(tmp_path):
+    run = recorded(tmp_path, "a", {"loss": None})
+    assert len(page._warnings(run)) == 1
+    (run.path / "env.json").write_text(json.dumps({"warnings": ["9 of 10 were left out"]}))
+    assert page._warnings(read_run(run.path)) == ["9 of 10 were left out", *page._warnings(run)]
+
+
 def test_only_what_differs_between_runs_is_listed():
     one = {"run.name": "a", "run.root": "x", "run.resume": "true", "optim.lr": "1", "same": "s"}
     two = {"run.name": "b", "run.root": "y", "optim.lr": "2", "same": "s", "only.two": "t"}

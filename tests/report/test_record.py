@@ -166,6 +166,7 @@ def test_a_rank_shows_what_is_known_of_it(tmp_path):
 def test_the_environment_has_texts_and_numbers_only(tmp_path):
     good = {"python": "3.11", "host": "a", "cpus": 8, "commit": None, "other": "x"}
     good |= {"packages": {"torch": "2", "none": None}, "command": ["vp-train", "a b"]}
+    good |= {"warnings": ["a\x1bb", 3, "c"]}
     (tmp_path / "env.json").write_text(json.dumps(good))
     assert record._environment(tmp_path / "env.json") == {
         "python": "3.11",
@@ -173,8 +174,10 @@ def test_the_environment_has_texts_and_numbers_only(tmp_path):
         "cpus": "8",
         "packages": {"torch": "2"},
         "command": ["vp-train", "a b"],
+        "warnings": ["a\\x1bb", "c"],
     }
-    (tmp_path / "env.json").write_text(json.dumps({"packages": [1], "command": ["a", 1]}))
+    bad = {"packages": [1], "command": ["a", 1], "warnings": "a"}
+    (tmp_path / "env.json").write_text(json.dumps(bad))
     assert record._environment(tmp_path / "env.json") == {}
     (tmp_path / "env.json").write_text("[]")
     with pytest.raises(UnreadableError, match="is not what a run writes"):

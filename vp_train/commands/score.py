@@ -165,11 +165,14 @@ def _parser() -> Parser:
 def documents_of(path: Path, field: str, *, by_line: bool, warn: bool) -> Iterator[Document]:
     """Return the documents of a file or a directory; `warn` says what is left out."""
     from vp_train.config import DataConfig
-    from vp_train.data.documents import read_documents
+    from vp_train.data.documents import Reading, read_documents
     from vp_train.data.files import find_files, kind_of
+    from vp_train.data.left_out import LeftOut
 
-    files = [path] if path.is_file() else find_files(DataConfig(name="text", path=str(path)))
-    for document in read_documents(files, field, warn=warn):
+    left_out = LeftOut()
+    config = DataConfig(name="text", path=str(path))
+    files = [path] if path.is_file() else find_files(config, left_out)
+    for document in read_documents(files, field, warn=warn, reading=Reading(left_out)):
         origin = Path(document.origin)
         if by_line and origin in files and kind_of(origin) == "text":
             yield from _lines(document)

@@ -8,20 +8,19 @@ directory holds the tokens (Megatron's indexed dataset), the tokenizer and a man
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,7 +37,8 @@ from vp_train.data.encoding import Encoded, encoded
 from vp_train.data.files import INDEX, content_hash, find_files, hash_of_file, kind_of
 from vp_train.data.indexed import check_index, check_tokens, largest_token, write_dataset
 from vp_train.data.integrity import block_hashes, check_blocks, check_once
-from vp_train.data.left_out import EMPTY, LeftOut, words_of
+from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, words_of
+from vp_train.data.locks import alone, building_place, remove_left
 from vp_train.data.manifest import (
     FILES,
     MANIFEST,
@@ -50,7 +50,7 @@ from vp_train.data.manifest import (
 )
 from vp_train.data.megatron import stored_documents
 from vp_train.data.pieces import LONGEST_PIECE, pieces
-from vp_train.data.progress import reported
+from vp_train.data.progress import far, reported
 from vp_train.data.tokenizer import (
     beyond,
     end_token_id,
@@ -61,8 +61,11 @@ from vp_train.data.tokenizer import (
     special_tokens,
     train_tokenizer,
 )
-from vp_train.durable import UnreadableError, advising, read_text, sync
+from vp_train.durable import UnreadableError, read_text, sync
 from vp_train.units import human_bytes, plural
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _FORMAT = 2
 _LONGEST_WORD = 100_000  # characters, for which a tokenizer takes 0.1 s
@@ -70,7 +73,6 @@ _LONGEST_TRAINED_WORD = 1_000
 _TRAINED_PIECE = 1 << 18  # characters; the trainer keeps hundreds
 _TRAINING_CHARACTERS = 200_000_000  # more text does not change a tokenizer's merges noticeably
 _SOON_HASHED = 1 << 30  # bytes
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a failed write does not name its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,19 @@ def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     ]
 
 
+def left_out_warnings(
+    config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
+) -> list[str]:
+    """Return a line for each corpus, or named validation set, that leaves many documents out."""
+    names = corpus_names(config) if corpora else []
+    names += [f"data.validation, {name}" for name in named]
+    return [
+        f"{name}: {words}"
+        for name, corpus in zip(names, (*corpora, *named.values()), strict=True)
+        if (words := much_left_out(corpus.manifest.left_out, corpus.manifest.num_documents))
+    ]
+
+
 def describe(corpus: Corpus) -> str:
     """Describe a corpus for people: three lines, and one for each kind of what was left out."""
     m = corpus.manifest
@@ -125,32 +140,12 @@ def describe(corpus: Corpus) -> str:
         f"tokenizer: {m.num_token_ids:,} tokens; documents end with {end!r}, token {m.end_token}",
         f"stored in {corpus.path}",
     ]
-    return printable_lines(lines if corpus.fresh else [*lines, *words_of(m.left_out)])
+    return printable_lines([*lines, *words_of(m.left_out)])
 
 
 def printable_lines(lines: Sequence[str]) -> str:
     """Join lines that may hold names of files."""
     return "\n".join(map(printable, lines))
-
-
-@contextmanager
-def _exclusive(cache_dir: Path) -> Iterator[None]:
-    """Let one process at a time work in the cache.  The lock ends when its process ends.
-
-    Raises OSError with the way out if nothing can be written there, or the disk gets full.
-    """
-    with advising(cache_dir, "set data.cache_dir to a directory where you may write"):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        lock = (cache_dir / ".lock").open("w")
-    with lock as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            words = f"{error.strerror}; make room there, or set data.cache_dir to another place"
-            raise OSError(error.errno, words, error.filename or str(cache_dir)) from None
 
 
 def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Corpus, ...]:
@@ -373,23 +368,49 @@ def _open(path: Path, config: DataConfig) -> Corpus:
     return corpus
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The files of a corpus, and what of its directory was left out."""
+
+    config: DataConfig
+    files: tuple[Path, ...]
+    left_out: LeftOut
+
+    @classmethod
+    def of(cls, config: DataConfig) -> _Found:
+        """Find the files.  Raises ConfigError if there are none."""
+        left_out = LeftOut()
+        return cls(config, find_files(config, left_out), left_out)
+
+    @property
+    def num_bytes(self) -> int:
+        return _bytes_of(self.files)
+
+
 def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
-    left_out = LeftOut()
-    files = find_files(config, left_out)
+    """Find the corpus in the cache without a lock, or build it alone."""
+    found = _Found.of(config)
     settings = [_recipe(), config.name, config.end_token, config.jsonl_field]
     cache_dir = Path(config.cache_dir).expanduser()
-    with _exclusive(cache_dir):
-        if config.tokenizer is None:
-            tokenizer = _trained(cache_dir, [config], [files], vocab_size, progress)
-        else:
-            tokenizer = _given_tokenizer(config.tokenizer)
-        key = _content_key(cache_dir, files, tokenizer, settings, progress, vocab_size)
-        path = cache_dir / f"{config.name}-{key}"
-        fresh = not (path / MANIFEST).exists() or is_outdated(path)
-        if fresh:
-            work = _Work(config, files, tokenizer, vocab_size, left_out, progress)
-            work.build(path, key)
-    return Corpus(path, read_manifest(path), fresh)
+    if config.tokenizer is None:
+        tokenizer = _trained(cache_dir, [found], vocab_size, progress)
+    else:
+        tokenizer = _given_tokenizer(config.tokenizer)
+    key = _content_key(cache_dir, found.files, tokenizer, settings, progress, vocab_size)
+    path = cache_dir / f"{config.name}-{key}"
+    if not _is_complete(path):
+        remove_left(cache_dir)
+        with alone(cache_dir, path.name, progress):
+            if not _is_complete(path):  # else another process has built it meanwhile
+                work = _Work(config, found.files, tokenizer, vocab_size, found.left_out, progress)
+                work.build(path, key)
+                return Corpus(path, read_manifest(path), fresh=True)
+    return Corpus(path, read_manifest(path), fresh=False)
+
+
+def _is_complete(path: Path) -> bool:
+    """Return whether `path` is a corpus that this version has built.  Its files may be damaged."""
+    return (path / MANIFEST).exists() and not is_outdated(path)
 
 
 def _given_tokenizer(name: str) -> Path:
@@ -418,45 +439,62 @@ def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) 
     found = []
     for number, part in enumerate(parts):
         with _naming_corpus(number):
-            found.append(find_files(part))
+            found.append(_Found.of(part))
     cache_dir = Path(parts[0].cache_dir).expanduser()
-    with _exclusive(cache_dir):
-        return _trained(cache_dir, parts, found, vocab_size, progress)
+    return _trained(cache_dir, found, vocab_size, progress)
 
 
-def _trained(
-    cache_dir: Path,
-    parts: Sequence[DataConfig],
-    found: Sequence[tuple[Path, ...]],
-    vocab_size: int,
-    progress: bool,
-) -> Path:
-    """Train a tokenizer on the files of all parts, or find it in the cache.  Returns its path.
+def _trained(cache_dir: Path, found: Sequence[_Found], vocab_size: int, progress: bool) -> Path:
+    """Train a tokenizer on the files of all corpora, or find it in the cache.  Returns its path.
 
-    Every part contributes at most the same number of characters.  Where the text has no more pairs
-    to merge, the tokenizer is the same for every larger vocabulary.  Raises ConfigError before any
-    text is read if `vocab_size` is too small for every tokenizer.
+    Every corpus contributes at most the same number of characters.  Where the text has no more
+    pairs to merge, the tokenizer is the same for every larger vocabulary.  Raises ConfigError
+    before any text is read if `vocab_size` is too small for every tokenizer, and before anything is
+    trained for a corpus without text.
     """
-    _require_text(chain.from_iterable(found))
+    _require_text(chain.from_iterable(each.files for each in found))
     require_bytes(vocab_size)
     keys = [
-        _content_key(cache_dir, files, None, [part.jsonl_field], progress)
-        for part, files in zip(parts, found, strict=True)
+        _content_key(cache_dir, each.files, None, [each.config.jsonl_field], progress)
+        for each in found
     ]
     own, complete = (
         cache_dir / f"tokenizer-{_digest([_recipe(), size, keys])}.json"
         for size in (vocab_size, None)
     )
-    if own.exists():
-        return own
-    if complete.exists() and num_ids(load_tokenizer(complete, None)) <= vocab_size:
-        return complete
-    limit, reading = _TRAINING_CHARACTERS // len(parts), Reading(LeftOut())
-    texts = (
-        _training_texts(files, part.jsonl_field, limit, reading)
-        for part, files in zip(parts, found, strict=True)
-    )
-    num_bytes = _bytes_of(chain.from_iterable(found))
+
+    def stored() -> Path | None:
+        if own.exists():
+            return own
+        is_enough = complete.exists() and num_ids(load_tokenizer(complete, None)) <= vocab_size
+        return complete if is_enough else None
+
+    if (path := stored()) is not None:
+        return path
+    with alone(cache_dir, complete.name, progress):
+        if (path := stored()) is not None:
+            return path
+        tokenizer = _train(found, vocab_size, progress)
+        path = own if num_ids(tokenizer) == vocab_size else complete
+        written = path.with_suffix(".new")
+        save_tokenizer(tokenizer, written)
+        sync(written)
+        written.replace(path)  # complete or absent, whenever the process is killed
+    return path
+
+
+def _train(found: Sequence[_Found], vocab_size: int, progress: bool) -> Tokenizer:
+    """Train a tokenizer on the files of all corpora.  Raises ConfigError for one without text."""
+    limit = _TRAINING_CHARACTERS // len(found)
+    readings = [Reading(deepcopy(each.left_out)) for each in found]
+    texts = [
+        _training_texts(each.files, each.config.jsonl_field, limit, reading)
+        for each, reading in zip(found, readings, strict=True)
+    ]
+    for number, (each, reading) in enumerate(zip(found, readings, strict=True)):
+        with _naming_corpus(number) if len(found) > 1 else contextlib.nullcontext():
+            texts[number] = _with_text(each, texts[number], reading, progress)
+    num_bytes = sum(each.num_bytes for each in found)
     what = f"training a tokenizer of {vocab_size:,} tokens on {human_bytes(num_bytes)}"
     is_read = False
 
@@ -465,17 +503,29 @@ def _trained(
         yield from chain.from_iterable(texts)
         is_read = True
 
-    def state() -> str:
-        return "merging pairs" if is_read else f"{human_bytes(reading.num_bytes)} read"
+    def state(seconds: float) -> str:
+        num_read = sum(reading.num_bytes for reading in readings)
+        words = "merging pairs" if is_read else f"{human_bytes(num_read)} read"
+        return f"{words}, {seconds:.0f} s"
 
     with reported(what, state, progress):
-        tokenizer = train_tokenizer(all_texts(), vocab_size)
-    path = own if num_ids(tokenizer) == vocab_size else complete
-    written = path.with_suffix(".new")
-    save_tokenizer(tokenizer, written)
-    sync(written)
-    written.replace(path)  # complete or absent, whenever the process is killed
-    return path
+        return train_tokenizer(all_texts(), vocab_size)
+
+
+def _with_text(
+    found: _Found, texts: Iterator[str], reading: Reading, progress: bool
+) -> Iterator[str]:
+    """Return `texts` of a corpus.  Raises ConfigError if there are none."""
+    num_bytes = found.num_bytes
+    with reported(
+        f"looking for text in {human_bytes(num_bytes)}",
+        lambda seconds: far(reading.num_bytes, num_bytes, seconds),
+        progress and num_bytes > _SOON_HASHED,
+    ):
+        first = next(texts, None)
+    if first is None:
+        raise ConfigError(_nothing_words(found.files, reading.left_out))
+    return chain([first], texts)
 
 
 def _digest(values: object) -> str:
@@ -515,30 +565,45 @@ def _content_key(
         json.dumps([list(settings), stats]).encode(), digest_size=12
     ).hexdigest()
     known = cache_dir / "fingerprints" / fingerprint
+    if (key := _known_key(known)) is not None:
+        return key
+    if tokenizer is not None:
+        load_tokenizer(tokenizer, vocab_size)
+    with alone(cache_dir, f"fingerprint-{fingerprint}", progress):
+        if (key := _known_key(known)) is not None:
+            return key
+        key = _digest([list(settings), _contents_of(files, tokenizer, progress)])
+        known.parent.mkdir(exist_ok=True)
+        written = known.with_suffix(".new")
+        written.write_text(key)
+        written.replace(known)  # complete or absent, whenever the process is killed
+    return key
+
+
+def _known_key(known: Path) -> str | None:
+    """Return the key that the file `known` remembers, None if it is missing or broken."""
     with contextlib.suppress(UnreadableError):
         if re.fullmatch("[0-9a-f]{16}", key := read_text(known)):
             return key
-    if tokenizer is not None:
-        load_tokenizer(tokenizer, vocab_size)
+    return None
+
+
+def _contents_of(files: tuple[Path, ...], tokenizer: Path | None, progress: bool) -> list[str]:
+    """Return hashes of the contents of the files, and of the tokenizer if there is one."""
     root = Path(os.path.commonpath([str(path.parent) for path in files]))
     num_bytes = _bytes_of(files)
     with reported(
-        f"hashing {human_bytes(num_bytes)}", lambda: "", progress and num_bytes > _SOON_HASHED
+        f"hashing {human_bytes(num_bytes)}",
+        "{:.0f} s".format,
+        progress and num_bytes > _SOON_HASHED,
     ):
         contents = [content_hash(files, root)]
-    if tokenizer is not None:
-        contents.append(hash_of_file(tokenizer).hex())
-    key = _digest([list(settings), contents])
-    known.parent.mkdir(exist_ok=True)
-    written = known.with_suffix(".new")
-    written.write_text(key)
-    written.replace(known)  # complete or absent, whenever the process is killed
-    return key
+    return contents if tokenizer is None else [*contents, hash_of_file(tokenizer).hex()]
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What a corpus is built of.  The caller holds the lock of the cache."""
+    """What a corpus is built of.  The caller holds the lock of the corpus."""
 
     config: DataConfig
     files: tuple[Path, ...]
@@ -550,9 +615,9 @@ class _Work:
     def build(self, path: Path, key: str) -> None:
         """Build a corpus in a temporary directory and rename it: a kill leaves none half done.
 
-        What was left out is said on stderr.  Raises ConfigError.
+        Raises ConfigError.
         """
-        temporary = path.parent / "building"  # if it exists, a killed process left it
+        temporary = building_place(path)  # if it exists, a killed process left it
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
@@ -567,8 +632,6 @@ class _Work:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for line in words_of(manifest.left_out):
-            print(line, file=sys.stderr, flush=True)
 
     def _write(self, directory: Path, key: str) -> Manifest:
         """Write the tokenizer and the tokens into `directory`, and return their manifest."""
@@ -589,18 +652,19 @@ class _Work:
                 longest_piece=LONGEST_PIECE,
                 workers=config.num_workers,
             )
-        total = human_bytes(_bytes_of(self.files))
+        total = _bytes_of(self.files)
 
-        def state() -> str:
-            return f"{human_bytes(reading.num_bytes)} of {total}"
+        def state(seconds: float) -> str:
+            return far(reading.num_bytes, total, seconds)
 
-        what = "copying tokens" if indexes else "tokenizing"
+        verb, source = "copying" if indexes else "tokenizing", config.path or config.name
+        what = f"{verb} {printable(source)}"
         with closing(found), reported(what, state, self.progress):
             num_documents, num_tokens = write_dataset(
                 directory / "tokens", self._checked(found), end, size
             )
         if num_documents == 0:
-            raise ConfigError(self._nothing())
+            raise ConfigError(_nothing_words(self.files, self.left_out))
         check_tokens(directory / "tokens", size)
         return Manifest(
             name=config.name,
@@ -616,19 +680,6 @@ class _Work:
             seconds=time.perf_counter() - started,
             largest_token=largest_token(directory / "tokens", size),
             left_out=self.left_out.as_dict(),
-        )
-
-    def _nothing(self) -> str:
-        """Return the message for files without a document."""
-        after, others = "", len(self.files) - 1
-        if others:
-            after = f" and the {others} {plural(others, 'file')} after it"
-        is_text = kind_of(self.files[0]) != "tokens"
-        words = "; ".join(words_of(self.left_out.as_dict())) or "no documents"
-        field = ", or data.jsonl_field to the field that has it" if is_text else ""
-        return (
-            f"{self.files[0]}{after} {'hold' if others else 'holds'} "
-            f"no {'text' if is_text else 'tokens'} ({words}); set data.path to some that do{field}"
         )
 
     def _checked(self, found: Iterator[Encoded]) -> Iterator[tuple[np.ndarray, bool]]:
@@ -648,6 +699,20 @@ class _Work:
                 continue
             yield piece.ids, piece.is_last
             is_empty = is_empty or piece.is_last
+
+
+def _nothing_words(files: Sequence[Path], left_out: LeftOut) -> str:
+    """Return the message for files without a document."""
+    after, others = "", len(files) - 1
+    if others:
+        after = f" and the {others} {plural(others, 'file')} after it"
+    is_text = kind_of(files[0]) != "tokens"
+    words = "; ".join(words_of(left_out.as_dict())) or "no documents"
+    field = ", or data.jsonl_field to the field that has it" if is_text else ""
+    return (
+        f"{files[0]}{after} {'hold' if others else 'holds'} "
+        f"no {'text' if is_text else 'tokens'} ({words}); set data.path to some that do{field}"
+    )
 
 
 def _training_texts(

@@ -123,7 +123,11 @@ def _text(path: Path, state: Reading) -> Iterator[Document]:
                     pass
     except UnicodeDecodeError:
         with open_unpacked(path) as (stream, _):
-            state.left_out.add(NOT_UTF8, str(path), f"line {_first_wrong_line(stream)}")
+            found = _utf16_words(stream.read(4))
+        if not found:
+            with open_unpacked(path) as (stream, _):
+                found = f"line {_first_wrong_line(stream)}"
+        state.left_out.add(NOT_UTF8, str(path), found)
         return
     if is_long:
         with open_unpacked(path) as (stream, raw):
@@ -132,6 +136,14 @@ def _text(path: Path, state: Reading) -> Iterator[Document]:
         yield Document(str(path), (text,))
     else:
         state.left_out.add(EMPTY, str(path))
+
+
+def _utf16_words(start: bytes) -> str:
+    """Return what a file is that begins with a byte order mark of UTF-16; empty if it is not."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if not start.startswith(marks) or start.startswith(codecs.BOM_UTF32_LE):
+        return ""
+    return "looks like UTF-16: iconv -f UTF-16 -t UTF-8 makes it UTF-8"
 
 
 def _first_wrong_line(stream: BinaryIO) -> int:
@@ -178,7 +190,8 @@ def _lines(path: Path, field: str, state: Reading) -> Iterator[Document]:
             try:
                 record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                left_out.add(NOT_JSON, origin, str(error))
+                is_first = number == 1
+                left_out.add(NOT_JSON, origin, (is_first and _utf16_words(line)) or str(error))
                 continue
             if not isinstance(record, dict) or field not in record:
                 found = (

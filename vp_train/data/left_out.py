@@ -21,6 +21,10 @@ NO_FILE = "pipes, sockets and devices"
 LINKED_DIRECTORY = "links to directories (name them in data.path or data.blend)"
 LINK_TO_NOTHING = "links to nothing"
 
+_OF_DOCUMENTS = (NOT_UTF8, NOT_JSON, TOO_LONG, NO_FIELD, NULL, NOT_TEXT, EMPTY)
+_OF_FIELDS = (NO_FIELD, NULL, NOT_TEXT)
+_MUCH = 0.1  # of the documents
+
 
 @dataclass(slots=True)
 class LeftOut:
@@ -47,3 +51,22 @@ def words_of(left_out: Mapping[str, list[int | str]]) -> list[str]:
         f"left out, {kind}: {count:,}; first {printable(str(first))}"
         for kind, (count, first) in left_out.items()
     ]
+
+
+def much_left_out(left_out: Mapping[str, list[int | str]], num_documents: int) -> str:
+    """Return a warning that a tenth of the documents or more is left out, else an empty text.
+
+    num_documents: that were kept.
+    """
+    counts = {kind: int(left_out[kind][0]) for kind in _OF_DOCUMENTS if kind in left_out}
+    number = sum(counts.values())
+    total = number + num_documents
+    if not number or number < _MUCH * total:
+        return ""
+    most = max(counts, key=lambda kind: counts[kind])
+    mostly = "mostly " if len(counts) > 1 else ""
+    way_out = "; jsonl_field names the field that has the text" if most in _OF_FIELDS else ""
+    return (
+        f"{number:,} of {total:,} documents were left out: {mostly}{most}, first "
+        f"{printable(str(left_out[most][1]))}{way_out}"
+    )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, cycle
 from threading import Event, Thread
 
-_SILENT_SECONDS = 10.0  # between two plain lines
-_LIVE_SECONDS = 0.25
+from vp_train.units import human_bytes
+
+_PLAIN_SECONDS = (10.0, 20.0, 40.0, 60.0)  # before the next plain line; the last one stays
+_LIVE_SECONDS = (0.25,)
 
 
 @contextmanager
-def reported(what: str, state: Callable[[], str], shown: bool = True) -> Iterator[None]:
-    """Say what is done inside, and its state with the time it took so far; only if `shown`.
+def reported(what: str, state: Callable[[float], str], shown: bool = True) -> Iterator[None]:
+    """Say what is done inside, and its state now and then; only if `shown`.
 
-    `state` is called in a thread.
+    `state` gets the seconds since the beginning.  It is called in a thread.
     """
     if not shown:
         yield
@@ -33,20 +36,41 @@ def reported(what: str, state: Callable[[], str], shown: bool = True) -> Iterato
             yield
         return
     _say(what)
-    with _repeated(_SILENT_SECONDS, lambda words: _say(f"{what}: {words}"), state):
+    with _repeated(_PLAIN_SECONDS, lambda words: _say(f"{what}: {words}"), state):
         yield
+
+
+def far(done: int, total: int, seconds: float) -> str:
+    """Say how far work is that did `done` of `total` bytes in so many seconds.
+
+    `94.2 MiB of 286.1 MiB, 0.4 MiB/s, 8 min left`: the rest is taken to go on as fast.
+    """
+    words = f"{human_bytes(done)} of {human_bytes(total)}"
+    if not 0 < done <= total or seconds <= 0:
+        return f"{words}, {seconds:.0f} s"
+    left = (total - done) * seconds / done
+    return f"{words}, {human_bytes(done / seconds)}/s, {_roughly(left)} left"
+
+
+def _roughly(seconds: float) -> str:
+    """Format seconds for a guess: 75 -> 75 s, 480 -> 8 min, 9000 -> 2.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3_600:.1f} h"
 
 
 @contextmanager
 def _repeated(
-    seconds: float, show: Callable[[str], None], state: Callable[[], str]
+    pauses: Sequence[float], show: Callable[[str], None], state: Callable[[float], str]
 ) -> Iterator[None]:
-    """Show the state every so many seconds while the block runs."""
+    """Show the state after each pause, in seconds, while the block runs; the last one repeats."""
     started, over = time.monotonic(), Event()
 
     def repeat() -> None:
-        while not over.wait(seconds):
-            show(f"{state()}, {time.monotonic() - started:.0f} s")
+        for pause in chain(pauses, cycle(pauses[-1:])):
+            if over.wait(pause):
+                return
+            show(state(time.monotonic() - started))
 
     thread = Thread(target=repeat, daemon=True)
     thread.start()

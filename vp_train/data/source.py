@@ -5,6 +5,7 @@ A resumed run therefore sees the same batches as a run without interruption.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,11 +21,13 @@ from vp_train.data.corpus import (
     Corpus,
     corpus_names,
     headline,
+    left_out_warnings,
     prepare_validation,
     spare_rows,
     trained_on,
 )
 from vp_train.data.indexed import Share, Windows, hold_out, split_documents
+from vp_train.data.left_out import words_of
 from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
 from vp_train.data.origin import prepare_run
 from vp_train.data.synthetic import SyntheticText
@@ -96,14 +99,17 @@ class Source(Protocol):
 def open_source(config: RunConfig, *, progress: bool = False) -> Source:
     """Open the source of a run, and prepare its corpora if necessary; `progress` prints how far.
 
-    Raises ConfigError for data that the user must change.
+    What a corpus that is built now leaves out is said on stderr.  Raises ConfigError for data that
+    the user must change.
     """
     if config.data.name == "synthetic":
         return _Synthetic(config)
-    corpora = prepare_run(config, progress)
-    if not config.run.eval_every:
-        return _Text(config, corpora)
-    named = prepare_validation(config.data, config.model.vocab_size, corpora, progress)
+    corpora, named = prepare_run(config, progress), {}
+    if config.run.eval_every:
+        named = prepare_validation(config.data, config.model.vocab_size, corpora, progress)
+    for corpus in (*corpora, *named.values()):
+        for line in words_of(corpus.manifest.left_out) if corpus.fresh else ():
+            print(line, file=sys.stderr, flush=True)
     return _Text(config, corpora, named)
 
 
@@ -238,9 +244,9 @@ class _Text:
         self,
         config: RunConfig,
         corpora: tuple[Corpus, ...],
-        named: Mapping[str, Corpus] | None = None,
+        named: Mapping[str, Corpus],
     ) -> None:
-        self._config, self._corpora = config, corpora
+        self._config, self._corpora, self._named = config, corpora, named
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
         self.tokenizer: Path | None = corpora[0].tokenizer
         self.end_token: int | None = corpora[0].manifest.end_token
@@ -267,7 +273,6 @@ class _Text:
         ]
         self._train = _stream_of(config, training, turns, "training")
         self._validation: dict[str, _Stream] = {}
-        named = named or {}
         # Without a fraction nothing is held out: an error, unless there are named sets.
         if config.run.eval_every and (config.data.validation_fraction > 0 or not named):
             held_out = [
@@ -308,7 +313,8 @@ class _Text:
     def warnings(self) -> tuple[str, ...]:
         names = set(self._validation) - {""}
         found = trained_on(self._config.data, self._corpora) if names else []
-        return (*spare_rows(self._config, self._corpora), *found)
+        much = left_out_warnings(self._config.data, self._corpora, self._named)
+        return (*spare_rows(self._config, self._corpora), *much, *found)
 
     @cached_property
     def byte_lengths(self) -> Tensor | None:

@@ -29,11 +29,9 @@ def introduce(config: RunConfig, plan: RunPlan, source: Source) -> None:
 def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
     """Return the lines about data, model, ranks and schedule of a run."""
     model = config.model
-    advice = rate_advice(config.optim, num_parameters(model))
-    warnings = [*source.warnings, *([] if advice is None else [advice])]
     return [
         f"data      {source.description}",
-        *(f"warning   {words}" for words in warnings),
+        *(f"warning   {words}" for words in warnings_of(config, source)),
         f"model     {num_parameters(model) / 1e6:.1f} M parameters, vocabulary "
         f"{model.vocab_size:,} (ln V = {math.log(model.vocab_size):.2f}), "
         f"{config.run.dtype} on {config.run.device}",
@@ -48,6 +46,12 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
         *([f"offload   {words}"] if (words := _offload_words(plan)) else []),
         *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
     ]
+
+
+def warnings_of(config: RunConfig, source: Source) -> list[str]:
+    """Return what is doubtful about the data and the learning rate of a run, one sentence each."""
+    advice = rate_advice(config.optim, num_parameters(config.model))
+    return [*source.warnings, *([] if advice is None else [advice])]
 
 
 def _mesh(degrees: Degrees) -> str:

@@ -114,15 +114,18 @@ class Reporter:
         self._has_warned = False
         self._pending: tuple[StepReport, dict[str, float]] | None = None
 
-    def start(self, config_yaml: str, notices: Sequence[str] = ()) -> None:
+    def start(
+        self, config_yaml: str, notices: Sequence[str] = (), warnings: Sequence[str] = ()
+    ) -> None:
         """Write configuration, environment and schedule, and print which steps are to come.
 
-        `notices` were said before there was a reporter; they are kept in notices.txt.
+        `notices` and `warnings` were said before there was a reporter; the former are kept in
+        notices.txt, the latter in env.json.
         """
         config, plan, directory = self._config, self._plan, self._directory
         rates = rate_words(config, self._first_step - 1)
         directory.write("config.yaml", config_yaml)
-        directory.write_environment()
+        directory.write_environment(warnings)
         directory.write("schedule.txt", plan.schedule.text())
         title = f"{plan.schedule.name}, vocabulary {plan.problem.algorithm.name}: as planned"
         directory.write("schedule.svg", svg(plan.timeline, title))

@@ -215,8 +215,8 @@ class RunDirectory:
         self.write("tokenizer.json", path.read_bytes().decode())
         self.write("tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
-    def write_environment(self) -> None:
-        """Write env.json: versions, machine, commit and command line."""
+    def write_environment(self, warnings: Sequence[str] = ()) -> None:
+        """Write env.json: versions, machine, commit, command line, first warnings."""
         packages = ("vp_train", "torch", "megatron-core", "hydra-core", "tokenizers", "numpy")
         program, *words = sys.argv
         if Path(program).name == "__main__.py":  # as a sweep starts its runs; no shell can
@@ -228,6 +228,7 @@ class RunDirectory:
             "host": platform.node(),
             "cpus": os.cpu_count(),
             "commit": _commit(),
+            "warnings": list(warnings),
         }
         self.write("env.json", json.dumps(environment, indent=1) + "\n")
 

@@ -258,8 +258,9 @@ def _peak_bytes(run: RunRecord) -> float | None:
 
 
 def _warnings(run: RunRecord) -> list[str]:
-    """Return what went wrong in one line each."""
-    found = [_event_words(name, events) for name, events in run.metrics.events.items()]
+    """Return what went wrong, or was doubtful from the start, in one line each."""
+    found: list[str] = list(run.environment.get("warnings", ()))
+    found += [_event_words(name, events) for name, events in run.metrics.events.items()]
     planned, done = run.planned_steps, run.metrics.curves.last
     if planned is not None and done < planned:
         found.append(f"{done:,} of {planned:,} steps are recorded: it runs, or has ended early")

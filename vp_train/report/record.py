@@ -336,6 +336,10 @@ def _environment(path: Path) -> dict[str, Any]:
     command = record.get("command")
     if isinstance(command, list) and all(isinstance(word, str) for word in command):
         found["command"] = [printable(word) for word in command[:1_000]]
+    warnings = record.get("warnings")
+    if isinstance(warnings, list):
+        texts = [printable(words)[:1_000] for words in warnings if isinstance(words, str)]
+        found["warnings"] = texts[:_MOST_EVENTS]
     return found
 
 

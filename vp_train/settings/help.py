@@ -62,7 +62,25 @@ def _in_full(name: str, item: Any, section: object) -> str:
         f"{name}={value_words(getattr(section, item.name))}\n"
         f"    {setting.meaning}\n"
         f"    ({'; '.join(filter(None, facts))})"
+        f"{_entry_words(name)}"
     )
+
+
+def _entry_words(name: str) -> str:
+    """Return an example of a setting that is a list of sections, and what an entry has.
+
+    Empty for other settings.
+    """
+    if name not in ENTRIES:
+        return ""
+    kind, example = ENTRIES[name]
+    items = [
+        (f"{item.name}={value_words(item.default)}", setting_of(item)) for item in fields(kind)
+    ]
+    width = max(len(word) for word, _ in items)
+    lines = [f"    {word:<{width}}  {_sentence(setting)}" for word, setting in items]
+    quoted = f"'{example.removeprefix('write ')}'"  # the shell expands braces
+    return "\n".join(["", f"    for example {quoted}; an entry has", *lines])
 
 
 def settings_page() -> str:
