@@ -106,7 +106,7 @@ def connect(
         flight_recorder.file_of(os.environ, config.run.directory, 0).parent.mkdir(
             parents=True, exist_ok=True
         )
-    watcher.place("connecting to the other ranks", waits=True)
+    watcher.note("connecting to the other ranks", waits=True)
     join_world(backend, timedelta(seconds=config.run.world_timeout_seconds))
     return build_mesh(
         plan.degrees, plan.problem, config.run, watching=watcher.watch, comparing=comparing

@@ -92,12 +92,12 @@ def run_rank(
     directory: RunDirectory | None = None
     unused = ExitStack()  # removes the directory of a run that does not start
     try:
-        watcher.place("planning")
+        watcher.note("planning")
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
-        watcher.place("opening the data")
+        watcher.note("opening the data")
         source = open_source(config)
-        watcher.place("preparing to connect")
+        watcher.note("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
             if only_preflight:
@@ -112,7 +112,7 @@ def run_rank(
             leave(Ending(EXIT_OK, ""))
         if rank == 0 and not is_introduced:
             introduce(config, plan, source)
-        watcher.place("building the model")
+        watcher.note("building the model")
         parts = compiled_parts(config) if rank == 0 else ()
         model = build_rank(config, plan, mesh, compiling=compiling.announced(parts))
         run = Run(config, plan, mesh, source, model, requests=requests)
@@ -192,7 +192,7 @@ class Run:
         self._checkpoints.await_others()
 
     def take_notices(self) -> list[str]:
-        """Return what `load` has said, and forget it."""
+        """Return the notices about checkpoints that were passed over, and forget them."""
         return self._checkpoints.take_notices()
 
     def steps(self) -> Iterator[int]:
@@ -265,7 +265,10 @@ class Run:
         return batch, loss, recorder
 
     def _agree(self, loss: torch.Tensor | None) -> StepHealth:
-        """Complete the gradients, and exchange loss, norm and requests.  Collective."""
+        """Complete the gradients, and exchange loss, norm and requests.  Collective.
+
+        A request of any rank interrupts the run after this step.
+        """
         optimizer = self.model.optimizer
         self._now(Part.GRADIENT_SUM, _COMPARING)
         optimizer.reduce()
@@ -362,7 +365,10 @@ class Run:
         return found
 
     def _save_if_due(self, step: int, health: StepHealth) -> None:
-        """Go on with the save that is under way, and begin one if a checkpoint is due."""
+        """Go on with the save that is under way, and begin one if a checkpoint is due.
+
+        One is due in the last step before the run leaves, which is said first.
+        """
         interruption, settings = self._interruption, self.config.run
         if interruption is not None and step < settings.steps:
             saves = "saves and " if settings.saves else ""

@@ -152,7 +152,7 @@ class RunCheckpoints:
         self._mesh.world.barrier()
 
     def take_notices(self) -> list[str]:
-        """Return what `restore` has to say about damaged checkpoints, and forget it."""
+        """Return the notices about checkpoints that were passed over, and forget them."""
         notices, self._notices = self._notices, []
         return notices
 

@@ -45,8 +45,8 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
     def saved_by(changed: RunConfig) -> float:
         if changed == replace(config, optim=changed.optim):
             return needed - report.memory_with(changed.optim)
-        # Balanced rows move bytes between ranks, and which one needs most then, a plan says.  It
-        # also says how many shards are held, which counts where one of them fits.
+        # Balanced rows move bytes between ranks, and which one needs most then, a plan says.  Where
+        # about these bytes suffice it is asked, too: several shards may be held at once.
         if not offloads and changed.vocab.balance == config.vocab.balance:
             saved = about_bytes(config) - about_bytes(changed)
             if saved < report.excess:

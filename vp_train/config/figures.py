@@ -1,4 +1,4 @@
-"""The keys of metrics.jsonl: which there are, and what they are called.
+"""The figures that runs write and reports read: their keys, and what they are called.
 
 docs/monitoring.md has their meaning.
 """

@@ -36,6 +36,7 @@ from vp_train.metrics.summary import (
 )
 from vp_train.metrics.trackers import trackers_of
 from vp_train.planning.plan import RunPlan
+from vp_train.units import loss_words
 
 
 def _ramp_words(config: RunConfig, first_step: int) -> str:
@@ -212,7 +213,9 @@ class Reporter:
             values.update(each.values())
         uniform = math.log(self._config.model.vocab_size)
         words = "  ".join(each.words() for each in found)
-        self._progress.say(f"step {step}  {words}  (a uniform guess has ln V = {uniform:.4f})")
+        self._progress.say(
+            f"step {step}  {words}  (a uniform guess has ln V = {loss_words(uniform)})"
+        )
 
     def trace(
         self,

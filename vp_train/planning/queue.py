@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from vp_train.planning.choice import Choice
 from vp_train.planning.weigh import Candidate
 
-# Drafts without an estimate after which the most promising of them is estimated, see `Queue`.
-FIRST_DRAFTS = 32
+# Drafts without an estimate after which the lowest is estimated, see `Explorer.estimate`.
+_FIRST_DRAFTS = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +45,7 @@ class Prospect:
 
 
 class Queue:
-    """Options by the least seconds that `key` expects of them, and by their least bytes.
+    """Prospects by the least seconds that `key` expects of them, and by their least bytes.
 
     drafted: those that were drafted since something fits.
     next_drafts: how many of these there are when one of them is estimated.
@@ -60,7 +60,7 @@ class Queue:
         self._by_seconds: tuple[list[tuple[float, Prospect]], ...] = ([], [])
         self._by_bytes: list[tuple[float, Prospect]] = []
         self.drafted: list[Prospect] = []
-        self.next_drafts = FIRST_DRAFTS
+        self.next_drafts = _FIRST_DRAFTS
         self.doubtful: list[Prospect] = []
         self.looks_at_all = False
         self.passed_over: list[Prospect] = []
@@ -80,7 +80,7 @@ class Queue:
             heapq.heapify(ours)
         self._by_bytes = sorted(self._by_bytes + other._by_bytes)
         self.drafted += other.drafted
-        self.next_drafts = 2 * max(FIRST_DRAFTS, len(self.drafted))
+        self.next_drafts = 2 * max(_FIRST_DRAFTS, len(self.drafted))
         self.doubtful += other.doubtful
         self.looks_at_all = False
         self.passed_over += other.passed_over
@@ -99,7 +99,7 @@ class Queue:
     def first(self, *, splits_vocabulary: bool) -> float:
         """Return the seconds expected of the first of a kind, infinite if none is left.
 
-        What simulations told since may have raised them.
+        Later simulations may have raised them.
         """
         heap = self._by_seconds[splits_vocabulary]
         while heap:

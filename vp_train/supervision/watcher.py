@@ -36,7 +36,7 @@ class Watcher:
         self._step: Callable[[], int] = lambda: 0
         self._timeout_seconds = settings.world_timeout_seconds  # until all ranks have connected
 
-    def place(self, doing: str, *, waits: bool = False) -> None:
+    def note(self, doing: str, *, waits: bool = False) -> None:
         """Note what the rank does before its steps, and whether it waits for others."""
         self._follow(lambda: Activity(doing, waits))
 

@@ -3,9 +3,9 @@
 Order: what the caller of `wait` does next comes after the result.  On CUDA the current stream waits
 and the host goes on.  With gloo, which works in host memory, the host waits.
 
-Memory: a `Pending` holds the tensors that it reads and writes for as long as it lives, also after
-`wait`.  Who keeps it decides when they are freed; see the third part of the rule in
-`tensors.streams`.
+Memory: a `Pending` holds the tensor that it writes for as long as it lives, also after `wait`, and
+the one that it reads where another stream may wait first (`Issued.source`).  Who keeps it decides
+when they are freed; see the third part of the rule in `tensors.streams`.
 """
 
 from __future__ import annotations
