@@ -226,10 +226,7 @@ def row_of(expert: Expert) -> dict[str, Any]:
 
 def described(overrides: str, report: PlanReport) -> dict[str, Any]:
     """Return a plan for the table, in seconds and GiB."""
-    kinds = report.recompute.split(", ")
-    recompute = max(kinds, key=RECOMPUTE.index)
-    if len(set(kinds)) > 1:
-        recompute += f" in {len(kinds) - kinds.count('none')} of {len(kinds)} stages"
+    recompute = report.recompute
     if report.offloading is not None:
         recompute += ", activations on the hosts"
     return {

@@ -24,6 +24,7 @@ from provenance import provenance
 
 from vp_train.commands.command import collect_rarely
 from vp_train.config import RunConfig
+from vp_train.config.parallel import recompute_words
 from vp_train.planning.choice import Space, space_of, with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Found, Limits, SearchResult
@@ -81,9 +82,7 @@ def best_pipeline(config: RunConfig, *, splits_vocabulary: bool) -> Pipeline | N
 def pipeline_of(config: RunConfig, found: Found, result: SearchResult) -> Pipeline:
     choice, report = found.choice, found.report
     chunks = f" of {choice.num_chunks} chunks" if choice.num_chunks is not None else ""
-    kinds, recompute = choice.recompute_per_stage, choice.recompute
-    if kinds is not None:
-        recompute = f"{recompute} in {len(kinds) - kinds.count('none')} of {len(kinds)} stages"
+    recompute = recompute_words(choice.recompute_of_stages)
     hosts = f", {choice.offload:.0%} of activations on the host" if choice.offload else ""
     if choice.optimizer is not None and choice.optimizer.offload:
         hosts += ", offload"

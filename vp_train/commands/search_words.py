@@ -18,7 +18,7 @@ from vp_train.commands.plan_words import (
     text_width,
 )
 from vp_train.config import ConfigError, RunConfig
-from vp_train.config.parallel import RECOMPUTE
+from vp_train.config.parallel import recompute_words
 from vp_train.planning.choice import TOO_LONG, Choice, Kept
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
@@ -412,10 +412,7 @@ def _vocab_words(choice: Choice) -> str:
 
 
 def _recompute_words(choice: Choice) -> str:
-    kinds, words = choice.recompute_per_stage, choice.recompute
-    if kinds is not None:
-        counts = [(kind, kinds.count(kind)) for kind in reversed(RECOMPUTE[1:])]
-        words = ", ".join(f"{kind} in {count}/{len(kinds)}" for kind, count in counts if count)
+    words = recompute_words(choice.recompute_of_stages)
     return f"{words}, offload {choice.offload:.0%}" if choice.offload else words
 
 

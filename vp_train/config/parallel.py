@@ -85,6 +85,14 @@ class ParallelConfig:
         )
 
 
+def recompute_words(kinds: tuple[str, ...]) -> str:
+    """Return of how many stages each kind is recomputed, in words: full in 2/8, or none."""
+    if len(set(kinds)) == 1:
+        return kinds[0]
+    counts = [(kind, kinds.count(kind)) for kind in reversed(RECOMPUTE[1:])]
+    return ", ".join(f"{kind} in {count}/{len(kinds)}" for kind, count in counts if count)
+
+
 def shortened(values: Iterable[object]) -> Iterator[str]:
     """Yield the items of a list as they are typed, of words that repeat `4*full` for four."""
     for value, run in groupby(values):
