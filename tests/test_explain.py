@@ -555,7 +555,7 @@ def test_an_explanation_does_not_depend_on_the_unit_of_time(device):
     for name in ("causes", "what_ifs", "shown_what_ifs"):
         each, other = ([(e.name, e.seconds) for e in getattr(f, name)] for f in (found, small))
         assert other == [(cause, pytest.approx(unit * seconds)) for cause, seconds in each]
-    going_on = GoingOn("x", 0, 9)
+    going_on = GoingOn("x", 0, 9, "runs/x")
     causes = [[each.cause for each in remedies(each, going_on)] for each in (found, small)]
     assert causes[0] == causes[1]
 
@@ -693,7 +693,7 @@ def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch
     run = traced_run(tmp_path, slow=2)
     costs = tmp_path / "measured.yaml"
     code, out, err = vp_explain(run, "--cost", costs)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"costs written to {costs}\n")
     assert "rank 2 on node0 is slow: it computes 2.00 times as long as others" in out
     assert "cost.rank_slowness=[1,1,2,1]" in out
     code, out, _ = vp_explain(run, "--json")
@@ -706,7 +706,9 @@ def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch
     causes = sum(cause["seconds"] for cause in found["causes"])
     assert causes == pytest.approx(found["measured_seconds"] - found["planned_seconds"])
     assert found["schedules"]["own"]["schedule"] == "1f1b"
-    assert vp_explain(run, "--cost", costs)[0] == 0, "costs may be written anew"
+    code, _, err = vp_explain(run, "--cost", costs)
+    assert code == 0, "costs may be written anew"
+    assert err == f"costs written to {costs}, in place of those that were there\n"
     other = costs.with_name("other.yaml")
     other.write_text("F0 B0")
     code, out, err = vp_explain(run, "--cost", other)
@@ -736,7 +738,7 @@ def test_a_plan_with_the_written_costs_takes_the_measured_time(tmp_path):
     assert comparison.own.peak_bytes == max(plan.timeline.peak_bytes)
     best = comparison.others[0]
     assert best.seconds <= comparison.own.seconds
-    told = remedies(found, GoingOn("run.name=mine", 0, 90), comparison)
+    told = remedies(found, GoingOn("run.name=mine", 0, 90, "runs/mine"), comparison)
     saved = 1 - best.seconds / comparison.own.seconds
     advised = f"schedule={best.schedule}" in " ".join(remedy.command for remedy in told)
     assert advised == (saved > 0.02)
@@ -813,7 +815,10 @@ def test_a_file_of_costs_with_a_blank_in_its_name_is_one_word_of_a_command(tmp_p
     found = explain(read_traced(traced_run(tmp_path)))
     own, other = (Alternative(name, "none", time, 0.0) for name, time in (("a", 1.0), ("b", 0.5)))
     told = remedies(
-        found, GoingOn("run.name=mine", 0, 90), Comparison(own, (other,)), "my costs.yaml"
+        found,
+        GoingOn("run.name=mine", 0, 90, "runs/mine"),
+        Comparison(own, (other,)),
+        "my costs.yaml",
     )
     (command,) = (remedy.command for remedy in told if remedy.cause == "schedule")
     assert shlex.split(command)[-1] == "cost=my costs.yaml"
@@ -1106,8 +1111,8 @@ def test_the_fastest_schedule_is_the_own_one_unless_another_takes_less(seconds, 
     [(0, 2, ""), (0, 1, " run.steps=2"), (88, 90, ""), (89, 90, " run.steps=91")],
 )
 def test_a_command_asks_for_more_steps_only_where_too_few_are_left(done, steps, more):
-    assert GoingOn("run.name=mine", done, steps).words == f"run.name=mine{more}"
-    assert GoingOn("run.name=mine", done, steps).profiled == done + 2
+    assert GoingOn("run.name=mine", done, steps, "runs/mine").words == f"run.name=mine{more}"
+    assert GoingOn("run.name=mine", done, steps, "runs/mine").profiled == done + 2
 
 
 ADVISED = ("processors", "equal_ranks", "planned_network", "between", "even_rows", "order")
@@ -1126,7 +1131,9 @@ def explained():
 def test_what_saves_little_is_not_advised_and_what_saves_most_comes_first(explained, name):
     def advised(**seconds):
         ifs = tuple(WhatIf(each, "", value) for each, value in seconds.items())
-        return remedies(replace(explained, what_ifs=ifs), GoingOn("x", 0, 9, larger="y=1"))
+        return remedies(
+            replace(explained, what_ifs=ifs), GoingOn("x", 0, 9, "runs/x", larger="y=1")
+        )
 
     assert advised() == []
     assert advised(**{name: 0.98}) == []
@@ -1142,7 +1149,7 @@ def test_what_saves_little_is_not_advised_and_what_saves_most_comes_first(explai
 def advised(explanation, **options):
     """Return all remedies by cause, where each saves half of the step."""
     ifs = tuple(WhatIf(each, "", 0.5) for each in ADVISED)
-    told = remedies(replace(explanation, what_ifs=ifs), GoingOn("B", 0, 9), **options)
+    told = remedies(replace(explanation, what_ifs=ifs), GoingOn("B", 0, 9, "a b"), **options)
     return {each.cause: each for each in told}
 
 
@@ -1159,14 +1166,13 @@ def test_a_remedy_names_its_command(explained):
         "planned_network": "vp-train B --preflight",
         "between": "vp-train B run.profile_steps=[2]",
         "even_rows": "vp-train B vocab.shards=[1,2,3,4]",
-        "order": "vp-train B cost=measured.yaml",
+        "order": "vp-explain 'a b' --cost explained.yaml && vp-train B cost=explained.yaml",
     }
     own, other = (Alternative(name, "none", time, 0.0) for name, time in (("a", 1.0), ("b", 0.979)))
-    assert "--cost measured.yaml" in advised(explained)["order"].words
     found = advised(explained, comparison=Comparison(own, (other,)), cost_file="c.yaml")
     assert found["schedule"].command == "vp-train B schedule=b vocab=none cost=c.yaml"
     assert found["schedule"].seconds == pytest.approx(0.979 * explained.measured_seconds)
-    assert "--cost" not in found["order"].words
+    assert found["order"].command == "vp-train B cost=c.yaml"
     near = Comparison(own, (replace(other, seconds=0.9801),))
     assert "schedule" not in commands_of(explained, comparison=near)
 
@@ -1222,10 +1228,10 @@ def test_pass_times_that_were_assumed_and_are_wrong_are_to_be_measured(
     kinds = tuple(KindTimes(kind, 3, source, 2.0, 2 * measured) for kind in ("F", "B"))
     kinds += (KindTimes("hop", 99, "assumed", 1.0, 50.0),)
     found = replace(explained, kinds=kinds, what_ifs=())
-    assert [each.cause for each in remedies(found, GoingOn("B", 0, 9))] == ["passes"] * told
+    assert [each.cause for each in remedies(found, GoingOn("B", 0, 9, "a b"))] == ["passes"] * told
     if told:
         (without,), (written,) = (
-            remedies(found, GoingOn("B", 0, 9), None, f) for f in (None, "c.yaml")
+            remedies(found, GoingOn("B", 0, 9, "a b"), None, f) for f in (None, "c.yaml")
         )
         assert without.command == (
             "vp-profile B cluster.num_nodes=1 cluster.gpus_per_node=4 --cost measured.yaml"

@@ -17,7 +17,7 @@ from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK
 from vp_train.planning.cluster import on_cpu
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.plan import plan_step
-from vp_train.profile.costs import measured_cost, with_cost
+from vp_train.profile.costs import RankProfile, measured_cost, pass_seconds, with_cost
 from vp_train.profile.measure import receive_noise
 from vp_train.settings import load_config
 from vp_train.tensors.collectives import all_gather_single, reduce_scatter_single
@@ -105,6 +105,32 @@ def test_rows_of_several_counts_tell_what_does_not_depend_on_them():
     found = measured_cost(step, passes)
     assert found["output_fixed_seconds"] == pytest.approx(1.0)
     assert found["output_row_seconds"] == pytest.approx(0.003)
+
+
+def test_where_passes_shared_their_processor_only_their_own_time_counts():
+    forward, backward = (Kind.F, 0), (Kind.B, 0)
+    busy = {forward: [(6.0, 1.0), (1.0, 1.5), (3.0, 2.0)], backward: [(9.0, 2.0)]}
+    assert pass_seconds(busy) == ({forward: 1.0, backward: 2.0}, pytest.approx(6 / 19))
+    idle = {forward: [(1.0, 0.9), (2.0, 1.9)], backward: [(4.0, 4.0)]}
+    assert pass_seconds(idle) == ({forward: 1.5, backward: 4.0}, pytest.approx(6.8 / 7))
+
+
+@pytest.mark.parametrize(("part", "warns"), [(0.55, True), (0.9, False)])
+def test_costs_of_a_busy_machine_say_so(vp_profile, tmp_path, monkeypatch, part, warns):
+    passes = {(kind, 0): 1.0 for kind in (Kind.F, Kind.B, Kind.S, Kind.T)}
+    profile = RankProfile(0, passes, 16.0, 1.0, 1, 1, {}, on_processor=part)
+    monkeypatch.setattr("vp_train.profile.measure.measure_ranks", lambda *_: [profile])
+    costs = tmp_path / "c.yaml"
+    code, out, err = vp_profile(*NANO, "parallel.pp=2", "--ranks", "0", "--cost", costs)
+    assert code == EXIT_OK, err
+    words = "passes had a processor for 55% of their time"
+    assert [words in text for text in (out, costs.read_text())] == [warns, warns]
+    assert ("repeat on an idle machine" in out) == warns
+    assert out.endswith(
+        f"costs written to {costs}; vp-plan and vp-simulate take them as cost={costs}\n"
+    )
+    out = vp_profile(*NANO, "parallel.pp=2", "--ranks", "0", "--cost", costs)[1]
+    assert f"costs written to {costs}, in place of those that were there; vp-plan" in out
 
 
 def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path):

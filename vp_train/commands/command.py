@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vp_train.config import ConfigError, RunConfig, printable
-from vp_train.durable import missing_directories
+from vp_train.durable import missing_directories, write_output
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text, has_settings
@@ -311,6 +311,13 @@ def cost_output_of(option: str, word: str) -> Path:
             f"{option} {path} is there and holds no costs; give another {option} FILE.yaml"
         )
     return path
+
+
+def write_costs(path: Path, text: str) -> str:
+    """Write the file that `cost_output_of` has returned.  Return that, and whether it was there."""
+    replaced = ", in place of those that were there" if path.is_file() else ""
+    write_output(path, text)
+    return f"costs written to {path}{replaced}"
 
 
 def output_directory_of(option: str, word: str) -> Path:

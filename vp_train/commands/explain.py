@@ -25,10 +25,11 @@ from vp_train.commands.command import (
     cost_output_of,
     guarded,
     path_argument,
+    write_costs,
 )
 from vp_train.commands.plan_words import text_of
 from vp_train.config import ConfigError, RunConfig, printable
-from vp_train.durable import checkpoints_in, write_output
+from vp_train.durable import checkpoints_in
 from vp_train.explain.causes import ExplainedRank, Explanation, KindTimes, explain
 from vp_train.explain.remedies import (
     Comparison,
@@ -91,7 +92,7 @@ def _explain(arguments: Sequence[str]) -> int:
         _write_costs(costs, run, config if note is None else None, settings)
     base = " ".join(map(shlex.quote, words))
     done = max((step for step, _ in checkpoints_in(run / "checkpoints")), default=0)
-    going_on = GoingOn(base, done, steps, larger)
+    going_on = GoingOn(base, done, steps, str(options.run), larger)
     found = remedies(explanation, going_on, comparison, None if costs is None else str(costs))
     if options.json:
         print(json.dumps(record(explanation, comparison, found), indent=1))
@@ -138,7 +139,7 @@ def _write_costs(
         f"{config.micro_batch_size} x {model.seq_length} tokens, hidden size {model.hidden_size}, "
         f"V = {model.vocab_size}",
     ]
-    write_output(path, cost_text(comments, settings))
+    print(write_costs(path, cost_text(comments, settings)), file=sys.stderr, flush=True)
 
 
 def record(

@@ -17,7 +17,14 @@ from rich.table import Table
 from schedules.ir import Kind
 from schedules.render import duration
 from schedules.vocab import End
-from vp_train.commands.command import Command, cost_output_of, output_of, run, whole_number
+from vp_train.commands.command import (
+    Command,
+    cost_output_of,
+    output_of,
+    run,
+    whole_number,
+    write_costs,
+)
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_OK
@@ -25,6 +32,7 @@ from vp_train.planning.memory import machine_bytes, rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.profile.costs import (
+    ALONE,
     RankProfile,
     cost_text,
     device_rates,
@@ -119,11 +127,19 @@ def show_profile(
                 f"deviations {values}), and a GPU does so faster: do not trust its times",
                 flush=True,
             )
+    shared = min(profile.on_processor for profile in profiles)
+    note = f"passes had a processor for {shared:.0%} of their time" if shared < ALONE else ""
     cost = measured_cost(step, passes) | {"measured_on": words["device"]}
     report = make_report(with_cost(config, cost))
     _print(config, step, profiles, report)
+    if note:
+        print(
+            f"warning: {note}, and other programs for the rest: only that part counts in the "
+            "costs, which may still be too high; repeat on an idle machine",
+            flush=True,
+        )
     if cost_file is not None:
-        _write_cost(cost_file, config, words, cost)
+        _write_cost(cost_file, config, words, cost, note)
     if device_file is not None:
         _write_rates(device_file, config, step, words, cost)
     if json_file is not None:
@@ -207,6 +223,7 @@ def _print(
             f"{predicted / profile.peak_bytes - 1:+.1%}",
         )
     Console(width=110).print(table, highlight=False)
+    print("passes: a step timed as a whole; their sum: the median of each pass, added up")
     print(
         f"predicted for all {report.degrees.num_ranks} ranks: "
         f"a step of {duration(report.step_seconds)}, "
@@ -229,16 +246,21 @@ def _record(config: RunConfig, step: StepPlan, profile: RankProfile) -> dict[str
 
 
 def _write_cost(
-    path: Path, config: RunConfig, words: Mapping[str, Any], cost: Mapping[str, float | str]
+    path: Path,
+    config: RunConfig,
+    words: Mapping[str, Any],
+    cost: Mapping[str, float | str],
+    note: str,
 ) -> None:
     model = config.model
     comments = [
         f"Measured by vp-profile on {words['device']}, torch {words['torch']}",
         f"{config.micro_batch_size} x {model.seq_length} tokens, "
         f"hidden size {model.hidden_size}, V = {model.vocab_size}",
+        *([note] if note else []),
     ]
-    write_output(path, cost_text(comments, cost))
-    print(f"costs written to {path}; vp-plan and vp-simulate take them as cost={path}")
+    written = write_costs(path, cost_text(comments, cost))
+    print(f"{written}; vp-plan and vp-simulate take them as cost={path}")
 
 
 def _write_rates(

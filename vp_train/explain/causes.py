@@ -24,10 +24,10 @@ from schedules.replay import Times, replay, times_of
 from schedules.timeline import Timeline
 from vp_train.explain.trace import RankPlace, TracedRank, TracedStep
 from vp_train.planning.placement import fill_with_rows
+from vp_train.profile.costs import ALONE
 
 SLOW = 1.1  # a rank that computes this many times as long as the others is slow
 _SHOWN = 0.005  # of the step: what saves less is not shown
-_ALONE = 0.9  # of the time of passes: with less they shared their processors
 _UNEVEN = 1.025  # the work of the busiest rank over what it would be with other rows
 _MOST_REPLICAS = 8  # that are replayed, those with the longest passes
 
@@ -632,4 +632,4 @@ def _own_seconds(step: TracedStep, measured: Seconds) -> Seconds:
         return measured
     own = {item: min(seconds, step.processor[item]) for item, seconds in measured.items()}
     total = sum(measured.values())
-    return own if 0 < sum(own.values()) < _ALONE * total else measured
+    return own if 0 < sum(own.values()) < ALONE * total else measured

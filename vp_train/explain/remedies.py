@@ -23,7 +23,8 @@ from vp_train.profile.costs import measured_cost
 
 WORTH = 0.02  # of the step: what saves less is not advised
 _MOST_FORWARD_PASSES = 1 << 13  # of a step for which other schedules are tried
-_COSTS = "measured.yaml"
+_COSTS = "explained.yaml"  # of this step; those that vp-profile measures have another name
+_PROFILED = "measured.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,14 @@ class GoingOn:
     base: the words with which it takes the settings of the run.
     done: the step that it goes on from; 0 where there is no checkpoint.
     steps: run.steps, 0 if it is not known.
+    run: the directory of the run, as it was typed.
     larger: the overrides for half as many microbatches of twice the size, if they fit.
     """
 
     base: str
     done: int
     steps: int
+    run: str
     larger: str | None = None
 
     @property
@@ -264,13 +267,14 @@ def remedies(
     if explanation.rows is not None:
         rows = ",".join(map(str, explanation.rows))
         add("even_rows", "other vocabulary rows", f"{trains} vocab.shards=[{rows}]")
-    written = "" if cost_file else f", which vp-explain writes with --cost {costs}"
-    add("order", f"plan with the measured times{written}", f"{trains} {with_costs}")
+    writes = shlex.join(["vp-explain", going_on.run, "--cost", costs])
+    first = "" if cost_file else f"{writes} && "
+    add("order", "plan with the measured times", f"{first}{trains} {with_costs}")
     if comparison is not None and (best := comparison.fastest) is not comparison.own:
         add(
             "schedule",
-            f"the fastest schedule by simulation with the measured times{written}",
-            f"{trains} schedule={best.schedule} vocab={best.vocab} {with_costs}",
+            "the fastest schedule by simulation with the measured times",
+            f"{first}{trains} schedule={best.schedule} vocab={best.vocab} {with_costs}",
             explanation.measured_seconds * best.seconds / comparison.own.seconds,
         )
     found.sort(key=lambda remedy: remedy.seconds or 0.0)
@@ -280,7 +284,7 @@ def remedies(
                 "passes",
                 "pass times were assumed: measure them, and plan with that",
                 f"vp-profile {base} cluster.num_nodes=1 cluster.gpus_per_node={num_ranks} "
-                f"--cost {shlex.quote(costs)}"
+                f"--cost {_PROFILED}"
                 if cost_file is None
                 else f"vp-simulate {base} {with_costs}",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from vp_train.planning.physics import (
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.workload import Workload
 
+ALONE = 0.9  # of the time of passes: with less they shared their processors
 _LEAST_REST = 0.02  # of a layer, that elementwise kernels take in any case
 
 
@@ -33,10 +35,11 @@ class RankProfile:
     """The measurements of one pipeline rank that ran alone.
 
     `passes` are median seconds of a pass by kind and stage, or by kind and rank for vocabulary
-    passes.  `program_seconds` is the time of all passes of a step without waiting and without
-    timing every pass.  `state_bytes` are allocated by torch between steps, `peak_bytes` at most.
-    `deviations` are standard deviations of what every stage reads (x0), computes (y0) and gets for
-    its backward (dy0).
+    passes, and `on_processor` is the part of their time in which they had a processor
+    (`pass_seconds`).  `program_seconds` is the time of all passes of a step without waiting and
+    without timing every pass.  `state_bytes` are allocated by torch between steps, `peak_bytes` at
+    most.  `deviations` are standard deviations of what every stage reads (x0), computes (y0) and
+    gets for its backward (dy0).
     """
 
     rank: int
@@ -46,6 +49,7 @@ class RankProfile:
     state_bytes: int
     peak_bytes: int
     deviations: dict[str, float]
+    on_processor: float = 1.0
 
     @property
     def is_real(self) -> bool:
@@ -58,6 +62,23 @@ class RankProfile:
     def of(self, kind: Kind) -> float:
         """Return the seconds of one pass of this kind on every stage of the rank, summed."""
         return sum(seconds for (measured, _), seconds in self.passes.items() if measured is kind)
+
+
+def pass_seconds(
+    timed: Mapping[tuple[Kind, int], Sequence[tuple[float, float]]],
+) -> tuple[dict[tuple[Kind, int], float], float]:
+    """Return the median seconds of every pass, and the part in which passes had a processor.
+
+    timed: the seconds of every repetition, and how many of them it was on a processor.
+
+    Where other programs took the processors, only the seconds on one count: others would be there
+    or not in the next minute.
+    """
+    spent = [pair for pairs in timed.values() for pair in pairs]
+    total = sum(seconds for seconds, _ in spent)
+    part = sum(map(min, spent)) / total if total else 1.0
+    count = min if part < ALONE else operator.itemgetter(0)
+    return {key: median(map(count, pairs)) for key, pairs in timed.items()}, part
 
 
 def measured_cost(

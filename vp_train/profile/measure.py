@@ -27,7 +27,7 @@ from vp_train.model import megatron
 from vp_train.pipeline.recorder import Recorder
 from vp_train.pipeline.timers import timer_of
 from vp_train.planning.plan import make_plan
-from vp_train.profile.costs import RankProfile
+from vp_train.profile.costs import RankProfile, pass_seconds
 from vp_train.profile.live import LiveStorages, leave_compiled_code_alone
 from vp_train.tensors import compiling
 
@@ -111,25 +111,26 @@ def _measure(config: RunConfig, num_ranks: int, pipeline_rank: int, num_steps: i
     batch = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator)
     steps = _Steps(model, batch, config.run, pipeline_rank)
     steps.run()  # compiles, and allocates what stays
-    passes: dict[tuple[Kind, int], list[float]] = {}
+    timed: dict[tuple[Kind, int], list[tuple[float, float]]] = {}
     programs, optimizers = [], []
     for _ in range(num_steps):
         program, optimizer = steps.run()
         programs.append(program)
         optimizers.append(optimizer)
-        for key, seconds in steps.timed().items():
-            passes.setdefault(key, []).extend(seconds)
+        for key, spent in steps.timed().items():
+            timed.setdefault(key, []).extend(spent)
     state, peak = steps.bytes_on_cuda() if on_cuda else steps.bytes_on_cpu()
     deviations = steps.deviations()
-    medians = {key: median(seconds) for key, seconds in passes.items()}
+    passes, on_processor = pass_seconds(timed)
     return RankProfile(
         pipeline_rank,
-        medians,
+        passes,
         program_seconds=median(programs),
         optimizer_seconds=median(optimizers),
         state_bytes=state,
         peak_bytes=peak,
         deviations=deviations,
+        on_processor=on_processor,
     )
 
 
@@ -245,17 +246,22 @@ class _Steps:
         self._update()
         return between - start, self._clock() - between
 
-    def timed(self) -> dict[tuple[Kind, int], list[float]]:
-        """Run one step and return the seconds of its passes by kind and stage."""
+    def timed(self) -> dict[tuple[Kind, int], list[tuple[float, float]]]:
+        """Run one step and return the seconds of its passes by kind and stage.
+
+        Beside them are those on a processor, on a GPU all.
+        """
         timer = timer_of(torch.device("cuda" if self._on_cuda else "cpu"))
         recorder = Recorder(self._rank, timer, [])
         timer.start()
         self._model.gradients.zero()
         self._model.train_step(self._tokens, self._labels, recorder)
         self._update()
-        found: dict[tuple[Kind, int], list[float]] = {}
-        for span in recorder.spans:
-            found.setdefault((Kind(span.kind), span.stage), []).append(span.end - span.start)
+        found: dict[tuple[Kind, int], list[tuple[float, float]]] = {}
+        for span, processor in zip(recorder.spans, recorder.processor_seconds, strict=True):
+            seconds = span.end - span.start
+            spent = (seconds, seconds if self._on_cuda else processor)
+            found.setdefault((Kind(span.kind), span.stage), []).append(spent)
         return found
 
     def deviations(self) -> dict[str, float]:
