@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-from vp_train.failures import Ending
+from vp_train.commands.agent import say
+from vp_train.commands.command import guarded
+from vp_train.config import ConfigError
+from vp_train.failures import EXIT_CONFIG, EXIT_TIME, Ending
 from vp_train.supervision import ending
 from vp_train.supervision.ending import heard
 
@@ -57,6 +60,36 @@ def test_a_traceback_that_no_log_takes_goes_to_the_terminal(tmp_path):
     (tmp_path / "a file").touch()
     done = leave(log, {})
     assert done.stderr.startswith(f"vp-train: rank 1 failed\n{log} cannot be written: ")
+
+
+@pytest.fixture
+def no_reader(monkeypatch):
+    """A stderr whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        yield
+
+
+def refused():
+    raise ConfigError("run.steps=0")
+
+
+@pytest.mark.parametrize("code", [EXIT_TIME, EXIT_CONFIG])
+def test_the_code_stays_where_nobody_reads_the_words(no_reader, monkeypatch, code):
+    monkeypatch.setattr(sys, "argv", ["vp-train"])
+    with pytest.raises(SystemExit) as left:
+        guarded("vp-train", refused if code == EXIT_CONFIG else lambda: say("stopped") or code)
+    assert left.value.code == code
+
+
+def test_a_rank_keeps_its_code_where_nobody_reads_its_words(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", LEAVE, str(tmp_path / "rank-1.log")]
+    with os.fdopen(writing, "w") as stream:
+        assert subprocess.run(command, stderr=stream, timeout=30, check=False).returncode == 70
 
 
 def test_long_words_are_shortened_to_what_any_pipe_takes(tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ from vp_train.failures import (
     end_of_process,
     root_cause,
 )
+from vp_train.supervision.ending import write_stderr
 from vp_train.supervision.requests import SIGNALS, is_ignored
 
 _POLL_SECONDS = 0.03
@@ -176,8 +177,7 @@ def say(words: str) -> None:
     """Print `words` to stderr in a single write."""
     if words:
         prefix = "" if words.startswith("vp-train: ") else "vp-train: "
-        sys.stderr.write(f"{prefix}{words}\n")
-        sys.stderr.flush()
+        write_stderr(f"{prefix}{words}\n")
 
 
 def _say_beside_progress(words: str) -> None:
@@ -186,7 +186,7 @@ def _say_beside_progress(words: str) -> None:
     Its cursor stands at the end of the last live line, and it clears as many lines as it has drawn.
     """
     if sys.stdout.isatty():  # a sweep passes on what comes on stderr
-        sys.stderr.write("\n")
+        write_stderr("\n")
         words += "\n" * (_LIVE_LINES - 1)
     say(words)
 

@@ -26,6 +26,7 @@ from vp_train.settings.files import config_text, has_settings
 from vp_train.settings.help import section_help, setting_help, settings_help
 from vp_train.settings.meant import close_names
 from vp_train.settings.tree import group_choices, sections, setting_names
+from vp_train.supervision.ending import write_stderr
 
 MOST_NUMBER = 1_000_000  # of an option that takes a count, unless it says another
 _HELP = """\
@@ -136,9 +137,8 @@ def guarded(name: str, body: Callable[[], int]) -> NoReturn:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if ending.words and (prints() or not isinstance(error, ConfigError)):
-            print(ending.words, file=sys.stderr, flush=True)
+            write_stderr(f"{ending.words}\n")
     sys.stdout.flush()
-    sys.stderr.flush()
     sys.exit(code)
 
 

@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from vp_train.commands.place import Place
 from vp_train.commands.store_server import StoreServer
 from vp_train.config import ConfigError
 from vp_train.failures import EXIT_HANG, EXIT_INTERNAL, Ending, ending_of_command
+from vp_train.supervision.ending import write_stderr
 from vp_train.supervision.requests import SIGNALS
 
 _POLL_SECONDS = 0.05
@@ -372,8 +372,7 @@ def say_waiting(news: News, words: str) -> None:
 
 
 def _print(words: str) -> None:
-    sys.stderr.write(f"vp-train: {words}\n")
-    sys.stderr.flush()
+    write_stderr(f"vp-train: {words}\n")
 
 
 def hosts(news: News) -> dict[int, str]:

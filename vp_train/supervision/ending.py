@@ -34,11 +34,22 @@ def leave(ending: Ending, log: Path | None = None) -> NoReturn:
         said += f"{log} cannot be written: {printable(problem)}\n"
         if ending.code == EXIT_INTERNAL:  # a bug, whose traceback is nowhere else
             said += f"{ending.log.rstrip()}\n"
-    sys.stderr.write(said)  # a single write, so that lines of ranks do not mix
-    sys.stderr.flush()
+    write_stderr(said)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     os._exit(ending.code)
+
+
+def write_stderr(text: str) -> None:
+    """Write `text` to stderr in a single write, so that lines of processes do not mix.
+
+    Where nobody reads it any more, it is dropped: the exit code must stay what it is.
+    """
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _write(log: Path, text: str) -> str:
