@@ -10,10 +10,10 @@ from vp_train.settings.words import override
 
 
 def rate_words(config: RunConfig, done: int) -> str:
-    """Say how the learning rate of a resumed run goes on from step `done`.
+    """Say how the learning rate goes on from step `done`, and where its decay ends now.
 
-    Call it before config.yaml is written again.  It is empty if the settings of this command line
-    leave the rate as it would have been.
+    Call it in a resumed run before config.yaml is written again.  It is empty if the settings of
+    this command line leave both as they would have been.
     """
     path = config.run.directory / "config.yaml"
     if done == 0 or config.run.steps <= done or not path.is_file():
@@ -30,9 +30,23 @@ def rate_words(config: RunConfig, done: int) -> str:
         f"{learning_rate(one.optim, step, one.run.steps):.2e}"
         for one, step in ((before, done), (before, done + 1), (config, done + 1))
     )
-    if was == now:
+    jump = f"learning rate at step {done + 1}: {now}, was {then} at step {done}"
+    decay = _decay_words(_decay_end(before), _decay_end(config))
+    return "; ".join([*([jump] if was != now else []), *([decay] if decay else [])])
+
+
+def _decay_end(config: RunConfig) -> int | None:
+    """Return the step at which the decay of the learning rate ends, None if it has no decay."""
+    optim, steps = config.optim, config.run.steps
+    decays = learning_rate(optim, steps, steps) == optim.final_lr != optim.lr
+    return steps if decays else None
+
+
+def _decay_words(before: int | None, now: int | None) -> str:
+    """Say at which step the decay ends now and before; empty if that is the same."""
+    if before == now:
         return ""
-    return (
-        f"learning rate at step {done + 1}: {now}, was {then} at step {done}; "
-        f"the decay now ends at step {config.run.steps}"
-    )
+    if now is None:
+        return f"the decay is gone, it was to end at step {before}"
+    was = "there was none" if before is None else f"was {before}"
+    return f"the decay now ends at step {now}, {was}"
