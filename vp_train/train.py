@@ -476,7 +476,7 @@ def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Report
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, run.take_notices(), warnings_of(config, source))
+    reporter.start(config_yaml, run.take_notices(), warnings_of(config, run.plan, source))
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,

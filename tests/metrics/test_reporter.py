@@ -25,6 +25,7 @@ from vp_train.metrics.summary import SUMMARY
 from vp_train.model.shape import num_parameters
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
+from vp_train.units import human_bytes
 
 SOURCE = SimpleNamespace(description="ten documents", warnings=())
 
@@ -132,6 +133,17 @@ def test_a_large_model_with_the_default_rate_is_warned_of_with_that_of_an_import
         assert len(lines) == (warned is not None)
         assert all(line.endswith(warned) for line in lines)
         assert usual_rate(num_parameters(config.model)) < config.optim.lr
+
+
+def test_the_room_for_checkpoints_is_that_of_parameters_and_moments(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    for dtype, item_bytes in (("float32", 4), ("bfloat16", 4), ("float64", 8)):
+        given = ["model=nano", f"run.root={tmp_path}", f"run.dtype={dtype}", "run.steps=1"]
+        config = load_config(given)
+        (line,) = [line for line in header(config, make_plan(config, 2), SOURCE) if "free" in line]
+        size = human_bytes(3 * item_bytes * num_parameters(config.model))
+        assert line.startswith(f"warning   {config.run.directory} is on a disk with 0 B free")
+        assert f"checkpoints take {size} more ({size} each" in line
 
 
 def test_it_is_said_what_waits_in_host_memory(started, capsys):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ from vp_train.config import ConfigError, RunSettings
 from vp_train.metrics.run_directory import (
     RunDirectory,
     TakenError,
+    disk_warning,
     is_original,
     refuse_running,
     refuse_used,
@@ -249,3 +252,48 @@ def test_to_look_whether_a_directory_is_running_leaves_no_lock_of_its_own(tmp_pa
     directory._lock.close()
     refuse_running(settings)
     assert is_original(settings.directory)
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "num_new"),
+    [
+        ({"steps": 100, "checkpoint_every": 10}, [], 3),  # two stay while a third is written
+        ({"steps": 100, "checkpoint_every": 10}, [10], 2),
+        ({"steps": 100, "checkpoint_every": 10}, [10, 20], 1),
+        ({"steps": 100, "checkpoint_every": 10}, [10, 20, 30], 1),
+        ({"steps": 100, "checkpoint_every": 10, "keep_checkpoints": 4}, [10, 20], 3),
+        ({"steps": 10, "checkpoint_every": 10}, [], 1),
+        ({"steps": 11, "checkpoint_every": 10}, [], 2),
+        ({"steps": 35, "checkpoint_every": 10, "keep_checkpoints": 9}, [10], 3),
+        ({"steps": 10, "checkpoint_every": 10}, [10], 0),
+        ({"steps": 10, "checkpoint_every": 0}, [], 0),
+        ({"steps": 10, "checkpoint_every": 0, "checkpoint_minutes": 5.0}, [], 3),
+    ],
+)
+def test_a_disk_without_room_for_the_checkpoints_is_said(
+    tmp_path, monkeypatch, given, there, num_new
+):
+    settings = RunSettings(root=str(tmp_path / "deep"), **given)
+    for step in there:
+        (settings.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    size = 2**20
+    for missing in (0, 1):
+        free = max(0, num_new * size - missing)
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        words = disk_warning(settings, size)
+        if missing and num_new:
+            assert words.startswith(f"{settings.directory} is on a disk with ")
+            assert f"checkpoints take {num_new}.0 MiB more (1.0 MiB each; " in words
+            assert f"run.keep_checkpoints={settings.keep_checkpoints}, and one more" in words
+        else:
+            assert words is None
+
+
+def test_a_disk_that_says_nothing_is_not_warned_of(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.ESTALE, "stale")
+
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    assert disk_warning(RunSettings(root=str(tmp_path)), 2**60) is None

@@ -10,6 +10,7 @@ from schedules.vocab import End
 from vp_train.config import RunConfig, printable
 from vp_train.config.optim import rate_advice
 from vp_train.data import Source
+from vp_train.metrics.run_directory import disk_warning
 from vp_train.model.shape import num_parameters
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.placement import nothing_offloaded_words
@@ -31,7 +32,7 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
     model = config.model
     return [
         f"data      {source.description}",
-        *(f"warning   {words}" for words in warnings_of(config, source)),
+        *(f"warning   {words}" for words in warnings_of(config, plan, source)),
         f"model     {num_parameters(model) / 1e6:.1f} M parameters, vocabulary "
         f"{model.vocab_size:,} (ln V = {math.log(model.vocab_size):.2f}), "
         f"{config.run.dtype} on {config.run.device}",
@@ -48,10 +49,16 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
     ]
 
 
-def warnings_of(config: RunConfig, source: Source) -> list[str]:
-    """Return what is doubtful about the data and the learning rate of a run, one sentence each."""
+def warnings_of(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
+    """Return what is doubtful about data, learning rate and disk of a run, one sentence each."""
     advice = rate_advice(config.optim, num_parameters(config.model))
-    return [*source.warnings, *([] if advice is None else [advice])]
+    room = disk_warning(config.run, _checkpoint_bytes(plan))
+    return [*source.warnings, *filter(None, (advice, room))]
+
+
+def _checkpoint_bytes(plan: RunPlan) -> int:
+    """Return the bytes of a checkpoint: the parameters and the two moments of AdamW."""
+    return 3 * plan.work.precise_bytes * num_parameters(plan.work.model)
 
 
 def _mesh(degrees: Degrees) -> str:

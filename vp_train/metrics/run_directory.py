@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from vp_train.durable import (
     read_text,
     replace,
 )
+from vp_train.units import human_bytes
 
 # What a run writes in its directory, apart from single files, which replace what is there.
 _FILES = ("LOCK", "metrics.jsonl", "notices.txt")
@@ -47,6 +50,41 @@ def refuse_used(settings: RunSettings) -> None:
             f"{path} already holds a run; "
             "continue it with run.resume=true, or choose another run.name"
         )
+
+
+def disk_warning(settings: RunSettings, checkpoint_bytes: int) -> str | None:
+    """Return in words that the disk has no room for the checkpoints of a run, None if it has.
+
+    checkpoint_bytes: of one checkpoint.  Those that are there already, and are replaced, count as
+    room.
+    """
+    there = checkpoints_in(settings.checkpoints)
+    done = there[-1][0] if there else 0
+    num_saves = _num_saves(settings, done)
+    num_new = min(num_saves, max(1, settings.keep_checkpoints + 1 - len(there)))
+    above = (settings.directory, *settings.directory.absolute().parents)
+    try:
+        free = shutil.disk_usage(next(path for path in above if path.exists())).free
+    except OSError:  # what is wrong with it is said where it is written to
+        return None
+    if free >= num_new * checkpoint_bytes:
+        return None
+    return (
+        f"{settings.directory} is on a disk with {human_bytes(free)} free, and checkpoints take "
+        f"{human_bytes(num_new * checkpoint_bytes)} more ({human_bytes(checkpoint_bytes)} each; "
+        f"run.keep_checkpoints={settings.keep_checkpoints}, and one more while it is written); "
+        "make room, or set run.root to another disk"
+    )
+
+
+def _num_saves(settings: RunSettings, done: int) -> float:
+    """Return how many checkpoints a run writes after step `done`, infinity if that is not known."""
+    if settings.checkpoint_minutes > 0:
+        return math.inf
+    every, steps = settings.checkpoint_every, settings.steps
+    if every == 0 or steps <= done:
+        return 0
+    return steps // every - done // every + (steps % every > 0)
 
 
 def refuse_running(settings: RunSettings) -> None:
