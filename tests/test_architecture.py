@@ -29,7 +29,7 @@ ALLOWED = {
     "vp_train.units": (),
     "vp_train.quiet": (),
     "vp_train.durable": (),
-    "vp_train.failures": ("vp_train.config",),
+    "vp_train.failures": ("vp_train.config", "vp_train.durable"),
     "vp_train.supervision": (
         "vp_train.communication",
         "vp_train.config",

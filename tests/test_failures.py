@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.programs import finished
+from vp_train.checkpoint.saver import CheckpointError
 from vp_train.commands import launch
 from vp_train.commands.command import guarded
 from vp_train.communication import flight_recorder
@@ -37,6 +39,7 @@ from vp_train.failures import (
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 
+NOTHING_SAVED = "there is no checkpoint to go on from"
 SETTINGS = RunSettings(timeout_seconds=300, world_timeout_seconds=1800)
 LOST = [
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] "
@@ -226,9 +229,23 @@ def test_a_failure_is_one_line_and_its_traceback_goes_into_the_log(error, words)
 def test_a_folder_in_the_place_of_a_file_is_for_the_user_to_mend(tmp_path):
     with pytest.raises(IsADirectoryError) as caught:
         tmp_path.write_text("")
-    ending = ending_of_rank(caught.value, SETTINGS, 0, 1)
+    ending = ending_of_rank(caught.value, RunSettings(root=str(tmp_path)), 0, 1)
     assert ending.code == EXIT_IO
-    assert f"Is a directory: '{tmp_path}', at step 1; once that is mended" in ending.words
+    assert ending.words == f"vp-train: {tmp_path}: Is a directory, at step 1; {NOTHING_SAVED}"
+
+
+def test_a_full_disk_is_one_line_that_says_where_the_run_goes_on(tmp_path):
+    settings = RunSettings(root=str(tmp_path))
+    error = OSError(errno.ENOSPC, "No space left on device", "LOCK")
+    ending = ending_of_rank(error, settings, 0, 0)
+    assert ending.words == f"vp-train: LOCK: No space left on device; {NOTHING_SAVED}"
+    for step in (5, 10):
+        (settings.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    ending = ending_of_rank(error, settings, 0, 12)
+    way_on = "run.resume=true goes on after step 10"
+    assert ending.words == f"vp-train: LOCK: No space left on device, at step 12; {way_on}"
+    error = CheckpointError("rank 0 could not write the checkpoint of step 15")
+    assert ending_of_rank(error, settings, 0, 15).words == f"vp-train: {error}; {way_on}"
 
 
 def test_no_terminal_obeys_what_a_failure_says():
@@ -355,7 +372,7 @@ def test_any_other_abort_is_a_signal_whatever_an_earlier_run_has_left(tmp_path):
     assert done.returncode == 128 + signal.SIGABRT
     assert done.stderr == (
         "vp-train: rank 1 on here was killed by SIGABRT; the other ranks were stopped; "
-        "no checkpoint was written yet\n"
+        f"{NOTHING_SAVED}\n"
     )
 
 

@@ -267,7 +267,7 @@ def test_ranks_start_again_after_a_failure_as_often_as_allowed(capfd):
     assert run_ranks(code, 2, num_restarts=3).code == EXIT_OK
     said = capfd.readouterr().err
     assert said.count("rank 1 on here was killed by SIGKILL") == 2
-    assert "vp-train: start 2 of 3 after a failure, from the newest checkpoint" in said
+    assert "vp-train: start 2 of 3 after a failure; start again" in said
     assert run_ranks(code, 2, num_restarts=1).code == 128 + 9
 
 

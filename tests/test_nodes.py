@@ -35,6 +35,7 @@ from vp_train.commands.place import (
 from vp_train.commands.store_server import StoreServer
 from vp_train.commands.train import _serve_ranks, main
 from vp_train.config import ConfigError, RunSettings
+from vp_train.durable import way_on
 from vp_train.failures import EXIT_HANG
 from vp_train.settings import load_config
 
@@ -357,7 +358,7 @@ def test_two_live_lines_of_a_terminal_are_not_drawn_over_an_answer(monkeypatch, 
 def test_advice_is_given_only_where_a_rank_was_killed_and_hides_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(agent, "_run_attempt", lambda news, *others: news)
     unreadable = tmp_path / ("x" * 300)
-    job = job_of(JOB.starter, 1, way_on=partial(launch._way_on, unreadable))
+    job = job_of(JOB.starter, 1, way_on=partial(way_on, unreadable))
     advice = f"; {unreadable} cannot be read now (File name too long)"
     for code in (0, 5):
         ending = run_job(Script(ends_fact(0, code), ends_fact(1, code)), job)

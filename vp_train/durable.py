@@ -63,6 +63,20 @@ def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
     return sorted((step, path) for path, step in steps.items() if step is not None)
 
 
+def way_on(checkpoints: Path) -> str:
+    """Return from which step the run with these checkpoints goes on, in words.
+
+    It is not checked that the newest is whole.  What is wrong with the disk is said, not raised.
+    """
+    try:
+        found = checkpoints_in(checkpoints)
+    except OSError as error:  # it must not hide what ended the run
+        return f"{checkpoints} cannot be read now ({error.strerror})"
+    if not found:
+        return "there is no checkpoint to go on from"
+    return f"run.resume=true goes on after step {found[-1][0]}"
+
+
 def is_fresh(path: Path, since: float) -> bool:
     """Return whether `path` was written at or after `since`, in seconds of `time.time`."""
     try:
@@ -140,17 +154,18 @@ def advising(path: Path, way_out: str) -> Iterator[None]:
 def replace(path: Path, text: str) -> None:
     """Write a text file so that it is the old one or the new one at any moment.
 
-    A symbolic link at `path` is replaced, not followed.  Raises OSError; the old file is then as it
-    was.
+    A symbolic link at `path` is replaced, not followed.  Raises OSError that names it; the old file
+    is then as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # what a killed process with the same number has left
-    try:
-        write_new(temporary, [text.encode()])
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with naming(path):
+        temporary.unlink(missing_ok=True)  # what a killed process with the same number has left
+        try:
+            write_new(temporary, [text.encode()])
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_output(path: Path, text: str) -> None:

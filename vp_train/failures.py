@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunSettings, printable
+from vp_train.durable import way_on
 
 # Exit codes: a job scheduler decides by them whether to start a run again.  `docs/reliability.md`
 # has them as a table.
@@ -132,14 +133,15 @@ _MOST_CHARACTERS = 400  # of the message of an exception; the log has it whole
 def ending_of_rank(error: BaseException, settings: RunSettings, rank: int, step: int) -> Ending:
     """Return how rank `rank` ends after `error` at step `step`; ConfigError is not for this."""
     if isinstance(error, SharedFailure):
-        return Ending(error.exit_code, f"vp-train: {error}" if rank == 0 else "")
+        way = f"; {way_on(settings.checkpoints)}" if error.exit_code == EXIT_IO else ""
+        return Ending(error.exit_code, f"vp-train: {error}{way}" if rank == 0 else "")
     if isinstance(error, BrokenPipeError):  # a line of the start; later ones are a request to leave
         words = f"nobody reads the output any more, stopped at step {step}"
         return Ending(128 + signal.SIGPIPE, f"vp-train: {words}")
     log = "".join(traceback.format_exception(error))
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        way_out = "run.resume=true goes on from the newest checkpoint there is"
-        words = f"{error}, at step {step}; once that is mended, {way_out}"
+        where = f", at step {step}" if step else ""
+        words = f"{_os_words(error)}{where}; {way_on(settings.checkpoints)}"
         return Ending(EXIT_IO, f"vp-train: {words}", log)
     if (failure := peer_failure(error, settings)) is not None:
         words = f"rank {rank}: stopped at step {step}, {failure.words}"
@@ -147,6 +149,12 @@ def ending_of_rank(error: BaseException, settings: RunSettings, rank: int, step:
     way_out = _MEMORY_ADVICE if _is_out_of_memory(error) else ""
     words = f"rank {rank} failed at step {step}: {_in_one_line(error)}{_place_of(error)}{way_out}"
     return Ending(EXIT_INTERNAL, f"{words}; its traceback: {log_of(settings, rank)}", log)
+
+
+def _os_words(error: OSError) -> str:
+    """Return the file and what is wrong with it, where the error has both."""
+    has_place = isinstance(error.filename, str) and error.strerror and not error.filename2
+    return f"{error.filename}: {error.strerror}" if has_place else str(error)
 
 
 _MEMORY_ADVICE = (
@@ -185,9 +193,7 @@ def ending_of_command(error: BaseException, name: str) -> Ending:
     if isinstance(error, BrokenPipeError):  # a reader like `head` has seen enough
         return Ending(128 + signal.SIGPIPE, "")
     if isinstance(error, OSError):
-        has_place = isinstance(error.filename, str) and error.strerror and not error.filename2
-        words = f"{error.filename}: {error.strerror}" if has_place else str(error)
-        return Ending(EXIT_IO, f"{name}: {words}")
+        return Ending(EXIT_IO, f"{name}: {_os_words(error)}")
     if isinstance(error, KeyboardInterrupt):
         words = f"{name}: {error}" if str(error) else ""
         return Ending(128 + signal.SIGINT, words)

@@ -186,7 +186,8 @@ class Run:
         """Resume from the newest checkpoint, or start from the weights of run.init_from."""
         settings = self.config.run
         if settings.resume:
-            self.first_step = 1 + self._checkpoints.restore()
+            self.step = self._checkpoints.restore()
+            self.first_step = self.step + 1
         if settings.init_from is not None and self.first_step == 1:
             self._checkpoints.initialise(settings.init_from)
         self._checkpoints.await_others()
@@ -200,7 +201,6 @@ class Run:
 
         A run that goes back to a checkpoint repeats steps.
         """
-        self.step = self.first_step - 1
         self._stopwatch.restart()  # to connect and to load is no part of the first step
         while self.step < self.config.run.steps and self._interruption is None:
             self.step += 1

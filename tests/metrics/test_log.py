@@ -114,7 +114,10 @@ def test_a_removed_directory_is_said_once(tmp_path, capsys):
         log.record(step, {"loss": 1.0})
     log.close()
     (line,) = capsys.readouterr().err.splitlines()
-    assert "run/metrics.jsonl cannot be written (it was removed); going on without" in line
+    assert (
+        "run/metrics.jsonl cannot be written (it was removed); steps that it cannot take are"
+        in line
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import pytest
 
 from schedules.render import facts
+from tests.disk import largest_file
 from tests.report.conftest import EVIL, STEPS
 from vp_train.commands.report import main
 from vp_train.config import ConfigError
 from vp_train.config.figures import name_of
-from vp_train.durable import UnreadableError
+from vp_train.durable import UnreadableError, write_output
 from vp_train.explain.trace import read_traced
 from vp_train.metrics.reporter import write_report
 from vp_train.report import draw, page, record
@@ -743,6 +744,15 @@ def test_a_missing_package_is_named_and_no_run_minds(one, write_run, monkeypatch
     with pytest.raises(ConfigError, match=r"needs matplotlib, .* pip install 'vp_train\[plot\]'"):
         page.write_comparison([run, run], run / "both.html")
     assert not (run / "both.html").exists()
+
+
+def test_a_file_that_the_disk_does_not_take_is_named_as_it_was_typed(tmp_path):
+    place = tmp_path / "r.html"
+    place.write_text("old")
+    with largest_file(10), pytest.raises(OSError, match="too large") as caught:
+        write_output(place, "x" * 100)
+    assert caught.value.filename == str(place)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.html", "old")]
 
 
 def test_a_report_never_fails_a_run(write_run, monkeypatch, capsys):

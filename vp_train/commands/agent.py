@@ -132,10 +132,10 @@ class Job:
 
     `starter` returns how to start a rank, of a run that begins (False) or resumes (True).
     `record_of` returns the flight recorder's file of a rank if NCCL's watchdog wrote it.  `way_on`
-    returns the advice for a job that was stopped at once, or of which a rank was killed.  `saves`
-    returns whether ranks that started at a time, in seconds of `time.time`, save if they are asked
-    to end.  `answer` is what ranks do that a signal has asked to end, in words that are said at
-    once; empty if they end at once themselves.
+    returns how a job goes on that was stopped at once or starts again, or of which a rank was
+    killed.  `saves` returns whether ranks that started at a time, in seconds of `time.time`, save
+    if they are asked to end.  `answer` is what ranks do that a signal has asked to end, in words
+    that are said at once; empty if they end at once themselves.
     """
 
     starter: Callable[[bool], Starter]
@@ -170,7 +170,7 @@ def run_job(news: News, job: Job) -> Ending:
             if news.place.node == 0:
                 say(ending.words)
                 words = f"start {attempt} of {job.num_restarts} after a failure"
-                say(f"{words}, from the newest checkpoint if there is one")
+                say(f"{words}; {job.way_on()}")
 
 
 def say(words: str) -> None:

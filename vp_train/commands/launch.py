@@ -47,7 +47,7 @@ from vp_train.commands.searching import Searching
 from vp_train.commands.titles import entitle
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig, RunSettings
-from vp_train.durable import checkpoints_in, is_fresh, write_all
+from vp_train.durable import is_fresh, way_on, write_all
 from vp_train.durable import replace as replace_file
 from vp_train.failures import (
     EXIT_INTERNAL,
@@ -182,7 +182,7 @@ def _launch(
         num_restarts=num_restarts,
         settings=settings,
         record_of=record_of,
-        way_on=partial(_way_on, settings.checkpoints),
+        way_on=partial(way_on, settings.checkpoints),
         saves=partial(_saves, settings),
         answer=_answer(settings, trains=trains),
     )
@@ -210,17 +210,6 @@ def _answer(settings: RunSettings, *, trains: bool) -> str:
     if settings.saves:
         return "the ranks finish their step, save and leave; once more ends the run without saving"
     return "the ranks finish their step and leave; once more ends the run at once"
-
-
-def _way_on(checkpoints: Path) -> str:
-    """Return the advice for a job that was stopped, or of which a rank was killed."""
-    try:
-        has_checkpoint = bool(checkpoints_in(checkpoints))
-    except OSError as error:  # it must not hide what ended the job
-        return f"{checkpoints} cannot be read now ({error.strerror})"
-    if has_checkpoint:
-        return "run.resume=true goes on from the newest checkpoint"
-    return "no checkpoint was written yet"
 
 
 def _conclude(settings: RunSettings) -> None:

@@ -80,7 +80,10 @@ class MetricsLog:
         In metrics.jsonl numbers that are not finite become null, so that every line is JSON.
         """
         for writer in self._writers:
-            self._attempt(lambda writer=writer: writer.record(step, values))  # type: ignore[misc]
+            self._attempt(
+                lambda writer=writer: writer.record(step, values),  # type: ignore[misc]
+                "steps that it cannot take are missing there",
+            )
 
     def close(self, *, failed: bool = False) -> None:
         """Close the files.  One whose last bytes a disk does not take keeps no other one open.
@@ -91,24 +94,24 @@ class MetricsLog:
             self._attempt(lambda writer=writer: writer.close(failed=failed))  # type: ignore[misc]
         self._writers = []
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Call `action`.  Say once of each file that it cannot be written."""
+    def _attempt(self, action: Callable[[], None], follows: str = "going on without") -> None:
+        """Call `action`.  Say once of each file that it cannot be written, and what follows."""
         try:
             action()
         except OSError as error:
             place = str(error.filename or "metrics")
             if place not in self._warned:
                 self._warned.add(place)
-                warn_unwritten(Path(place), error)
+                warn_unwritten(Path(place), error, follows)
 
 
-def warn_unwritten(path: Path, error: OSError) -> None:
-    """Say on stderr that a file which a run can do without was not written.
+def warn_unwritten(path: Path, error: OSError, follows: str = "going on without") -> None:
+    """Say on stderr that a file which a run can do without was not written, and what follows.
 
     `path` is its name if the error does not have it.
     """
     place, reason = error.filename or path, error.strerror or error
-    print(f"{place} cannot be written ({reason}); going on without", file=sys.stderr, flush=True)
+    print(f"{place} cannot be written ({reason}); {follows}", file=sys.stderr, flush=True)
 
 
 class _Lines:

@@ -242,8 +242,7 @@ class RunDirectory:
         self._texts[name] = text
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(path):
-            replace(path, text)  # which replaces a link, too
+        replace(path, text)  # which replaces a link, too
 
     def keep_tokenizer(self, path: Path, config: Mapping[str, object]) -> None:
         """Keep a copy of the text's tokenizer.json, where vp-export and run.init_from look for it.
