@@ -12,12 +12,13 @@ import pytest
 
 from schedules.generators import GENERATORS
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.config import BlendEntry, ConfigError, RunConfig
+from vp_train.commands.train import _train
+from vp_train.config import BlendEntry, ConfigError, RunConfig, RunSettings
 from vp_train.config.setting import Setting, setting_of
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
 from vp_train.settings.help import section_help, setting_help, settings_help, settings_page
-from vp_train.settings.resume import resume_words
+from vp_train.settings.resume import refuse_misspelt, resume_words
 from vp_train.settings.saved import saved_words
 from vp_train.settings.tree import ENTRIES, group_choices, sections
 from vp_train.settings.words import override, typed
@@ -134,6 +135,50 @@ def test_a_name_that_no_run_has_is_answered_with_the_closest(tmp_path, name, clo
     assert words.startswith(
         f"{tmp_path}/{name} holds no run ({hint}): NOTHING IS RESUMED, a new one begins at step 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        (["run.name=p5", "run.resume=true"], True),
+        (["run.name=p5", "run.resume=true", "run.steps=8"], True),
+        (["run.name=p5", "run.resume=true", "model=nano"], False),
+        (["run.name=p5", "run.resume=true", "+model.num_layers=2"], False),
+        (["run.name=p5"], False),
+        (["run.name=zzz", "run.resume=true"], False),
+        (["run.name=p4", "run.resume=true"], False),
+        (["run.name=p6", "run.resume=true"], False),  # it has begun, and left nothing
+    ],
+)
+def test_a_misspelt_name_starts_no_other_run(tmp_path, monkeypatch, words, is_refused):
+    (tmp_path / "p4").mkdir()
+    (tmp_path / "p4/config.yaml").write_text("")
+    (tmp_path / "p6").mkdir()
+    name = next(word for word in words if "name" in word).partition("=")[2]
+    settings = RunSettings(root=str(tmp_path), name=name, resume="run.resume=true" in words)
+    words = [f"run.root={tmp_path}", *words]
+    if not is_refused:
+        refuse_misspelt(settings, words)
+        return
+    said = (
+        f"{tmp_path}/p5 holds no run; did you mean run.name=p4? run.resume=false starts a new one"
+    )
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        refuse_misspelt(settings, words)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        _train(load_config(words), words, {})
+
+
+def test_a_batch_job_starts_the_run_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "job-1").mkdir()
+    (tmp_path / "job-1/config.yaml").write_text("")
+    begun = []
+    monkeypatch.setattr("vp_train.commands.launch.launch", lambda *_, **__: begun.append(1) or 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    words = [f"run.root={tmp_path}", "run.name=job-2", "run.resume=true"]
+    assert _train(load_config(words), words, {}) == 0
+    assert begun == [1]
 
 
 def test_the_page_of_settings_is_the_one_that_is_generated():

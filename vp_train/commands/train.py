@@ -25,7 +25,7 @@ from vp_train.metrics.run_directory import refuse_running
 from vp_train.planning.degrees import MOST_ON_A_NODE
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
-from vp_train.settings.resume import BatchChange, check_start, resume_words
+from vp_train.settings.resume import BatchChange, check_start, refuse_misspelt, resume_words
 from vp_train.settings.saved import started_from
 from vp_train.supervision.ending import PIPE, leave
 from vp_train.supervision.requests import hold_signals, start_clock
@@ -95,6 +95,9 @@ def _train(config: RunConfig, overrides: Sequence[str], options: Mapping[str, st
     place = None if is_rank(os.environ) else place_of(options, os.environ)
     is_first = os.environ.get("RANK", "0") == "0" if place is None else place.node == 0
     num_ranks = whole_number(options, "--ranks", 0, most=MOST_ON_A_NODE)
+    # A batch script types run.resume=true for the first start too; nobody is there to answer.
+    if place is not None and place.is_alone and "SLURM_JOB_ID" not in os.environ:
+        refuse_misspelt(config.run, overrides)
     # Ranks that our agent has started need not read again what it has read.
     if config.run.device == "cuda" and not has_launcher():
         config, overrides = _on_its_machines(config, overrides, place, num_ranks, says=is_first)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vp_train.config import ConfigError, RunConfig, printable
+from vp_train.config import ConfigError, RunConfig, RunSettings, printable
 from vp_train.config.resume import TEXT, keeps_on_resume, keeps_with_weights, permission_of
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
@@ -157,6 +157,23 @@ def _model_of(place: Path) -> Mapping[str, object]:
     return {}
 
 
+def refuse_misspelt(settings: RunSettings, overrides: Sequence[str]) -> None:
+    """Raise ConfigError if a run to be resumed is not there, and its name seems misspelt.
+
+    It seems so if a run has a similar name and nothing but settings of `run` was typed: no model
+    and no data, which a new run would have.
+    """
+    directory = settings.directory
+    says_more = any(word.lstrip("+~").partition(".")[0] != "run" for word in overrides)
+    if not settings.resume or directory.exists() or says_more:
+        return
+    if (close := similar_run(directory)) is not None:
+        raise ConfigError(
+            f"{directory} holds no run; did you mean run.name={close.name}? run.resume=false "
+            "starts a new one"
+        )
+
+
 def resume_words(
     config: RunConfig, batch: BatchChange = None, done: int | None = None
 ) -> str | None:
@@ -188,8 +205,11 @@ def resume_words(
         begins = f" ({config.run.checkpoints} holds no checkpoint: training begins at step 1)"
     rows = []
     for one in changes(config, batch):
-        is_behind = one.name == "run.steps" and done is not None and config.run.steps < done
-        verdict = f"refused, step {done} is done" if is_behind else one.verdict
+        verdict = one.verdict
+        if one.name == "run.steps" and done is not None and config.run.steps < done:
+            verdict = f"refused, step {done} is done"
+        elif config.run.steps == done and verdict == "allowed":
+            verdict = f"unused, all {done} steps are done"
         rows.append((one.name, one.before, one.now, verdict))
     if not rows:
         return f"settings of {path}{begins}"
