@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import cache
@@ -24,8 +26,15 @@ from tests.training import (
 )
 from vp_train.assembly import build_rank
 from vp_train.checkpoint import run as checkpoints
-from vp_train.checkpoint.manifest import MANIFEST, StoredFile, file_name, write_manifest
-from vp_train.checkpoint.training import _require_same_text, saved_batch
+from vp_train.checkpoint.manifest import (
+    BATCH,
+    MANIFEST,
+    StoredFile,
+    file_name,
+    saved_batch,
+    write_manifest,
+)
+from vp_train.checkpoint.training import _require_same_text
 from vp_train.commands.place import Place
 from vp_train.commands.train import _batch_change, _train, check_steps
 from vp_train.config import (
@@ -37,10 +46,12 @@ from vp_train.config import (
 )
 from vp_train.data import open_source
 from vp_train.durable import checkpoint_name
+from vp_train.failures import EXIT_CONFIG
 from vp_train.metrics.run_directory import RunDirectory
 from vp_train.planning.degrees import wanted_ranks
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
+from vp_train.settings.files import config_text
 from vp_train.train import Run, _leave_done
 
 
@@ -329,6 +340,38 @@ def test_fewer_steps_than_a_run_has_done_are_refused_before_anything_else(tmp_pa
         check_steps(run)
     check_steps(replace(run, steps=12))
     check_steps(replace(run, resume=False))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "words", "said"),
+    [
+        ("train", "main", "run.resume=true run.steps=7", "is of step 8; give at least 8"),
+        ("train", "main", "run.resume=true num_microbatches=9", "sequences of a step=8, this"),
+        ("convert", "export_model", "nowhere out", "nowhere is not a directory; give that"),
+    ],
+)
+def test_a_refusal_does_not_wait_for_torch(tmp_path, module, function, words, said):
+    path = tmp_path / "runs/default/checkpoints" / checkpoint_name(8)
+    path.mkdir(parents=True)
+    (path / file_name(0)).write_bytes(b"right")
+    stored = StoredFile(5, hashlib.blake2b(b"right").hexdigest(), {})
+    state = {"config": {"batch": {BATCH: 8}}}
+    write_manifest(path, 8, state, {file_name(0): stored.as_json()})
+    config = load_config(["model=nano", "parallel.pp=2"])
+    (tmp_path / "runs/default/config.yaml").write_text(config_text(config))
+    code = f"import atexit, sys; from vp_train.commands.{module} import {function} as main\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == EXIT_CONFIG, done.stderr
+    assert said in done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_a_checkpoint_with_other_bytes_refuses_no_steps(tmp_path):

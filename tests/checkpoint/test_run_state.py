@@ -10,8 +10,8 @@ import pytest
 
 from tests.reliability.checkpoints import body_of, sign, two
 from vp_train.checkpoint import training
-from vp_train.checkpoint.manifest import MANIFEST, MOST_STEPS, Manifest, saved_settings
-from vp_train.checkpoint.training import Progress, _opened, _RunState, saved_batch
+from vp_train.checkpoint.manifest import MANIFEST, MOST_STEPS, Manifest, saved_batch, saved_settings
+from vp_train.checkpoint.training import Progress, _opened, _RunState
 from vp_train.config import ConfigError, DataConfig, LossConfig, ModelConfig, RunConfig, RunSettings
 from vp_train.config.resume import FREE_DATA, keeps_on_resume
 from vp_train.config.run import PERMISSIONS

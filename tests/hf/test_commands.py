@@ -43,7 +43,8 @@ from vp_train.settings import load_config
         (
             export_model,
             ["nowhere", "out"],
-            "vp-export: nowhere holds no checkpoint; give the directory of a run",
+            "vp-export: nowhere is not a directory; give that of a run, of vp-import, or of one "
+            "checkpoint",
         ),
         (
             export_model,
@@ -67,7 +68,7 @@ from vp_train.settings import load_config
         ),
         (
             export_model,
-            ["a", "."],
+            [".", "."],
             "vp-export: . cannot be replaced as a whole; "
             "give a directory within it, for example model",
         ),

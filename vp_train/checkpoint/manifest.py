@@ -3,7 +3,8 @@
 A checkpoint may come from somebody else, so everything in a manifest is checked here before it is
 used.  After `read_manifest` every name is that of a file within the checkpoint, all shapes and
 ranges fit each other, and the files hold every value of a tensor at most once.  After `check_file`
-a file is what the manifest says.
+a file is what the manifest says.  Manifests are read without torch, whose import takes
+seconds.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vp_train.checkpoint.stream import describe_tensors
 from vp_train.config.bounds import DTYPES
 from vp_train.durable import (
     UnreadableError,
@@ -36,6 +37,7 @@ MANIFEST = "manifest.json"
 _FORMAT = 2
 _MOST_BYTES = 32 << 20  # of a manifest; a model of 400 B on 1,024 ranks has about 6 MB
 MOST_STEPS = 10**12
+BATCH = "dp * num_microbatches * micro_batch_size"  # a setting of the section `batch`
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
 _HASH = re.compile(r"[0-9a-f]{128}")
 
@@ -149,6 +151,15 @@ def saved_settings(manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:
     return config
 
 
+def saved_batch(directory: Path) -> int | None:
+    """Return the sequences of a step as the newest checkpoint in `directory` has them, if any."""
+    for _, path in sorted(checkpoints_in(directory), reverse=True):
+        with suppress(ValueError):
+            batch = saved_settings(read_manifest(path)).get("batch", {}).get(BATCH)
+            return batch if type(batch) is int else None
+    return None
+
+
 def newest_step(directory: Path, hashed_from: float = math.inf) -> int | None:
     """Return the step of the newest checkpoint in `directory` that looks whole, None if none does.
 
@@ -160,7 +171,7 @@ def newest_step(directory: Path, hashed_from: float = math.inf) -> int | None:
         try:
             for name, stored in read_manifest(path).files.items():
                 if step >= hashed_from:
-                    check_file(path / name, stored)
+                    _check_bytes(path / name, stored)
                 elif (path / name).stat().st_size != stored.num_bytes:
                     raise AlteredError(f"{path / name} has another size")
             return step
@@ -172,8 +183,28 @@ def newest_step(directory: Path, hashed_from: float = math.inf) -> int | None:
 def check_file(path: Path, stored: StoredFile) -> None:
     """Raise ValueError, which names the file, unless `path` is the file that the manifest lists.
 
-    It is AlteredError where the bytes are others.  The size is compared first, so no more than the
-    listed number of bytes is read.
+    It is AlteredError where the bytes are others.
+    """
+    from vp_train.checkpoint.stream import describe_tensors
+
+    _check_bytes(path, stored)
+    held = {
+        name: (str(tensor.dtype).removeprefix("torch."), tensor.shape)
+        for name, tensor in describe_tensors(path).items()
+    }
+    listed = {name: (tensor.dtype, tensor.shape_in_file) for name, tensor in stored.tensors.items()}
+    for name in held.keys() | listed.keys():
+        if held.get(name) != listed.get(name):
+            raise ValueError(
+                f"{path} holds {plain(name)} as {shown(held.get(name))}, "
+                f"but its manifest says {shown(listed.get(name))}"
+            )
+
+
+def _check_bytes(path: Path, stored: StoredFile) -> None:
+    """Raise ValueError like `check_file` unless `path` has the bytes that were saved.
+
+    The size is compared first, so no more than the listed number of bytes is read.
     """
     try:
         with open_regular(path, follow=False) as file:
@@ -186,17 +217,6 @@ def check_file(path: Path, stored: StoredFile) -> None:
                 raise AlteredError(f"{path} does not match its hash")
     except (OSError, UnreadableError) as error:
         raise ValueError(f"{path.parent} is incomplete: {error}") from None
-    held = {
-        name: (str(tensor.dtype).removeprefix("torch."), tensor.shape)
-        for name, tensor in describe_tensors(path).items()
-    }
-    listed = {name: (tensor.dtype, tensor.shape_in_file) for name, tensor in stored.tensors.items()}
-    for name in held.keys() | listed.keys():
-        if held.get(name) != listed.get(name):
-            raise ValueError(
-                f"{path} holds {plain(name)} as {shown(held.get(name))}, "
-                f"but its manifest says {shown(listed.get(name))}"
-            )
 
 
 def _parsed(manifest: dict[str, Any]) -> Manifest:

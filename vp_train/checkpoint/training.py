@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from vp_train.assembly import EvaluationModel, RankModel
 from vp_train.checkpoint.manifest import (
+    BATCH,
     MANIFEST,
     MOST_STEPS,
     Manifest,
@@ -31,7 +31,7 @@ from vp_train.config.resume import (
     keeps_with_weights,
     permission_of,
 )
-from vp_train.durable import checkpoints_in, plain, shown
+from vp_train.durable import plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
 from vp_train.tensors.precision import statistics_dtype
@@ -39,7 +39,6 @@ from vp_train.tensors.precision import statistics_dtype
 Value = TypeVar("Value")
 
 _MOST_TOKENS = 2**60  # that a run uses
-_BATCH = "dp * num_microbatches * micro_batch_size"
 # What a setting was before there was a choice; a new one gets a default that changes nothing.
 _DEFAULTS = {name: getattr(RunConfig(), name) for name in KEPT_SECTIONS}
 
@@ -86,7 +85,7 @@ def _with_tokens(value: Any, step: int, settings: Mapping[str, Mapping[str, Any]
         return value
     counts = {
         "progress.left_out": value["left_out"],
-        "config.batch": settings.get("batch", {}).get(_BATCH),
+        "config.batch": settings.get("batch", {}).get(BATCH),
         "config.model.seq_length": settings.get("model", {}).get("seq_length"),
     }
     for name, number in counts.items():
@@ -184,15 +183,6 @@ def latest_of_run(directory: Path, group: ControlGroup) -> tuple[Path | None, li
         _RunState.of(manifest)
 
     return newest(directory, group, check, "restore one, or move them away to begin without")
-
-
-def saved_batch(directory: Path) -> int | None:
-    """Return the sequences of a step as the newest checkpoint in `directory` has them, if any."""
-    for _, path in sorted(checkpoints_in(directory), reverse=True):
-        with suppress(ValueError):
-            batch = saved_settings(read_manifest(path)).get("batch", {}).get(_BATCH)
-            return batch if type(batch) is int else None
-    return None
 
 
 def restore_run(
@@ -299,7 +289,7 @@ def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
     values["data"]["sample_length"] = config.sample_length
     values["run"] = {"dtype": config.run.dtype}
     batch = num_replicas * config.num_microbatches * config.micro_batch_size
-    values["batch"] = {_BATCH: batch, "batch_ramp": [list(pair) for pair in config.batch_ramp]}
+    values["batch"] = {BATCH: batch, "batch_ramp": [list(pair) for pair in config.batch_ramp]}
     return values
 
 

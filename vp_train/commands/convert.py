@@ -13,6 +13,7 @@ from vp_train.commands.command import Parser, guarded, path_argument
 from vp_train.config import ConfigError, RunSettings
 from vp_train.config.bounds import DTYPES
 from vp_train.config.optim import usual_rate
+from vp_train.durable import meant_run
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
 from vp_train.settings.saved import run_of, started_from
@@ -151,6 +152,9 @@ def _export(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"--max-shard-gb={options.max_shard_gb} must be above 0 and finite, for example 5"
         )
+    if not options.source.is_dir():
+        place = f"{options.source} is not a directory{meant_run(options.source)}"
+        raise ConfigError(f"{place}; give that of a run, of vp-import, or of one checkpoint")
     from vp_train.hf.convert import export_checkpoint
 
     exported = export_checkpoint(

@@ -193,7 +193,7 @@ def _batch_change(config: RunConfig, place: Place | None, num_ranks: int) -> Bat
     """
     if not config.run.resume or not checkpoints_in(config.run.checkpoints):
         return None
-    from vp_train.checkpoint.training import saved_batch
+    from vp_train.checkpoint.manifest import saved_batch
     from vp_train.commands.launch import num_local_ranks
     from vp_train.planning.degrees import split_ranks
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # manifests are read without torch, whose import takes seconds
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class TensorSlice:
 
     def part(self, whole: Tensor) -> Tensor:
         """Return the part of `whole` that the rank holds; it is a view if it is one range."""
+        import torch
+
         pieces = [whole.narrow(self.dim, start, stop - start) for start, stop in self.ranges]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
