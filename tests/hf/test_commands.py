@@ -94,6 +94,13 @@ def test_progress_is_a_line_every_ten_seconds_and_none_for_what_is_quick(monkeyp
     assert capsys.readouterr().err == "at 110.5\nat 121\n"
 
 
+@pytest.mark.parametrize(
+    ("millions", "named"), [(0.4, "its smallest model, of 125 M"), (125, "this size")]
+)
+def test_the_rate_of_a_small_import_is_that_of_the_smallest_model(millions, named):
+    assert named in convert._rate_words(round(millions * 1e6))
+
+
 def test_help_is_not_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vp-export", "--help"])
     with pytest.raises(SystemExit) as left:

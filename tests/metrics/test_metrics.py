@@ -19,6 +19,7 @@ from vp_train.metrics.log import MetricsLog
 from vp_train.metrics.progress import ProgressDisplay, StepReport
 from vp_train.metrics.run_directory import RunDirectory, make_directory, refuse_used
 from vp_train.metrics.summary import RankSummary, rank_table
+from vp_train.planning.degrees import Degrees
 from vp_train.units import human_bytes
 
 HOLDER = """
@@ -176,7 +177,7 @@ def test_the_table_fits_and_shows_prediction_beside_measurement():
         measured_bytes=81 * 2**30,
         peak_bytes=99 * 2**30,
     )
-    Console(file=out, width=110).print(rank_table([row], "title"))
+    Console(file=out, width=110).print(rank_table([row], "title", Degrees(1, 32, 1)))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 110
     assert not any("…" in line for line in lines)

@@ -12,7 +12,13 @@ from rich.console import Console
 from vp_train.config import ConfigError, RunSettings
 from vp_train.config.figures import PROGRESS
 from vp_train.metrics import progress as progress_module
-from vp_train.metrics.progress import ProgressDisplay, Validation, folded, print_line
+from vp_train.metrics.progress import (
+    ProgressDisplay,
+    Validation,
+    folded,
+    print_line,
+    validation_words,
+)
 from vp_train.units import clock, plural
 
 SETTINGS = RunSettings(steps=5)
@@ -151,23 +157,41 @@ def test_what_is_unknown_at_the_first_step_is_said_there_and_not_again():
 
 
 @pytest.mark.parametrize(
-    ("found", "values", "words"),
+    ("found", "values"),
     [
-        (Validation("", 1.25), {"validation_loss": 1.25}, "validation loss 1.2500"),
+        (Validation("", 1.25), {"validation_loss": 1.25}),
         (
             Validation("", 1.25, 0.0),
             {"validation_loss": 1.25, "validation_bits_per_byte": 0.0},
-            "validation loss 1.2500, 0.000 bits/byte",
         ),
         (
             Validation("code", 2.0, 0.5),
             {"validation/code/loss": 2.0, "validation/code/bits_per_byte": 0.5},
-            "validation code loss 2.0000, 0.500 bits/byte",
         ),
     ],
 )
-def test_a_validation_is_known_by_the_name_of_its_set(found, values, words):
-    assert (found.values(), found.words()) == (values, words)
+def test_a_validation_is_known_by_the_name_of_its_set(found, values):
+    assert found.values() == values
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([Validation("", 1.25)], "validation loss 1.2500"),
+        ([Validation("", 1.25, 0.0)], "validation loss 1.2500 (0.000 bits/byte)"),
+        ([Validation("code", 2.0, 0.5)], "validation loss code 2.0000 (0.500 bits/byte)"),
+        (
+            [Validation("", 8.295, 4.38), Validation("val", 8.2807), Validation("b", 8.0, 3.967)],
+            "validation loss held out 8.2950 (4.380 bits/byte)  val 8.2807  b 8.0000 (3.967)",
+        ),
+        (
+            [Validation("a", 1.0), Validation("b", 2.0, 0.5)],
+            "validation loss a 1.0000  b 2.0000 (0.500 bits/byte)",
+        ),
+    ],
+)
+def test_sets_share_a_line_that_says_the_unit_once(found, words):
+    assert validation_words(found) == words
 
 
 def test_no_older_step_stands_below_a_line_that_stays():

@@ -115,9 +115,21 @@ def test_before_the_first_step_everything_known_is_said_and_written(started, cap
     assert f"(ln V = {math.log(config.model.vocab_size):.2f}), float32 on cpu" in line_of(
         words, "model"
     )
+    assert line_of(words, "planned").endswith(
+        "; assumes 50 GFLOP/s a rank, vp-profile measures yours"
+    )
     assert "advice" not in words
     assert "rows" not in words
     assert line_of(words, "run") == f"{directory.path}, steps 3 to 4"
+
+
+def test_measured_costs_are_not_called_assumed():
+    given = ["model=nano", "cost.flops_per_second=2e12"]
+    for words, is_said in (([], True), (["cost.layer_forward_seconds=0.1"], False)):
+        config = load_config([*given, *words])
+        lines = header(config, make_plan(config, 2), SOURCE)
+        said = [line for line in lines if "assumes 2,000 GFLOP/s a rank" in line]
+        assert len(said) == is_said
 
 
 def test_a_large_model_with_the_default_rate_is_warned_of_with_that_of_an_import(started):
@@ -405,9 +417,7 @@ def test_the_loss_of_a_validation_is_the_mean_of_its_sets(started, capsys):
         "validation/a/bits_per_byte": 0.5,
         "validation/b/loss": 4.0,
     }
-    assert "step 1  validation a loss 1.0000, 0.500 bits/byte  validation b loss 4.0000" in (
-        capsys.readouterr().out
-    )
+    assert "step 1  validation loss a 1.0000 (0.500 bits/byte)  b 4.0000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])

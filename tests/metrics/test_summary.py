@@ -10,6 +10,7 @@ from rich.console import Console
 
 from schedules.timeline import Span, Timeline
 from vp_train.metrics.summary import explain_words, rank_table, step_words, summarize
+from vp_train.planning.degrees import Degrees
 
 
 def timeline(busy, peaks):
@@ -45,18 +46,32 @@ def test_a_row_sets_the_plan_beside_the_measurement_of_the_same_rank():
 
 def test_the_table_of_a_usual_run_fits_80_columns_uncut():
     out = io.StringIO()
-    Console(file=out, width=80).print(rank_table(rows(), "planned and measured"))
+    Console(file=out, width=80).print(rank_table(rows(), "planned and measured", Degrees(1, 2, 1)))
     assert "…" not in out.getvalue()
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "0 0-1 16,384 17.66 M 40.0% 0.0% 60.0% 1.0 MiB 3.0 MiB 405.5 MiB" in lines
     assert "1 2,5-6 16,384 2.50 B 100.0% 25.0% 0.0% 2.0 MiB 3.5 MiB 61.00 GiB" in lines
 
 
+@pytest.mark.parametrize(
+    ("degrees", "head", "names"),
+    [
+        (Degrees(1, 2, 1), "rank", ["0", "1"]),
+        (Degrees(2, 2, 1), "rank", ["0", "1"]),
+        (Degrees(1, 2, 2), "ranks", ["0-1", "2-3"]),
+        (Degrees(2, 2, 4), "ranks", ["0-3", "4-7"]),
+    ],
+)
+def test_a_row_has_the_ranks_that_share_its_layers(degrees, head, names):
+    column = rank_table(rows(), "ranks", degrees).columns[0]
+    assert (column.header, list(column.cells)) == (head, names)
+
+
 def test_a_terminal_that_is_too_narrow_cuts_rows_and_never_wraps_them():
     heights = set()
     for width in (80, 60, 40):
         out = io.StringIO()
-        Console(file=out, width=width).print(rank_table(rows(), "ranks"))
+        Console(file=out, width=width).print(rank_table(rows(), "ranks", Degrees(1, 2, 1)))
         heights.add(len(out.getvalue().splitlines()))
     assert len(heights) == 1
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vp_train.commands.command import Parser, guarded, path_argument
 from vp_train.config import ConfigError, RunSettings
 from vp_train.config.bounds import DTYPES
-from vp_train.config.optim import usual_rate
+from vp_train.config.optim import SMALLEST, usual_rate
 from vp_train.durable import meant_run
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
@@ -81,16 +81,21 @@ def _import(arguments: Sequence[str]) -> int:
         )
     words = _words_to_continue(imported, options.target, options.data)
     print(" ".join(map(for_shell, ("vp-train", *words))))
-    print(
-        "optim.lr is a suggestion, a tenth of what GPT-3 trained a model of this size with; "
-        "run.steps is the default"
-    )
+    print(f"{_rate_words(imported.num_parameters)}; run.steps is the default")
     if options.data is None:
         print(
             "data=pystdlib is the standard library of Python, to try the command with; "
             "data=text data.path=PATH in its place trains on text of your own"
         )
     return EXIT_OK
+
+
+def _rate_words(num_parameters: int) -> str:
+    """Say where the rate in the command comes from."""
+    size = "a model of this size"
+    if num_parameters < SMALLEST:
+        size = f"its smallest model, of {SMALLEST / 1e6:g} M parameters,"
+    return f"optim.lr is a suggestion, a tenth of what GPT-3 trained {size} with"
 
 
 _OWN_TOKENIZER = "TOKENIZER.json"

@@ -12,6 +12,7 @@ _RATES = (
     *((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4)),
     *((2.7e9, 1.6e-4), (6.7e9, 1.2e-4), (13e9, 1e-4), (175e9, 0.6e-4)),
 )
+SMALLEST = _RATES[0][0]  # parameters; GPT-3 has no smaller model
 _LARGE = 1e9  # parameters of a model that the default rate is too high for
 
 

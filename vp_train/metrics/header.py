@@ -12,6 +12,7 @@ from vp_train.config.optim import rate_advice
 from vp_train.data import Source
 from vp_train.metrics.run_directory import disk_warning
 from vp_train.model.shape import num_parameters
+from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import RunPlan, row_advice
@@ -43,7 +44,8 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
         f"{config.num_microbatches} {plural(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length} tokens",
         f"planned   {facts(plan.timeline)}; "
-        f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}",
+        f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}"
+        f"{_assumed_words(config, plan)}",
         *([f"offload   {words}"] if (words := _offload_words(plan)) else []),
         *([f"advice    {advice}"] if (advice := row_advice(config, plan)) else []),
     ]
@@ -61,6 +63,14 @@ def _checkpoint_bytes(plan: RunPlan) -> int:
     return 3 * plan.work.precise_bytes * num_parameters(plan.work.model)
 
 
+def _assumed_words(config: RunConfig, plan: RunPlan) -> str:
+    """Return the rate of a CPU that the planned time assumes; empty where it is of this device."""
+    if config.run.device != "cpu" or config.cost.is_measured or config.cost.has_rates:
+        return ""
+    rate = assumed_costs(plan.work, config.cluster, config.cost).flops_per_second or 0.0
+    return f"; assumes {rate / 1e9:,g} GFLOP/s a rank, vp-profile measures yours"
+
+
 def _mesh(degrees: Degrees) -> str:
     """Return the degrees of parallelism in words, and the ranks of the first replica."""
     ranks = degrees.pp * degrees.tp
@@ -71,9 +81,9 @@ def _mesh(degrees: Degrees) -> str:
 
 def _stages(plan: RunPlan) -> str:
     """Return the layers of every rank of the first replica in words."""
-    tp, lines = plan.degrees.tp, []
+    degrees, lines = plan.degrees, []
     for rank, stages in enumerate(plan.layers_of_ranks):
-        name = f"rank {rank}" if tp == 1 else f"ranks {rank * tp}-{rank * tp + tp - 1}"
+        name = f"{plural(degrees.tp, 'rank')} {degrees.ranks_of(rank)}"
         layers = [
             f"{stage[0]}-{stage[-1]}" if len(stage) > 1 else f"{stage[0]}"
             for stage in stages

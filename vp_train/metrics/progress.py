@@ -70,11 +70,17 @@ class Validation:
             found[validation_key(self.name, BITS)] = self.bits_per_byte
         return found
 
-    def words(self) -> str:
-        """Return the figures in words."""
-        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits/byte"
-        name = f"validation {self.name}".rstrip()
-        return f"{name} loss {loss_words(self.loss)}{bits}"
+
+def validation_words(found: Sequence[Validation]) -> str:
+    """Return the figures of all validation sets in words; the unit of the bits is said once."""
+    parts, unit = [], " bits/byte"
+    for each in found:
+        bits = ""
+        if each.bits_per_byte is not None:
+            bits, unit = f" ({each.bits_per_byte:.3f}{unit})", ""
+        name = each.name or ("held out" if len(found) > 1 else "")
+        parts.append(f"{name} {loss_words(each.loss)}{bits}".lstrip())
+    return f"validation loss {_BETWEEN.join(parts)}"
 
 
 def _words_of(key: str) -> Callable[[float], str]:

@@ -23,7 +23,13 @@ from vp_train.config.run import SETTLED_STEP
 from vp_train.durable import UnreadableError, open_to_append, write_all
 from vp_train.metrics.figures import RankFigures, Spent
 from vp_train.metrics.log import MetricsLog, warn_unwritten
-from vp_train.metrics.progress import ProgressDisplay, StepReport, Validation, print_line
+from vp_train.metrics.progress import (
+    ProgressDisplay,
+    StepReport,
+    Validation,
+    print_line,
+    validation_words,
+)
 from vp_train.metrics.resumed import rate_words
 from vp_train.metrics.run_directory import RunDirectory, TakenError
 from vp_train.metrics.step_times import RankTimes, step_times
@@ -212,10 +218,8 @@ class Reporter:
         for each in found:
             values.update(each.values())
         uniform = math.log(self._config.model.vocab_size)
-        words = "  ".join(each.words() for each in found)
-        self._progress.say(
-            f"step {step}  {words}  (a uniform guess has ln V = {loss_words(uniform)})"
-        )
+        guess = f"(a uniform guess has ln V = {loss_words(uniform)})"
+        self._progress.say(f"step {step}  {validation_words(found)}  {guess}")
 
     def trace(
         self,
@@ -323,9 +327,10 @@ class Reporter:
                 peaks=peak_bytes,
             )
             ranks = list(map(asdict, table))
-            self._console.print(
-                rank_table(table, "What was planned and what was measured (one traced step)")
-            )
+            degrees = self._plan.degrees
+            step = "one traced step" + (" of the first replica" if degrees.dp > 1 else "")
+            title = f"What was planned and what was measured ({step})"
+            self._console.print(rank_table(table, title, degrees))
             print_line(
                 self._console,
                 step_words(self._traced.timeline, self._measured, self._config.run.device),

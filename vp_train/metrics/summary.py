@@ -12,7 +12,8 @@ from rich.table import Table
 
 from schedules.render import duration
 from schedules.timeline import Timeline
-from vp_train.units import human_bytes
+from vp_train.planning.degrees import Degrees
+from vp_train.units import human_bytes, plural
 
 SUMMARY = "vp_train summary 1"  # the schema of summary.json
 _MUCH = 1.1  # a step is explained if it differs from its plan by this factor
@@ -82,8 +83,11 @@ def _human_count(count: float) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
-    """Return a table of about 80 columns, at most 110: a terminal cuts wider ones."""
+def rank_table(rows: Sequence[RankSummary], title: str, degrees: Degrees) -> Table:
+    """Return a table of about 80 columns, at most 110: a terminal cuts wider ones.
+
+    A row has the ranks of a pipeline rank, and is about the first replica.
+    """
     table = Table(
         title=title,
         title_justify="left",
@@ -93,7 +97,7 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
         padding=0,
     )
     for name in (
-        "rank",
+        plural(degrees.tp, "rank"),
         "layers",
         "V rows",
         "params",
@@ -107,7 +111,7 @@ def rank_table(rows: Sequence[RankSummary], title: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            str(row.rank),
+            degrees.ranks_of(row.rank),
             row.layers,
             f"{row.vocabulary_rows:,}",
             _human_count(row.num_parameters),

@@ -41,6 +41,11 @@ class Degrees:
         """Return the rank at this place; the inverse of `place`."""
         return (replica * self.pp + pipeline_rank) * self.tp + tensor_rank
 
+    def ranks_of(self, pipeline_rank: int) -> str:
+        """Return the ranks of a pipeline rank in the first replica in words: `1`, or `2-3`."""
+        first = self.rank(0, pipeline_rank, 0)
+        return f"{first}" if self.tp == 1 else f"{first}-{first + self.tp - 1}"
+
     def __str__(self) -> str:
         return f"dp={self.dp} x pp={self.pp} x tp={self.tp}"
 
