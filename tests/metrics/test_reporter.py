@@ -115,9 +115,7 @@ def test_before_the_first_step_everything_known_is_said_and_written(started, cap
     assert f"(ln V = {math.log(config.model.vocab_size):.2f}), float32 on cpu" in line_of(
         words, "model"
     )
-    assert line_of(words, "planned").endswith(
-        "; assumes 50 GFLOP/s a rank, vp-profile measures yours"
-    )
+    assert line_of(words, "planned").endswith("; assumes 50 GFLOP/s, vp-profile measures")
     assert "advice" not in words
     assert "rows" not in words
     assert line_of(words, "run") == f"{directory.path}, steps 3 to 4"
@@ -128,7 +126,7 @@ def test_measured_costs_are_not_called_assumed():
     for words, is_said in (([], True), (["cost.layer_forward_seconds=0.1"], False)):
         config = load_config([*given, *words])
         lines = header(config, make_plan(config, 2), SOURCE)
-        said = [line for line in lines if "assumes 2,000 GFLOP/s a rank" in line]
+        said = [line for line in lines if "assumes 2,000 GFLOP/s," in line]
         assert len(said) == is_said
 
 

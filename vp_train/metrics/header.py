@@ -68,7 +68,7 @@ def _assumed_words(config: RunConfig, plan: RunPlan) -> str:
     if config.run.device != "cpu" or config.cost.is_measured or config.cost.has_rates:
         return ""
     rate = assumed_costs(plan.work, config.cluster, config.cost).flops_per_second or 0.0
-    return f"; assumes {rate / 1e9:,g} GFLOP/s a rank, vp-profile measures yours"
+    return f"; assumes {rate / 1e9:,g} GFLOP/s, vp-profile measures"
 
 
 def _mesh(degrees: Degrees) -> str:
