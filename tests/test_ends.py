@@ -126,8 +126,7 @@ def test_an_error_of_nccl_ends_a_rank_with_a_line_that_names_the_record(
 
 def test_a_file_that_cannot_be_written_ends_a_rank_with_a_line(tmp_path):
     codes, (_, said) = misbehave(tmp_path, fill_the_disk, 60)
-    line = "vp-train: [Errno 28] No space left on device: 'metrics.jsonl', at step 2; once that is"
-    assert line in said
+    assert "vp-train: metrics.jsonl: No space left on device, at step 2; there is no check" in said
     assert "log of rank 1" not in said  # on a full disk there would be none
     assert "Traceback" not in said
     assert codes[1] == EXIT_IO
