@@ -160,7 +160,7 @@ class Command:
         environment = {}
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, environment[name] = words.pop(0).partition("=")
-        return cls(environment, tuple(words))
+        return cls(environment, tuple(words[: words.index(">")] if ">" in words else words))
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -211,6 +211,7 @@ def stand_ins(place: Path) -> None:
     shutil.copy(ROOT / "configs/model/nano.yaml", place / "imported/model.yaml")
     for name in ("here.yaml", "measured.yaml"):
         shutil.copy(ROOT / "configs/cost/a100.yaml", place / name)
+    (place / "run.yaml").write_text("model: nano\n")
 
 
 def check_ours(words: tuple[str, ...], capsys, num_ranks: int | None = None) -> None:
@@ -335,7 +336,7 @@ def test_options_of_megatron_are_answered_with_the_settings_of_their_table():
         )
         for option, setting in pairs:
             assert close_names(option)[0] == setting
-            words = instead_of_option(f"--{option}", ["--nodes", "--node", "--head", "--ranks"])
+            words = instead_of_option(f"--{option}", "", ["--nodes", "--node", "--head", "--ranks"])
             assert words.startswith(f"write {setting}=")
 
 

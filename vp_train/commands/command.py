@@ -31,7 +31,7 @@ MOST_NUMBER = 1_000_000  # of an option that takes a count, unless it says anoth
 _HELP = """\
 {command}: {purpose}
 
-usage: {command} [group=choice ...] [key=value ...]
+usage: {command} [settings=FILE.yaml] [group=choice ...] [key=value ...]
        {command} --print-config ...     show the resolved configuration and stop
        {command} --help [NAME]          this page, or one group or setting in full
        {command} --version              the version of the package
@@ -42,7 +42,9 @@ Groups and their choices (each is a YAML file of configs/):
 Settings, with what this command line sets them to (`{command} --help model`: one group in full):
 {values}
 
-A list is written [1,2,3], nothing is null.  Of two values of a setting the last counts.  Examples:
+A list is written [1,2,3], nothing is null.  Of two values of a setting the last counts.
+settings=FILE.yaml takes what --print-config prints, or any part of it; other words win over it.
+A group takes a file of its own too: cluster=FILE.yaml.  Examples:
 {examples}
 """
 

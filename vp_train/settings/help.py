@@ -89,7 +89,8 @@ def settings_page() -> str:
         "# Settings",
         "Every setting of a run. Append `section.name=value` to any command to change one; of\n"
         "two values the last counts, and a group has one choice.\n"
-        "`vp-train --help SECTION` shows a section too. Values are taken as they are written:\n"
+        "`vp-train --help SECTION` shows a section too. `settings=FILE.yaml` reads\n"
+        "[a file of them](quickstart.md#your-own-text). Values are taken as they are written:\n"
         "`${...}` is refused, in overrides and in files, because a file of somebody else must not\n"
         "read the environment, and the shell expands your variables. Names have no control\n"
         "characters. A text may have spaces, `=`, `(` or `#`; one with a comma or a backslash is\n"

@@ -79,10 +79,7 @@ _OPTIONS_ELSEWHERE = {
     "multirun": "-m",
     "output": "--out",
 }
-_NO_FILE = (
-    "settings are words key=value; model=FILE.yaml and cost=FILE.yaml alone take a file, and "
-    "vp-train -m FILE trains with each line of overrides in it"
-)
+_FILE = "a file of settings is written settings={}, in YAML as --print-config prints it"
 
 
 def close_names(word: str) -> list[str]:
@@ -102,22 +99,27 @@ def close_names(word: str) -> list[str]:
     return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
 
 
-def instead_of_option(word: str, known_options: Sequence[str]) -> str:
-    """Return what to write instead of an option that is none, and a semicolon; else nothing."""
+def instead_of_option(word: str, after: str, known_options: Sequence[str]) -> str:
+    """Return what to write instead of an option that is none, and a semicolon; else nothing.
+
+    The word `after` it is its value if it has no other.
+    """
     name, equals, value = word.lstrip("-").partition("=")
+    if not equals and after and "=" not in after and not re.match("-[^0-9.]", after):
+        value = after
     option = _OPTIONS_ELSEWHERE.get(name.lower().replace("-", "_"))
     if option not in known_options and name not in sections():
         option = next(iter(difflib.get_close_matches(word, known_options, n=1, cutoff=0.75)), None)
     if option in known_options:
         return f"did you mean {option}? "
-    if re.match(r"(config|cfg|conf)\b|config_|config-", name):
-        return f"{_NO_FILE}; "
+    if re.match(r"(config|cfg|conf|settings)\b|config_|config-", name):
+        return f"{_FILE.format(value or 'FILE.yaml')}; "
     if difflib.get_close_matches(re.sub("[-_]", "", name.lower()), ["dryrun"], cutoff=0.8):
         way = "vp-plan with the same settings says what a run would do and starts nothing; "
         return f"{way}--preflight stops before step 1; " if "--preflight" in known_options else way
     names = close_names(name)
     if names and len(name) > 1:
-        return f"write {names[0]}={value if equals else '...'}; "
+        return f"write {names[0]}={value or '...'}; "
     return ""
 
 
@@ -132,7 +134,7 @@ def instead_of_word(word: str, before: str) -> str:
         return f"write {groups[0]}={word}"
     path = Path(os.path.expanduser(word))
     if path.suffix in (".yaml", ".yml", ".toml"):
-        return _NO_FILE
+        return _FILE.format("FILE.yaml" if path.suffix == ".toml" else word)
     if 0 < len(word) < LONGEST_KEY and path.exists():
         return f"for text of your own write data=text data.path={word}"
     if word in ("help", "version"):

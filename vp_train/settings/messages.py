@@ -17,7 +17,7 @@ from vp_train.config.setting import setting_of
 from vp_train.config.whole import RAMP_WORDS
 from vp_train.settings.checks import LONGEST_KEY
 from vp_train.settings.meant import choice_of_group, close_names
-from vp_train.settings.tree import ENTRIES, FILE_GROUPS, field_of, sections, setting_names
+from vp_train.settings.tree import ENTRIES, field_of, sections, setting_names
 from vp_train.settings.words import parsed_override, quoted_words, value_words
 
 
@@ -60,8 +60,7 @@ def unknown_choice(error: BaseException) -> str:
         return f"data={choice} is not known; for text of your own: data=text data.path={choice}"
     if group == "model" and (file := _model_file(choice)) is not None:
         return f"{group}={choice} is a directory; give the file of settings in it: model={file}"
-    is_path = group in FILE_GROUPS and "/" in choice
-    way_out = ", or give a file of settings whose name ends with .yaml" if is_path else ""
+    way_out = ", or give a file of settings whose name ends with .yaml" if "/" in choice else ""
     return unknown(f"{group}={choice}", choice, options) + way_out
 
 

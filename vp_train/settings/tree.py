@@ -20,7 +20,8 @@ ENTRIES = {
         "write data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]",
     ),
 }
-FILE_GROUPS = ("model", "cost")  # groups that take a file
+# What the choices of a group set in other groups.
+SETS_TOO = {"cluster": ("run.device", "run.dtype")}
 
 
 @cache

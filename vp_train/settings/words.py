@@ -56,6 +56,11 @@ def quoted_value(setting: object) -> str:
     if isinstance(setting, str):
         # A backslash counts as one unless it stands before a quote.
         return "'" + re.sub(r"(\\*)('|$)", _escaped, setting) + "'"
+    if isinstance(setting, Mapping):
+        pairs = (f"{key}:{quoted_value(value)}" for key, value in setting.items())
+        return f"{{{','.join(pairs)}}}"
+    if isinstance(setting, Sequence):
+        return f"[{','.join(map(quoted_value, setting))}]"
     return "null" if setting is None else str(setting)
 
 
