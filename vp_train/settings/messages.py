@@ -16,8 +16,8 @@ from vp_train.config.errors import unknown
 from vp_train.config.setting import setting_of
 from vp_train.config.whole import RAMP_WORDS
 from vp_train.settings.checks import LONGEST_KEY
-from vp_train.settings.meant import choice_of_group, close_names
-from vp_train.settings.tree import ENTRIES, field_of, sections, setting_names
+from vp_train.settings.meant import choice_of_group, close_names, way_elsewhere
+from vp_train.settings.tree import ENTRIES, field_of, kind_of, sections, setting_names
 from vp_train.settings.words import parsed_override, quoted_words, value_words
 
 
@@ -93,7 +93,11 @@ def bad_override(error: BaseException, overrides: Sequence[str]) -> str:
         return f"{word}: one value is needed; {way_out}"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
-        meant = (choice_of_group(word) for word in overrides if word.startswith(f"{key}="))
+        given = [word for word in overrides if word.startswith(f"{key}=")]
+        values = [word.partition("=")[2] for word in given]
+        if (way := way_elsewhere(key, "".join(values[-1:]))) is not None:
+            return f"{key} is not a setting; {way}"
+        meant = map(choice_of_group, given)
         close = [*filter(None, meant)][:1] or close_names(key)
         section = key.partition(".")[0]
         where = f" {section} lists those of {section}"
@@ -111,8 +115,7 @@ def _one_value(word: str) -> str:
     """Return the way out for several values of a setting, separated by commas."""
     name, _, value = word.partition("=")
     if name in setting_names():
-        item, section = field_of(name)
-        kind = str(typing.get_type_hints(section)[item.name])
+        kind = str(kind_of(name))
         if "tuple" in kind or "list" in kind:
             return f"a list is written {name}=[{value}]"
         if "int" in kind and re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
@@ -162,8 +165,8 @@ def _wrong_type(word: str) -> str | None:
         return None
     if name == "batch_ramp":
         return f"{word} is not a list of pairs, each a step and a number of sequences; {RAMP_WORDS}"
-    item, section = field_of(name)
-    kind, setting = typing.get_type_hints(section)[item.name], setting_of(item)
+    item, kind = field_of(name)[0], kind_of(name)
+    setting = setting_of(item)
     if (words := _kind_words(kind)) is None:
         return None
     if setting.choices:
