@@ -169,19 +169,45 @@ def _wrong_type(word: str) -> str | None:
     setting = setting_of(item)
     if (words := _kind_words(kind)) is None:
         return None
+    if (one := _one_element(name, value)) is not None:
+        return f"{word} is not a list; write {name}=[{one}]"
     if setting.choices:
         return f"{word} is not {words}; choose one of {setting.allowed}"
     if not setting.allowed:
         return f"{word} is not {words}; see vp-train --help {name}"
     verb = "lie in" if setting.allowed.startswith(("[", "(")) else "be"
-    subject = "each" if "list" in words else "it"
+    is_list = _element_kind(kind) is not None
+    subject = "each" if is_list else "it"
     digits = _in_digits(value)
     way_out = ""
     with contextlib.suppress(ConfigError):
-        if digits is not None:
+        if digits is not None and not is_list:
             setting.check(name, int(digits), item.default)
             way_out = f"; write {name}={digits}"
     return f"{word} is not {words}; {subject} must {verb} {setting.allowed}{way_out}"
+
+
+def _one_element(name: str, value: str) -> str | None:
+    """Return a value that was typed alone as the one element of a list; None if it cannot be it."""
+    element, item = _element_kind(kind_of(name)), field_of(name)[0]
+    typed: object = value
+    if element is int:
+        digits = _in_digits(value)
+        typed = None if digits is None else int(digits)
+    if element not in (int, str) or typed is None or re.search(r"[\[\]{}()]", value):
+        return None
+    with contextlib.suppress(ConfigError):
+        setting_of(item).check(name, typed, item.default)
+        return str(typed)
+    return None
+
+
+def _element_kind(kind: Any) -> Any:
+    """Return the type of the elements of a list, or of a list or null; None for other types."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is tuple:
+            return typing.get_args(part)[0]
+    return None
 
 
 def _in_digits(value: str) -> str | None:
