@@ -380,6 +380,8 @@ def test_help_of_one_setting_is_about_it_alone(name, page):
     [
         ("optimm", "optimm is not a setting or group of settings; did you mean optim?"),
         ("optim.lrr", "optim.lrr is not a setting; did you mean optim.lr?"),
+        ("parallel.pq", "parallel.pq is not a setting; did you mean parallel.pp?"),
+        ("parallel.zq", "parallel.zq is not a setting; vp-train --help names all"),
         ("xyzzy", "xyzzy is not a setting or group of settings; vp-train --help names all"),
     ],
 )

@@ -121,7 +121,10 @@ def test_groups_of_names_have_the_names_of_the_tables():
     assert "one of auto, naive, none" in setting_help("vocab.algorithm", RunConfig())
 
 
-@pytest.mark.parametrize(("name", "close"), [("mien", "mine"), ("ac", "ab"), ("zz", None)])
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("mien", "mine"), ("nope", None), ("ac", "ab"), ("zb", None), ("zz", None)],
+)
 def test_a_name_that_no_run_has_is_answered_with_the_closest(tmp_path, name, close):
     for time, other in enumerate(("oldest", "old", "mine", "ab")):
         (tmp_path / other).mkdir()

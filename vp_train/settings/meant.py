@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vp_train.config.setting import setting_of
+from vp_train.durable import similar_names
 from vp_train.settings.checks import LONGEST_KEY
 from vp_train.settings.elsewhere import NAMES, OPTIONS, WAYS
 from vp_train.settings.tree import field_of, group_choices, kind_of, sections, setting_names
@@ -29,8 +30,14 @@ def close_names(word: str) -> list[str]:
         return [NAMES[last]]
     if (written := re.match(r"write ([a-z_.]+)=", WAYS.get(last, ""))) is not None:
         return [written[1]]
-    close = difflib.get_close_matches(word, names if "." in word else [*names, *sections()], n=2)
-    if close or "." in word:
+    section, dot, _ = plain.rpartition(".")
+    if section in sections():
+        of_section = {
+            name.rpartition(".")[2]: name for name in names if name.startswith(f"{section}.")
+        }
+        return [of_section[one] for one in similar_names(last, of_section, 2)]
+    close = difflib.get_close_matches(word, names if dot else [*names, *sections()], n=2)
+    if close or dot:
         return close
     of_last = {name.rpartition(".")[2]: name for name in reversed(names)}
     return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
