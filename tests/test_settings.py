@@ -186,13 +186,18 @@ def test_an_override_sets_any_text(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["plain", "2024", "1e-3", "true", "null", "a/b.c-d", "x y", "~", "é"]
+    "text",
+    [
+        *("plain", "2024", "1e-3", "true", "a/b.c-d", "x y", "é", " a", "a ", "a=b (c)#"),
+        *("null", "~", "a:~b", "x=~y", "it's", "'a'", "a,b", "a\\b", "[a", "{a}"),
+    ],
 )
 def test_a_typed_override_sets_the_text_and_is_quoted_only_where_it_must_be(text):
     word = typed("run.name", text) if "/" not in text else typed("run.root", text)
     settings = load_config([word]).run
     assert (settings.root if "/" in text else settings.name) == text
-    assert ("'" in word) == (text in ("null", "x y", "~", "é"))
+    is_read_otherwise = text in ("null", "'a'") or any(sign in text for sign in "~,\\[{")
+    assert word.partition("=")[2].startswith("'") == is_read_otherwise
 
 
 def test_entries_of_lists_are_shown_as_they_are_typed(tmp_path):

@@ -32,10 +32,8 @@ def close_names(word: str) -> list[str]:
         return [written[1]]
     section, dot, _ = plain.rpartition(".")
     if section in sections():
-        of_section = {
-            name.rpartition(".")[2]: name for name in names if name.startswith(f"{section}.")
-        }
-        return [of_section[one] for one in similar_names(last, of_section, 2)]
+        lasts = [name.rpartition(".")[2] for name in names if name.startswith(f"{section}.")]
+        return [f"{section}.{one}" for one in similar_names(last, lasts, 2)]
     close = difflib.get_close_matches(word, names if dot else [*names, *sections()], n=2)
     if close or dot:
         return close
