@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import tomllib
@@ -16,11 +17,13 @@ import pytest
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.programs import finished
 from vp_train.commands import start
+from vp_train.commands.command import Command, configured
 from vp_train.commands.train import main, with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
+from vp_train.settings.tree import setting_names
 
 VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
 
@@ -342,6 +345,25 @@ def test_help_names_every_setting_and_the_commands():
         "in turn; no setting twice",  # which a sweep refuses
     ):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize("columns", [None, 60])
+def test_help_is_no_wider_than_the_terminal_but_for_examples(capsys, monkeypatch, columns):
+    if columns is not None:
+        monkeypatch.setattr("vp_train.commands.command.text_width", lambda: columns)
+    made = Command("vp-x", "does x", lambda *_: 0, "  vp-x data=text " + "a" * 200)
+    for words in (["--help"], ["--help", "run"], ["--help", "run.seed"]):
+        assert configured(made, words) == 0
+        lines = capsys.readouterr().out.partition(made.examples)[0].splitlines()
+        wide = [line for line in lines if len(line) > (columns or 100)]
+        assert all(len(line.split()) == 1 for line in wide)
+
+
+def test_help_of_a_command_shows_the_settings_that_count_for_it(capsys):
+    made = Command("vp-x", "does x", lambda *_: 0, "", reads=("data", "run.root"))
+    configured(made, ["--help", "optim.lr=3"])
+    names = set(re.findall(r"^  ([a-z_]+\.[a-z_]+)=", capsys.readouterr().out, re.MULTILINE))
+    assert names == {*(name for name in setting_names() if name.startswith("data.")), "run.root"}
 
 
 def test_help_of_a_group_says_what_its_settings_mean_and_take():

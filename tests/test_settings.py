@@ -19,7 +19,7 @@ from vp_train.settings.files import config_text
 from vp_train.settings.help import section_help, setting_help, settings_help, settings_page
 from vp_train.settings.resume import resume_words
 from vp_train.settings.saved import saved_words
-from vp_train.settings.tree import ENTRIES, group_choices, sections
+from vp_train.settings.tree import ENTRIES, group_choices, sections, setting_names
 from vp_train.settings.words import override, typed
 
 SECTIONS = sections() | {"blend": BlendEntry}
@@ -86,7 +86,7 @@ def test_bounds_hold_for_every_element_and_null_where_it_is_the_default():
 
 def test_help_has_every_setting_with_its_value_and_meaning():
     config = load_config(["model.num_layers=12"])
-    short = settings_help(config)
+    short = settings_help(config, setting_names())
     pages = {name: section_help(name, config) for name in SECTIONS if name != "blend"}
     assert "model.num_layers=12 " in short
     for name, item in ALL:
