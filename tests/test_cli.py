@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import tomllib
@@ -16,11 +17,13 @@ import pytest
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.programs import finished
 from vp_train.commands import start
+from vp_train.commands.command import Command, configured
 from vp_train.commands.train import main, with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
+from vp_train.settings.tree import setting_names
 
 VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
 
@@ -137,8 +140,24 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("n_layer=2", "n_layer is not a setting; did you mean model.num_layers?"),
         ("--model.num_layers=2", "is not an option; write model.num_layers=2; there are"),
         ("--model", "is not an option; write model=...; there are"),
-        ("--config", "is not an option; settings are words key=value; model=FILE.yaml"),
-        ("mine.yaml", "'mine.yaml' is not an override; settings are words key=value"),
+        ("--config", "is not an option; a file of settings is written settings=FILE.yaml, in YAML"),
+        ("--settings=a.yaml", "is not an option; a file of settings is written settings=a.yaml, "),
+        (
+            "global_batch_size=32",
+            "write num_microbatches=..., the global batch / (parallel.dp x ",
+        ),
+        (
+            "--global-batch-size=32",
+            "write num_microbatches=..., the global batch / (parallel.dp x ",
+        ),
+        ("--parallelism.pipeline_parallel_degree=4", "; write parallel.pp=4; there are"),
+        ("--run.seed=3", "; write run.seed=3; there are"),
+        ("--seed=3", "; write run.seed=3 for the weights, data.seed=3 for the order of samples; "),
+        ("--recompute-activations", "; write parallel.recompute=selective; there are"),
+        ("--num-experts=8", "; vp_train has no experts (docs/limits.md); there are"),
+        ("--context-parallel-size=2", "; vp_train has no context parallelism (docs/limits.md); "),
+        ("--attention-dropout=0.1", "; vp_train has no dropout (docs/from_megatron.md); there are"),
+        ("mine.yaml", "'mine.yaml' is not an override; a file of settings is written settings=mi"),
         ("v_half", "'v_half' is not an override; write schedule=v_half"),
         ("=3", "'=3' is not an override; write key=value without blanks"),
         ("run.steps=100,", "drop the comma at the end: run.steps=100"),
@@ -328,6 +347,25 @@ def test_help_names_every_setting_and_the_commands():
         assert word in done.stdout
 
 
+@pytest.mark.parametrize("columns", [None, 60])
+def test_help_is_no_wider_than_the_terminal_but_for_examples(capsys, monkeypatch, columns):
+    if columns is not None:
+        monkeypatch.setattr("vp_train.commands.command.text_width", lambda: columns)
+    made = Command("vp-x", "does x", lambda *_: 0, "  vp-x data=text " + "a" * 200)
+    for words in (["--help"], ["--help", "run"], ["--help", "run.seed"]):
+        assert configured(made, words) == 0
+        lines = capsys.readouterr().out.partition(made.examples)[0].splitlines()
+        wide = [line for line in lines if len(line) > (columns or 100)]
+        assert all(len(line.split()) == 1 for line in wide)
+
+
+def test_help_of_a_command_shows_the_settings_that_count_for_it(capsys):
+    made = Command("vp-x", "does x", lambda *_: 0, "", reads=("data", "run.root"))
+    configured(made, ["--help", "optim.lr=3"])
+    names = set(re.findall(r"^  ([a-z_]+\.[a-z_]+)=", capsys.readouterr().out, re.MULTILINE))
+    assert names == {*(name for name in setting_names() if name.startswith("data.")), "run.root"}
+
+
 def test_help_of_a_group_says_what_its_settings_mean_and_take():
     done = command("--help", "optim", "optim.lr=1e-4")
     assert done.returncode == 0
@@ -364,6 +402,8 @@ def test_help_of_one_setting_is_about_it_alone(name, page):
     [
         ("optimm", "optimm is not a setting or group of settings; did you mean optim?"),
         ("optim.lrr", "optim.lrr is not a setting; did you mean optim.lr?"),
+        ("parallel.pq", "parallel.pq is not a setting; did you mean parallel.pp?"),
+        ("parallel.zq", "parallel.zq is not a setting; vp-train --help names all"),
         ("xyzzy", "xyzzy is not a setting or group of settings; vp-train --help names all"),
     ],
 )

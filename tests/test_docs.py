@@ -25,6 +25,7 @@ from tests.test_plan_command import AS_TYPED
 from vp_train import failures
 from vp_train.commands.simulate import simulate_step
 from vp_train.commands.sweep import SWEEP, runs_of
+from vp_train.config import ConfigError
 from vp_train.planning.choice import batch_of
 from vp_train.planning.cluster import on_cluster
 from vp_train.planning.degrees import split_ranks, wanted_ranks
@@ -34,7 +35,6 @@ from vp_train.planning.short import short_step
 from vp_train.planning.weigh import Scales
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
-from vp_train.settings.meant import close_names, instead_of_option
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -160,7 +160,7 @@ class Command:
         environment = {}
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             name, _, environment[name] = words.pop(0).partition("=")
-        return cls(environment, tuple(words))
+        return cls(environment, tuple(words[: words.index(">")] if ">" in words else words))
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -211,6 +211,7 @@ def stand_ins(place: Path) -> None:
     shutil.copy(ROOT / "configs/model/nano.yaml", place / "imported/model.yaml")
     for name in ("here.yaml", "measured.yaml"):
         shutil.copy(ROOT / "configs/cost/a100.yaml", place / name)
+    (place / "run.yaml").write_text("model: nano\n")
 
 
 def check_ours(words: tuple[str, ...], capsys, num_ranks: int | None = None) -> None:
@@ -325,7 +326,31 @@ def test_the_run_of_the_readme_is_the_one_that_its_plan_is_of():
     assert replace(planned, **same) == trained
 
 
-def test_options_of_megatron_are_answered_with_the_settings_of_their_table():
+# Options of Megatron-LM that take no value, and values of others as its users write them.
+FLAGS = {
+    *("sequence-parallel", "use-distributed-optimizer", "overlap-grad-reduce", "bf16", "fp16"),
+    *("overlap-param-gather", "optimizer-cpu-offload", "swiglu", "disable-bias-linear"),
+    *("add-qkv-bias", "qk-layernorm", "untie-embeddings-and-output-weights"),
+    "check-for-nan-in-loss-and-grad",
+}
+VALUES = {
+    "recompute-granularity": "selective",
+    "position-embedding-type": "rope",
+    "normalization": "RMSNorm",
+    "fp8-format": "hybrid",
+    "lr-decay-style": "cosine",
+    "hidden-size": "512",
+    **dict.fromkeys(("save", "load", "data-path", "tokenizer-model"), "here"),
+    **dict.fromkeys(("norm-epsilon", "lr", "min-lr", "adam-beta1", "weight-decay"), "1e-5"),
+}
+# What a setting that is typed alone needs.
+NEEDS = {
+    "optim.offload": ["optim.name=zero1"],
+    "run.linear_dtype": ["run.dtype=bfloat16"],
+}
+
+
+def test_options_of_megatron_are_answered_with_settings_that_can_be_typed():
     page = (ROOT / "docs/from_megatron.md").read_text()
     rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", page, re.MULTILINE)
     assert len(rows) > 20
@@ -334,9 +359,14 @@ def test_options_of_megatron_are_answered_with_the_settings_of_their_table():
             re.findall(r"`--(.*?)`", options), cycle(re.findall(r"`(.*?)`", settings)), strict=False
         )
         for option, setting in pairs:
-            assert close_names(option)[0] == setting
-            words = instead_of_option(f"--{option}", ["--nodes", "--node", "--head", "--ranks"])
-            assert words.startswith(f"write {setting}=")
+            value = [] if option in FLAGS else [VALUES.get(option, "8")]
+            with pytest.raises(ConfigError) as caught:
+                load_config([f"--{option}", *value, "run.steps=3"])
+            (way,) = re.findall(r"is not an option; write (.*?); (?:to|there)", str(caught.value))
+            assert way.startswith(f"{setting}=")
+            words = re.findall(r"(?:^| )([a-z_.]+=[^ ,]+)(?![^ ,])", way)
+            if "..." not in way:
+                load_config([*NEEDS.get(setting, []), *words])
 
 
 def test_the_search_that_is_shown_has_the_figures_of_its_plans():

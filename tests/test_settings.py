@@ -20,7 +20,7 @@ from vp_train.settings.files import config_text
 from vp_train.settings.help import section_help, setting_help, settings_help, settings_page
 from vp_train.settings.resume import refuse_misspelt, resume_words
 from vp_train.settings.saved import saved_words
-from vp_train.settings.tree import ENTRIES, group_choices, sections
+from vp_train.settings.tree import ENTRIES, group_choices, sections, setting_names
 from vp_train.settings.words import override, typed
 
 SECTIONS = sections() | {"blend": BlendEntry}
@@ -87,7 +87,7 @@ def test_bounds_hold_for_every_element_and_null_where_it_is_the_default():
 
 def test_help_has_every_setting_with_its_value_and_meaning():
     config = load_config(["model.num_layers=12"])
-    short = settings_help(config)
+    short = settings_help(config, setting_names())
     pages = {name: section_help(name, config) for name in SECTIONS if name != "blend"}
     assert "model.num_layers=12 " in short
     for name, item in ALL:
@@ -122,7 +122,10 @@ def test_groups_of_names_have_the_names_of_the_tables():
     assert "one of auto, naive, none" in setting_help("vocab.algorithm", RunConfig())
 
 
-@pytest.mark.parametrize(("name", "close"), [("mien", "mine"), ("ac", "ab"), ("zz", None)])
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("mien", "mine"), ("nope", None), ("ac", "ab"), ("zb", None), ("zz", None)],
+)
 def test_a_name_that_no_run_has_is_answered_with_the_closest(tmp_path, name, close):
     for time, other in enumerate(("oldest", "old", "mine", "ab")):
         (tmp_path / other).mkdir()
@@ -228,13 +231,18 @@ def test_an_override_sets_any_text(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["plain", "2024", "1e-3", "true", "null", "a/b.c-d", "x y", "~", "é"]
+    "text",
+    [
+        *("plain", "2024", "1e-3", "true", "a/b.c-d", "x y", "é", " a", "a ", "a=b (c)#"),
+        *("null", "~", "a:~b", "x=~y", "it's", "'a'", "a,b", "a\\b", "[a", "{a}"),
+    ],
 )
 def test_a_typed_override_sets_the_text_and_is_quoted_only_where_it_must_be(text):
     word = typed("run.name", text) if "/" not in text else typed("run.root", text)
     settings = load_config([word]).run
     assert (settings.root if "/" in text else settings.name) == text
-    assert ("'" in word) == (text in ("null", "x y", "~", "é"))
+    is_read_otherwise = text in ("null", "'a'") or any(sign in text for sign in "~,\\[{")
+    assert word.partition("=")[2].startswith("'") == is_read_otherwise
 
 
 def test_entries_of_lists_are_shown_as_they_are_typed(tmp_path):
@@ -280,6 +288,13 @@ def test_a_setting_of_data_that_is_used_or_left_as_it_is_passes():
         ("batch_ramp=[2,2]", r"is not a list of pairs, .*; write batch_ramp=\[\[1000,8\],\["),
         ("batch_ramp=[[2,a]]", r"is not a list of pairs, .*; write batch_ramp="),
         ("lr=1e-3", r"did you mean optim\.lr\?$"),
+        ("run.allow=batch", r"^run\.allow=batch is not a list; write run\.allow=\[batch\]$"),
+        ("run.allow=bach", r"is not a list of texts; choose one of batch, sequence, loss$"),
+        ("run.profile_steps=3", r"is not a list; write run\.profile_steps=\[3\]$"),
+        ("run.profile_steps=1e1", r"is not a list; write run\.profile_steps=\[10\]$"),
+        ("run.profile_steps=0", r"is not a list of whole numbers; each must be at least 1$"),
+        ("parallel.layers_per_stage=2", r"is not a list; write parallel\.layers_per_stage=\[2\]$"),
+        ("parallel.recompute_per_stage=full", r"write parallel\.recompute_per_stage=\[full\]$"),
         ("cluster=h100", r"did you mean h100_80g_node\?"),
         ("schedule=zb", r"did you mean zb_h1 or zb_v\?"),
     ],

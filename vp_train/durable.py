@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,6 @@ _CHECKPOINT = re.compile(r"step-([0-9]{8,12})")
 _POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a git-LFS pointer
 _LARGEST_POINTER = 1 << 10  # bytes
 _MOST_UNSYNCED = 1 << 28  # bytes of a file that a disk need not have taken yet
-_SIMILAR = 0.5  # difflib's ratio; one letter of two is enough
 LARGEST_TEXT = 1 << 20  # bytes; the texts that people write by hand have a few thousand
 
 
@@ -85,10 +84,23 @@ def is_fresh(path: Path, since: float) -> bool:
         return False
 
 
+def similar_names(word: str, names: Collection[str], most: int = 1) -> list[str]:
+    """Return the names that are spelt like `word`, the likeliest first.
+
+    Of at most three letters one half must be the same, and the first; of longer words more.
+    """
+    is_short = len(word) <= 3
+    same_first = [name for name in names if name[:1] == word[:1]]
+    close = difflib.get_close_matches(
+        word, same_first if is_short else names, n=most, cutoff=0.5 if is_short else 0.6
+    )
+    return sorted(close, key=lambda name: name[:1] != word[:1])
+
+
 def similar_run(path: Path) -> Path | None:
     """Return the run beside `path` whose name is most like that of `path`, None if none is."""
     names = sorted(place.parent.name for place in path.parent.glob("*/config.yaml"))
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=_SIMILAR)
+    close = similar_names(path.name, names)
     return path.parent / close[0] if close else None
 
 

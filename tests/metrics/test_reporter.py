@@ -111,7 +111,9 @@ def test_before_the_first_step_everything_known_is_said_and_written(started, cap
     assert line_of(words, "mesh").startswith("2 ranks = ")
     assert line_of(words, "mesh").endswith("optim.name=adamw")
     assert line_of(words, "pipeline") == "rank 0: layers 0-1 rank 1: layers 2-3"
-    assert f"4 microbatches of 1 x {config.model.seq_length} tokens" in line_of(words, "schedule")
+    length = config.model.seq_length
+    batch = f"4 microbatches of 1 x {length} tokens: 4 sequences, {4 * length:,} tokens a step"
+    assert line_of(words, "schedule").endswith(batch)
     assert f"(ln V = {math.log(config.model.vocab_size):.2f}), float32 on cpu" in line_of(
         words, "model"
     )
@@ -128,6 +130,15 @@ def test_measured_costs_are_not_called_assumed():
         lines = header(config, make_plan(config, 2), SOURCE)
         said = [line for line in lines if "assumes 2,000 GFLOP/s," in line]
         assert len(said) == is_said
+
+
+def test_the_header_says_the_batch_of_all_replicas():
+    config = load_config(["model=nano", "parallel.pp=2", "micro_batch_size=2"])
+    (line,) = (
+        line for line in header(config, make_plan(config, 6), SOURCE) if line.startswith("schedule")
+    )
+    batch = "8 microbatches of 2 x 64 tokens, 3 replicas: 48 sequences, 3,072 tokens a step"
+    assert line.endswith(batch)
 
 
 def test_a_large_model_with_the_default_rate_is_warned_of_with_that_of_an_import(started):

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,11 +29,15 @@ from vp_train.settings.meant import close_names
 from vp_train.settings.tree import group_choices, sections, setting_names
 from vp_train.supervision.ending import write_stderr
 
+_WIDTH, _LEAST_WIDTH = 100, 40  # columns of lines without a terminal, and on any terminal
+_NARROWEST = 32  # columns of a meaning beside its label
+_MEANING, _INDENT = 48, 6  # the column of the meaning of settings, and that below a long label
+_LABEL = re.compile(r" +\S+( \S+)? {2,}(?=\S)|\s*")  # what further lines leave free
 MOST_NUMBER = 1_000_000  # of an option that takes a count, unless it says another
 _HELP = """\
 {command}: {purpose}
 
-usage: {command} [group=choice ...] [key=value ...]
+usage: {command} [settings=FILE.yaml] [group=choice ...] [key=value ...]
        {command} --print-config ...     show the resolved configuration and stop
        {command} --help [NAME]          this page, or one group or setting in full
        {command} --version              the version of the package
@@ -40,11 +45,12 @@ usage: {command} [group=choice ...] [key=value ...]
 Groups and their choices (each is a YAML file of configs/):
 {groups}
 
-Settings, with what this command line sets them to (`{command} --help model`: one group in full):
+Settings{which} and their values now (`{command} --help model`: one group in full):
 {values}
 
-A list is written [1,2,3], nothing is null.  Of two values of a setting the last counts.  Examples:
-{examples}
+A list is written [1,2,3], nothing is null.  Of two values of a setting the last counts.
+settings=FILE.yaml takes what --print-config prints, or any part of it; other words win over it.
+A group takes a file of its own too: cluster=FILE.yaml.  Examples:
 """
 
 
@@ -54,7 +60,8 @@ class Command:
 
     `body` gets the configuration, the overrides as typed, and the options, and returns the exit
     code.  `options` maps a name to the placeholder of its value, empty if it takes none, and to
-    what it does.
+    what it does.  `reads` names the groups and settings that count for it, which its help shows; it
+    shows all if there are none.  A command line may have others, those of the run.
     """
 
     name: str
@@ -62,6 +69,7 @@ class Command:
     body: Callable[[RunConfig, Sequence[str], Mapping[str, str]], int]
     examples: str
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
 
 
 def run(command: Command) -> NoReturn:
@@ -86,7 +94,7 @@ def configured(command: Command, arguments: Sequence[str]) -> int:
             section_help(name, config) if name in sections() else setting_help(name, config)
             for name in chosen
         ]
-        print("\n\n".join(pages) if pages else _help(command, config))
+        print(_broken("\n\n".join(pages)) if pages else _help(command, config))
         return EXIT_OK
     if "--print-config" in arguments:
         print(config_text(config), end="")
@@ -373,18 +381,62 @@ def _try_to_write(path: Path) -> None:
                 directory.rmdir()
 
 
+def text_width() -> int:
+    """Return the columns of text: those of the terminal, 100 where stdout is none."""
+    try:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):  # stdout is no terminal, or no file
+        return _WIDTH
+    return max(columns, _LEAST_WIDTH) if columns else _WIDTH
+
+
+def _broken(page: str) -> str:
+    """Return a page in lines of `text_width` columns; further ones stand below the meaning."""
+    width = text_width()
+    return "\n".join(part for line in page.splitlines() for part in _parts(line, width))
+
+
+def _parts(line: str, width: int) -> list[str]:
+    """Return a line in parts of `width` columns; a long label is one of its own."""
+    found = _LABEL.match(line)
+    label = "" if found is None else found[0]
+    if len(line) <= width:
+        return [line]
+    first, below = label, " " * len(label)
+    if len(label) > width - _NARROWEST:
+        below = " " * (_MEANING if width - _NARROWEST >= _MEANING else _INDENT)
+        first = below
+    parts = textwrap.wrap(
+        line[len(label) :],
+        width,
+        initial_indent=first,
+        subsequent_indent=below,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return parts if first == label else [label.rstrip(), *parts]
+
+
 def _help(command: Command, config: RunConfig) -> str:
-    groups = group_choices().items()
-    lines = "\n".join(f"  {group:<10} {', '.join(choices)}" for group, choices in groups)
+    def counts(name: str) -> bool:
+        """Return whether a group, or the group of a setting, or itself, is one that counts."""
+        return not command.reads or bool({name, name.partition(".")[0]} & {*command.reads})
+
+    lines = "\n".join(
+        f"  {group:<10}  {', '.join(choices)}"
+        for group, choices in group_choices().items()
+        if counts(group) or any(name.startswith(f"{group}.") for name in command.reads)
+    )
     options = "".join(
         f"       {f'{name} {value}':<20} {does}\n"
         for name, (value, does) in command.options.items()
     )
-    return _HELP.format(
+    page = _HELP.format(
         command=command.name,
         purpose=command.purpose,
         options=options,
         groups=lines,
-        values=settings_help(config),
-        examples=command.examples,
-    ).rstrip()
+        which=" that count here" if command.reads else "",
+        values=settings_help(config, filter(counts, setting_names())),
+    )
+    return f"{_broken(page)}\n{command.examples}"

@@ -6,7 +6,6 @@ It runs without torch.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -46,7 +45,7 @@ from vp_train.explain.trace import read_traced
 from vp_train.failures import EXIT_OK
 from vp_train.profile.costs import cost_text
 from vp_train.settings import load_config
-from vp_train.settings.words import typed
+from vp_train.settings.words import for_shell, typed
 from vp_train.units import human_bytes
 
 _SECONDS = 20.0  # for the comparison of schedules; the simulation that runs then still ends
@@ -90,7 +89,7 @@ def _explain(arguments: Sequence[str]) -> int:
         note = f"no other schedule was tried: {error}"
     if costs is not None:
         _write_costs(costs, run, config if note is None else None, settings)
-    base = " ".join(map(shlex.quote, words))
+    base = " ".join(map(for_shell, words))
     done = max((step for step, _ in checkpoints_in(run / "checkpoints")), default=0)
     going_on = GoingOn(base, done, steps, str(options.run), larger)
     found = remedies(explanation, going_on, comparison, None if costs is None else str(costs))

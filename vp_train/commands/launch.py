@@ -69,6 +69,7 @@ from vp_train.planning.memory import check_host, check_machine, machine_bytes
 from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config
+from vp_train.settings.files import expanded
 from vp_train.settings.words import override
 from vp_train.supervision.requests import SIGNALS, is_ignored
 
@@ -151,6 +152,7 @@ def _launch(
     trains: bool,
 ) -> int:
     """Run the ranks of this node; all agents that have joined call this together."""
+    overrides = expanded(overrides)  # ranks that start again later must not read another file
     with _stopped_by_signals(news.place):
         found, unfit = _checked(news, config, num_local, trains=trains)
         if unfit is not None:

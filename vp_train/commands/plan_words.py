@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from schedules.render import duration
+from vp_train.commands.command import text_width
 from vp_train.commands.plan_remedies import about_word, host_remedies, host_words, remedies
 from vp_train.config import RunConfig
 from vp_train.model import shape
@@ -34,7 +33,6 @@ _LEFT_OUT = ("params", "layers", "V rows")  # of the ranks, if need be, where a 
 _GIB, _MIB = 2.0**30, 2.0**20
 _LARGE_GAP = 0.1  # above the lower bound
 _VISIBLE = 0.005  # part of a step that exposed communication takes where a line says so
-_WIDTH, _LEAST_WIDTH = 100, 40  # columns of lines without a terminal, and on any terminal
 # What follows a schedule or an algorithm, by parallel.placement.
 PLACED = {"even": "", "balanced": ", layers balanced", "redistribute": ", layers redistributed"}
 _WIDEST = 1000  # columns of a table
@@ -149,15 +147,6 @@ def text_of(lines: Iterable[str]) -> str:
     """Return lines as text of `text_width` columns, which breaks no table and no overrides."""
     width = text_width()
     return "\n".join(part for line in lines for part in _broken(line, width))
-
-
-def text_width() -> int:
-    """Return the columns of text: those of the terminal, 100 where stdout is none."""
-    try:
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns
-    except (OSError, ValueError):  # stdout is no terminal, or no file
-        return _WIDTH
-    return max(columns, _LEAST_WIDTH) if columns else _WIDTH
 
 
 def _broken(line: str, width: int) -> list[str]:

@@ -14,10 +14,15 @@ _EXAMPLES = """\
   vp-prepare data=text data.path=corpus_text_document.idx data.tokenizer=tokenizer.json
                                                  tokens of Megatron-LM: a .bin with its .idx"""
 
+# Weights of another run have its vocabulary, and a run that goes on has its own.
+_RUN = ("run.name", "run.root", "run.resume", "run.init_from")
+_READS = ("data", "model.vocab_size", *_RUN)
+
 
 def main() -> None:
     """Run the command."""
-    run(Command("vp-prepare", "tokenizes text and stores it for training", _prepare, _EXAMPLES))
+    purpose = "tokenizes text and stores it for training"
+    run(Command("vp-prepare", purpose, _prepare, _EXAMPLES, reads=_READS))
 
 
 def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:

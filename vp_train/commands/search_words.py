@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from schedules.render import duration
-from vp_train.commands.command import MOST_NUMBER
+from vp_train.commands.command import MOST_NUMBER, text_width
 from vp_train.commands.plan_remedies import FACTORS
 from vp_train.commands.plan_words import (
     PLACED,
@@ -15,7 +15,6 @@ from vp_train.commands.plan_words import (
     fsdp_words,
     has_fsdp,
     table_lines,
-    text_width,
 )
 from vp_train.config import ConfigError, RunConfig
 from vp_train.config.parallel import recompute_words

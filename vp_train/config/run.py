@@ -196,7 +196,7 @@ class RunSettings:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(
                 f"run.name={self.name!r} is not a directory name; "
-                "use letters, digits and dashes, and run.root for the parent"
+                "it has no / and no dot at its beginning; run.root is for the parent"
             )
 
     @property

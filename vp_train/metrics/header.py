@@ -41,8 +41,7 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
         f"pipeline  {_stages(plan)}",
         *([f"rows      {words}"] if (words := _row_words(plan)) else []),
         f"schedule  {plan.schedule.name}, vocabulary {plan.problem.algorithm.name}, "
-        f"{config.num_microbatches} {plural(config.num_microbatches, 'microbatch')} of "
-        f"{config.micro_batch_size} x {model.seq_length} tokens",
+        f"{_batch(config, plan.degrees.dp)}",
         f"planned   {facts(plan.timeline)}; "
         f"activations at most {human_bytes(max(plan.timeline.peak_bytes))}"
         f"{_assumed_words(config, plan)}",
@@ -77,6 +76,18 @@ def _mesh(degrees: Degrees) -> str:
     first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
     replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
     return f"{degrees.num_ranks} {plural(degrees.num_ranks, 'rank')} = {degrees}{replicas}"
+
+
+def _batch(config: RunConfig, replicas: int) -> str:
+    """Return the microbatches of a replica in words, and the whole batch of a step."""
+    microbatches, length = config.num_microbatches, config.model.seq_length
+    sequences = replicas * microbatches * config.micro_batch_size
+    each = f", {replicas} replicas" if replicas > 1 else ""
+    return (
+        f"{microbatches} {plural(microbatches, 'microbatch')} of {config.micro_batch_size} x "
+        f"{length} tokens{each}: {sequences:,} {plural(sequences, 'sequence')}, "
+        f"{sequences * length:,} tokens a step"
+    )
 
 
 def _stages(plan: RunPlan) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from types import NoneType
 
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import UnreadableError, read_text
-from vp_train.settings.checks import DEEPEST
+from vp_train.settings.checks import DEEPEST, check_size
 from vp_train.settings.messages import first_line
-from vp_train.settings.tree import FILE_GROUPS, group_choices, sections
+from vp_train.settings.tree import SETS_TOO, group_choices, sections
 from vp_train.settings.words import quoted_value
 
 _MOST_NODES = 4_096  # values in a file
@@ -98,31 +97,109 @@ def leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key!s}", value
 
 
-def words_of_file(word: str) -> list[str] | None:
-    """Return `model=FILE.yaml` or `cost=FILE.yaml` as overrides, one per setting in the file.
+def expanded(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with the settings in files in place of the words that name the files.
 
-    vp-import writes such files of models, vp-profile of costs.  Returns None for any other word.
-    Raises ConfigError if the file cannot be read.
+    Those of settings=FILE come first, as if they were typed before all other words; a group that is
+    chosen later drops what they set of it.  Raises ConfigError if a file cannot be read.
+    """
+    words: list[str] = []
+    for layer in _layers(overrides):
+        groups = _groups(layer)
+        anew = groups.union(*(SETS_TOO.get(group, ()) for group in groups))
+        words = [word for word in words if not anew & {*_names(word)}]
+        of_files = {word: _words_of_group(word) for word in layer}
+        words += [one for word in layer for one in of_files[word] or ()]
+        words += [word for word in layer if of_files[word] is None]
+    return words
+
+
+def chosen_groups(overrides: Sequence[str]) -> set[str]:
+    """Return the groups that begin with a choice or a file: of `overrides`, and of their files."""
+    return set().union(*map(_groups, _layers(overrides)))
+
+
+def _layers(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every file of settings, and at last all other words."""
+    files = [word for word in overrides if word.startswith("settings=")]
+    return [*map(_words_of_settings, files), [word for word in overrides if word not in files]]
+
+
+def _groups(words: Sequence[str]) -> set[str]:
+    """Return the groups that these overrides give a choice or a file."""
+    return {_names(word)[0] for word in words} & {*sections()}
+
+
+def _words_of_settings(word: str) -> list[str]:
+    """Return the settings in the file of `settings=FILE` as overrides, one for each.
+
+    `model: NAME` in it is the choice model=NAME of a group, or the file of one.  Raises
+    ConfigError if the file cannot be read.
+    """
+    name, _, file = word.partition("=")
+    try:
+        settings = read_yaml(Path(os.path.expanduser(file)))
+    except UnreadableError as error:
+        raise ConfigError(
+            f"{name}={error}; give a file as --print-config prints it, or any part of that"
+        ) from None
+    groups = group_choices()
+    words = [
+        f"{key}={value}" if key in groups and isinstance(value, str) else _word_of(key, value)
+        for key, value in leaves(settings)
+    ]
+    try:
+        check_size(words)
+        for one in words:
+            _words_of_group(one)
+    except ConfigError as error:
+        raise ConfigError(f"{word}: {error}") from None
+    return words
+
+
+def _words_of_group(word: str) -> list[str] | None:
+    """Return `model=FILE.yaml`, or the file of another group, as overrides, one per setting.
+
+    vp-import writes such files of models, vp-profile of costs.  The settings of the group stand
+    there alone, or as in configs/cluster in sections.  Returns None for any other word.  Raises
+    ConfigError if the file cannot be read.
     """
     group, _, value = word.partition("=")
     path = Path(os.path.expanduser(value))
-    if group not in FILE_GROUPS or path.suffix != ".yaml":
+    if path.suffix != ".yaml" or group not in group_choices():
         return None
-    from omegaconf import DictConfig
-
     try:
         settings = read_yaml(path)
     except UnreadableError as error:
         raise ConfigError(f"{group}={error}{'' if path.exists() else _made_by(group)}") from None
-    assert isinstance(settings, DictConfig)
-    known = {item.name for item in fields(sections()[group])}
-    for key, setting in settings.items():
-        if str(key) not in known and not isinstance(setting, str | int | float | bool | NoneType):
-            raise ConfigError(
-                f"{word}: {key!s} is no setting of {group}; such a file has the settings of this "
-                f"group alone, such as {next(iter(fields(sections()[group]))).name}: 8"
-            )
-    return [f"{group}.{key!s}={quoted_value(setting)}" for key, setting in settings.items()]
+    assert isinstance(settings, Mapping)
+    has_sections = any(isinstance(one, Mapping) for one in settings.values())
+    found = dict(leaves(settings, "" if has_sections else f"{group}."))
+    others = [name for name in found if not {group, *SETS_TOO.get(group, ())} & {*_names(name)}]
+    if "defaults" in others:
+        raise ConfigError(f"{word}: it has `defaults`; write the values themselves")
+    if others:
+        raise ConfigError(
+            f"{word}: {others[0]} is no setting of {group}; settings={value} takes those of all "
+            "groups"
+        )
+    return [_word_of(name, setting) for name, setting in found.items()]
+
+
+def _names(word: str) -> tuple[str, str]:
+    """Return the name of the setting in a word, and that of its section."""
+    name = word.partition("=")[0]
+    return name, name.partition(".")[0]
+
+
+def _word_of(name: str, value: object) -> str:
+    """Return the override for a setting in a file."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if isinstance(plain, str):
+        plain = os.path.expanduser(plain)
+    return f"{name}={quoted_value(plain)}"
 
 
 def has_settings(path: Path, group: str) -> bool:
@@ -137,9 +214,9 @@ def has_settings(path: Path, group: str) -> bool:
 
 def _made_by(group: str) -> str:
     """Return the way out where a file of a group is not there."""
-    maker = {"model": "vp-import SRC DST", "cost": "vp-profile --cost FILE.yaml"}[group]
-    choices = ", ".join(group_choices()[group])
-    return f"; {maker} writes one, or choose one of {choices}"
+    makers = {"model": "vp-import SRC DST", "cost": "vp-profile --cost FILE.yaml"}
+    made = f"{makers[group]} writes one, or " if group in makers else ""
+    return f"; {made}choose one of {', '.join(group_choices()[group])}"
 
 
 def config_text(config: RunConfig) -> str:

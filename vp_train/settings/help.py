@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import textwrap
 import typing
+from collections.abc import Iterable
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any
 
 from vp_train.config import RunConfig
 from vp_train.config.setting import Setting, setting_of
-from vp_train.settings.tree import ENTRIES, field_of, group_choices, own_fields, sections
+from vp_train.settings.tree import ENTRIES, field_of, group_choices, own_fields, sections, values_of
 from vp_train.settings.words import value_words
 
 
-def settings_help(config: RunConfig) -> str:
-    """Return one line for every setting: its value in `config`, and its meaning."""
-    rows = []
-    for name in sections():
-        section = getattr(config, name)
-        rows += [
-            (f"{name}.{item.name}", getattr(section, item.name), setting_of(item))
-            for item in fields(section)
-        ]
-    rows += [(item.name, getattr(config, item.name), setting_of(item)) for item in own_fields()]
-    words = [(f"{name}={value_words(value)}", setting) for name, value, setting in rows]
+def settings_help(config: RunConfig, names: Iterable[str]) -> str:
+    """Return one line for each of these settings: its value in `config`, and its meaning."""
+    values = values_of(config)
+    words = [
+        (f"{name}={value_words(values[name])}", setting_of(field_of(name)[0])) for name in names
+    ]
     width = min(44, max(len(word) for word, _ in words))
     return "\n".join(f"  {word:<{width}}  {_sentence(setting)}" for word, setting in words)
 
@@ -45,8 +41,7 @@ def setting_help(name: str, config: RunConfig) -> str:
     """Return one setting: in full, or its line of `settings_help` if it is in no section."""
     group, dot, _ = name.partition(".")
     if not dot:
-        lines = map(str.strip, settings_help(config).splitlines())
-        return next(line for line in lines if line.startswith(f"{name}="))
+        return settings_help(config, [name]).strip()
     return _in_full(name, field_of(name)[0], getattr(config, group))
 
 
@@ -89,7 +84,8 @@ def settings_page() -> str:
         "# Settings",
         "Every setting of a run. Append `section.name=value` to any command to change one; of\n"
         "two values the last counts, and a group has one choice.\n"
-        "`vp-train --help SECTION` shows a section too. Values are taken as they are written:\n"
+        "`vp-train --help SECTION` shows a section too. `settings=FILE.yaml` reads\n"
+        "[a file of them](quickstart.md#your-own-text). Values are taken as they are written:\n"
         "`${...}` is refused, in overrides and in files, because a file of somebody else must not\n"
         "read the environment, and the shell expands your variables. Names have no control\n"
         "characters. A text may have spaces, `=`, `(` or `#`; one with a comma or a backslash is\n"

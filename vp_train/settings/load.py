@@ -11,7 +11,7 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import checkpoints_in
 from vp_train.settings.checks import check_size, check_word, refuse_two_choices, refuse_unused
 from vp_train.settings.compose import Saved, composed_config
-from vp_train.settings.files import words_of_file
+from vp_train.settings.files import chosen_groups, expanded
 from vp_train.settings.meant import instead_of_option, instead_of_word
 from vp_train.settings.saved import NOT_SAVED, REPAIR, is_searched, sample_length, saved_settings
 from vp_train.settings.tree import sections, setting_names, values_of
@@ -25,14 +25,14 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
 
     Raises ConfigError with the offending override and the way out.
     """
-    options = [word for word in overrides if word.startswith("-")]
-    if options:
-        known = ", ".join((*known_options, "--help"))
-        instead = instead_of_option(options[0], known_options)
-        raise ConfigError(
-            f"{options[0]} is not an option; {instead}there are {known} and --print-config, all "
-            "else is key=value"
-        )
+    for word, after in itertools.pairwise((*overrides, "")):
+        if word.startswith("-"):
+            known = ", ".join((*known_options, "--help"))
+            instead = instead_of_option(word, after, known_options)
+            raise ConfigError(
+                f"{word} is not an option; {instead}there are {known} and --print-config, all "
+                "else is key=value"
+            )
     check_size(overrides)
     for before, word in itertools.pairwise(("", *overrides)):
         if word.startswith("="):
@@ -40,12 +40,10 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         if "=" not in word and not word.startswith(("+", "~")):
             raise ConfigError(f"{word!r} is not an override; {instead_of_word(word, before)}")
     refuse_two_choices(overrides)
-    chosen = {word.partition("=")[0] for word in overrides}
-    files = {word: settings for word in overrides if (settings := words_of_file(word)) is not None}
+    typed, chosen = overrides, chosen_groups(overrides)
+    overrides = expanded(overrides)
     try:
-        overrides = [
-            as_written(at_home(word)) for given in overrides for word in files.get(given, [given])
-        ]
+        overrides = [as_written(at_home(word)) for word in overrides]
         for word in overrides:
             check_word(word)
         if (saved := _saved_by_run(overrides)) is not None:
@@ -57,15 +55,22 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
                 "vocab.balance=true needs a sharded vocabulary, but vocab=none; drop one of the two"
             )
         return config
-    except ConfigError:
-        for given, settings in files.items():  # is one of the files at fault?
-            try:
-                for word in settings:
-                    check_word(word)
-                composed_config(settings)
-            except ConfigError as error:
-                raise ConfigError(f"{given}: {error}") from None
+    except ConfigError as error:
+        for word in typed:
+            if (settings := expanded([word])) != [word] and _fails_alike(settings, error):
+                raise ConfigError(f"{word}: {error}") from None
         raise
+
+
+def _fails_alike(overrides: Sequence[str], error: ConfigError) -> bool:
+    """Return whether these overrides alone raise the same error."""
+    try:
+        for word in overrides:
+            check_word(word)
+        composed_config(overrides)
+    except ConfigError as other:
+        return str(other) == str(error)
+    return False
 
 
 def default_words() -> dict[str, str]:

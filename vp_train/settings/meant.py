@@ -8,117 +8,85 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from vp_train.config.setting import setting_of
+from vp_train.durable import similar_names
 from vp_train.settings.checks import LONGEST_KEY
-from vp_train.settings.tree import group_choices, sections, setting_names
+from vp_train.settings.elsewhere import NAMES, OPTIONS, WAYS
+from vp_train.settings.tree import field_of, group_choices, kind_of, sections, setting_names
 
-# Names of settings in other frameworks, and what people call them.
-_ELSEWHERE = {
-    **dict.fromkeys(("learning_rate", "max_lr"), "optim.lr"),
-    **dict.fromkeys(("lr_warmup_iters", "warmup_iters", "warmup"), "optim.warmup_steps"),
-    **dict.fromkeys(("train_iters", "max_steps", "max_iters", "iterations"), "run.steps"),
-    **dict.fromkeys(("save_interval", "save_every", "save_steps"), "run.checkpoint_every"),
-    **dict.fromkeys(("eval_interval", "eval_steps"), "run.eval_every"),
-    **dict.fromkeys(("log_interval", "logging_steps"), "run.log_every"),
-    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "save"), "run.root"),
-    **dict.fromkeys(("precision", "bf16", "fp16"), "run.dtype"),
-    **dict.fromkeys(("load", "init", "from_pretrained"), "run.init_from"),
-    **dict.fromkeys(("n_layer", "n_layers", "num_hidden_layers", "layers"), "model.num_layers"),
-    **dict.fromkeys(("n_head", "n_heads", "num_attention_heads", "heads"), "model.num_heads"),
-    **dict.fromkeys(("num_key_value_heads", "n_kv_heads"), "model.num_query_groups"),
-    **dict.fromkeys(("n_embd", "d_model", "hidden_dim", "dim"), "model.hidden_size"),
-    **dict.fromkeys(("d_ff", "intermediate_size"), "model.ffn_hidden_size"),
-    **dict.fromkeys(("block_size", "context_length", "max_seq_len"), "model.seq_length"),
-    **dict.fromkeys(("sequence_length", "max_position_embeddings"), "model.seq_length"),
-    **dict.fromkeys(("tensor_model_parallel_size", "tp_size"), "parallel.tp"),
-    **dict.fromkeys(("pipeline_model_parallel_size", "pp_size"), "parallel.pp"),
-    **dict.fromkeys(("data_parallel_size", "dp_size"), "parallel.dp"),
-    **dict.fromkeys(("gradient_accumulation_steps", "accumulate"), "num_microbatches"),
-    **dict.fromkeys(("batch_size", "per_device_train_batch_size"), "micro_batch_size"),
-    **dict.fromkeys(("global_batch_size", "gbs"), "num_microbatches"),
-    **dict.fromkeys(("data_path", "dataset", "train_data"), "data.path"),
-    **dict.fromkeys(("tokenizer_path", "tokenizer_name", "tokenizer_model"), "data.tokenizer"),
-    # The rest is of Megatron-LM (docs/from_megatron.md).
-    "num_virtual_stages_per_pipeline_rank": "schedule.num_chunks",
-    "num_layers_per_virtual_pipeline_stage": "schedule.num_chunks",
-    "decoder_first_pipeline_num_layers": "parallel.layers_per_stage",
-    "rampup_batch_size": "batch_ramp",
-    "use_distributed_optimizer": "optim.name",
-    "overlap_grad_reduce": "optim.overlap_sums",
-    "overlap_param_gather": "optim.overlap_gathers",
-    "optimizer_cpu_offload": "optim.offload",
-    "recompute_granularity": "parallel.recompute",
-    "recompute_num_layers": "parallel.recompute_per_stage",
-    "kv_channels": "model.head_size",
-    "position_embedding_type": "model.positions",
-    "rotary_base": "model.rope_base",
-    "normalization": "model.normalisation",
-    "swiglu": "model.activation",
-    "disable_bias_linear": "model.linear_bias",
-    "add_qkv_bias": "model.qkv_bias",
-    "qk_layernorm": "model.qk_norm",
-    "untie_embeddings_and_output_weights": "model.tied_embeddings",
-    "init_method_std": "model.init_std",
-    "fp8_format": "run.linear_dtype",
-    "lr_decay_style": "optim.schedule",
-    "adam_beta1": "optim.beta1",
-    "adam_beta2": "optim.beta2",
-    "adam_eps": "optim.epsilon",
-    "clip_grad": "optim.clip_grad_norm",
-    "eval_iters": "run.eval_microbatches",
-    "exit_duration_in_mins": "run.max_minutes",
-    "distributed_timeout_minutes": "run.timeout_seconds",
-    "check_for_nan_in_loss_and_grad": "run.on_nonfinite",
-    "split": "data.validation_fraction",
-}
-# Options of other launchers, and ours.
-_OPTIONS_ELSEWHERE = {
-    **dict.fromkeys(("nproc_per_node", "nprocs", "num_processes", "num_gpus", "gpus"), "--ranks"),
-    **dict.fromkeys(("nnodes", "num_nodes", "num_machines"), "--nodes"),
-    **dict.fromkeys(("node_rank", "machine_rank"), "--node"),
-    **dict.fromkeys(("master_addr", "rdzv_endpoint", "main_process_ip"), "--head"),
-    "multirun": "-m",
-    "output": "--out",
-}
-_NO_FILE = (
-    "settings are words key=value; model=FILE.yaml and cost=FILE.yaml alone take a file, and "
-    "vp-train -m FILE trains with each line of overrides in it"
-)
+_FILE = "a file of settings is written settings={}, in YAML as --print-config prints it"
 
 
 def close_names(word: str) -> list[str]:
     """Return the settings that somebody may mean by `word`, the likeliest first, at most two."""
-    if word in sections():
-        return [word]
-    names, last = setting_names(), word.lower().replace("-", "_").rpartition(".")[2]
+    names, plain = setting_names(), word.lower().replace("-", "_")
+    if plain in (*sections(), *names):
+        return [plain]
+    last = plain.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last]
     if same:
         return same[:2]
-    if last in _ELSEWHERE:
-        return [_ELSEWHERE[last]]
-    close = difflib.get_close_matches(word, names if "." in word else [*names, *sections()], n=2)
-    if close or "." in word:
+    if last in NAMES:
+        return [NAMES[last]]
+    if (written := re.match(r"write ([a-z_.]+)=", WAYS.get(last, ""))) is not None:
+        return [written[1]]
+    section, dot, _ = plain.rpartition(".")
+    if section in sections():
+        lasts = [name.rpartition(".")[2] for name in names if name.startswith(f"{section}.")]
+        return [f"{section}.{one}" for one in similar_names(last, lasts, 2)]
+    close = difflib.get_close_matches(word, names if dot else [*names, *sections()], n=2)
+    if close or dot:
         return close
     of_last = {name.rpartition(".")[2]: name for name in reversed(names)}
     return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
 
 
-def instead_of_option(word: str, known_options: Sequence[str]) -> str:
-    """Return what to write instead of an option that is none, and a semicolon; else nothing."""
+def way_elsewhere(name: str, value: str) -> str | None:
+    """Return what to write instead of the setting `name` of another framework with this value.
+
+    It is None if the table has nothing to say, and for names of ours.
+    """
+    if name.replace("-", "_") in setting_names():
+        return None
+    way = WAYS.get(name.lower().replace("-", "_").rpartition(".")[2])
+    return None if way is None else way.replace("{}", value or "...")
+
+
+def instead_of_option(word: str, after: str, known_options: Sequence[str]) -> str:
+    """Return what to write instead of an option that is none, and a semicolon; else nothing.
+
+    The word `after` it is its value if it has no other.
+    """
     name, equals, value = word.lstrip("-").partition("=")
-    option = _OPTIONS_ELSEWHERE.get(name.lower().replace("-", "_"))
+    if not equals and after and "=" not in after and not re.match("-[^0-9.]", after):
+        value = after
+    option = OPTIONS.get(name.lower().replace("-", "_"))
     if option not in known_options and name not in sections():
         option = next(iter(difflib.get_close_matches(word, known_options, n=1, cutoff=0.75)), None)
     if option in known_options:
         return f"did you mean {option}? "
-    if re.match(r"(config|cfg|conf)\b|config_|config-", name):
-        return f"{_NO_FILE}; "
+    if re.match(r"(config|cfg|conf|settings)\b|config_|config-", name):
+        return f"{_FILE.format(value or 'FILE.yaml')}; "
     if difflib.get_close_matches(re.sub("[-_]", "", name.lower()), ["dryrun"], cutoff=0.8):
-        way = "vp-plan with the same settings says what a run would do and starts nothing; "
-        return f"{way}--preflight stops before step 1; " if "--preflight" in known_options else way
+        plan = "vp-plan with the same settings says what a run would do and starts nothing; "
+        stop = "--preflight stops before step 1; " if "--preflight" in known_options else ""
+        return plan + stop
+    if (way := way_elsewhere(name, value)) is not None:
+        return f"{way}; "
     names = close_names(name)
-    if names and len(name) > 1:
-        return f"write {names[0]}={value if equals else '...'}; "
-    return ""
+    if not names or len(name) == 1:
+        return ""
+    return f"write {names[0]}={_value_here(names[0], value) or '...'}; "
+
+
+def _value_here(name: str, value: str) -> str:
+    """Return the value of another framework as the setting `name` takes it."""
+    if name not in setting_names():
+        return value
+    if not value and kind_of(name) is bool:
+        return "true"
+    is_choice = value.lower() in setting_of(field_of(name)[0]).choices
+    return value.lower() if is_choice else value
 
 
 def instead_of_word(word: str, before: str) -> str:
@@ -132,7 +100,7 @@ def instead_of_word(word: str, before: str) -> str:
         return f"write {groups[0]}={word}"
     path = Path(os.path.expanduser(word))
     if path.suffix in (".yaml", ".yml", ".toml"):
-        return _NO_FILE
+        return _FILE.format("FILE.yaml" if path.suffix == ".toml" else word)
     if 0 < len(word) < LONGEST_KEY and path.exists():
         return f"for text of your own write data=text data.path={word}"
     if word in ("help", "version"):

@@ -16,8 +16,8 @@ from vp_train.config.errors import unknown
 from vp_train.config.setting import setting_of
 from vp_train.config.whole import RAMP_WORDS
 from vp_train.settings.checks import LONGEST_KEY
-from vp_train.settings.meant import choice_of_group, close_names
-from vp_train.settings.tree import ENTRIES, FILE_GROUPS, field_of, sections, setting_names
+from vp_train.settings.meant import choice_of_group, close_names, way_elsewhere
+from vp_train.settings.tree import ENTRIES, field_of, kind_of, sections, setting_names
 from vp_train.settings.words import parsed_override, quoted_words, value_words
 
 
@@ -60,8 +60,7 @@ def unknown_choice(error: BaseException) -> str:
         return f"data={choice} is not known; for text of your own: data=text data.path={choice}"
     if group == "model" and (file := _model_file(choice)) is not None:
         return f"{group}={choice} is a directory; give the file of settings in it: model={file}"
-    is_path = group in FILE_GROUPS and "/" in choice
-    way_out = ", or give a file of settings whose name ends with .yaml" if is_path else ""
+    way_out = ", or give a file of settings whose name ends with .yaml" if "/" in choice else ""
     return unknown(f"{group}={choice}", choice, options) + way_out
 
 
@@ -94,7 +93,11 @@ def bad_override(error: BaseException, overrides: Sequence[str]) -> str:
         return f"{word}: one value is needed; {way_out}"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
-        meant = (choice_of_group(word) for word in overrides if word.startswith(f"{key}="))
+        given = [word for word in overrides if word.startswith(f"{key}=")]
+        values = [word.partition("=")[2] for word in given]
+        if (way := way_elsewhere(key, "".join(values[-1:]))) is not None:
+            return f"{key} is not a setting; {way}"
+        meant = map(choice_of_group, given)
         close = [*filter(None, meant)][:1] or close_names(key)
         section = key.partition(".")[0]
         where = f" {section} lists those of {section}"
@@ -112,8 +115,7 @@ def _one_value(word: str) -> str:
     """Return the way out for several values of a setting, separated by commas."""
     name, _, value = word.partition("=")
     if name in setting_names():
-        item, section = field_of(name)
-        kind = str(typing.get_type_hints(section)[item.name])
+        kind = str(kind_of(name))
         if "tuple" in kind or "list" in kind:
             return f"a list is written {name}=[{value}]"
         if "int" in kind and re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
@@ -163,23 +165,49 @@ def _wrong_type(word: str) -> str | None:
         return None
     if name == "batch_ramp":
         return f"{word} is not a list of pairs, each a step and a number of sequences; {RAMP_WORDS}"
-    item, section = field_of(name)
-    kind, setting = typing.get_type_hints(section)[item.name], setting_of(item)
+    item, kind = field_of(name)[0], kind_of(name)
+    setting = setting_of(item)
     if (words := _kind_words(kind)) is None:
         return None
+    if (one := _one_element(name, value)) is not None:
+        return f"{word} is not a list; write {name}=[{one}]"
     if setting.choices:
         return f"{word} is not {words}; choose one of {setting.allowed}"
     if not setting.allowed:
         return f"{word} is not {words}; see vp-train --help {name}"
     verb = "lie in" if setting.allowed.startswith(("[", "(")) else "be"
-    subject = "each" if "list" in words else "it"
+    is_list = _element_kind(kind) is not None
+    subject = "each" if is_list else "it"
     digits = _in_digits(value)
     way_out = ""
     with contextlib.suppress(ConfigError):
-        if digits is not None:
+        if digits is not None and not is_list:
             setting.check(name, int(digits), item.default)
             way_out = f"; write {name}={digits}"
     return f"{word} is not {words}; {subject} must {verb} {setting.allowed}{way_out}"
+
+
+def _one_element(name: str, value: str) -> str | None:
+    """Return a value that was typed alone as the one element of a list; None if it cannot be it."""
+    element, item = _element_kind(kind_of(name)), field_of(name)[0]
+    typed: object = value
+    if element is int:
+        digits = _in_digits(value)
+        typed = None if digits is None else int(digits)
+    if element not in (int, str) or typed is None or re.search(r"[\[\]{}()]", value):
+        return None
+    with contextlib.suppress(ConfigError):
+        setting_of(item).check(name, typed, item.default)
+        return str(typed)
+    return None
+
+
+def _element_kind(kind: Any) -> Any:
+    """Return the type of the elements of a list, or of a list or null; None for other types."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is tuple:
+            return typing.get_args(part)[0]
+    return None
 
 
 def _in_digits(value: str) -> str | None:

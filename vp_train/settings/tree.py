@@ -20,7 +20,8 @@ ENTRIES = {
         "write data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]",
     ),
 }
-FILE_GROUPS = ("model", "cost")  # groups that take a file
+# What the choices of a group set in other groups.
+SETS_TOO = {"cluster": ("run.device", "run.dtype")}
 
 
 @cache
@@ -57,13 +58,17 @@ def field_of(name: str) -> tuple[Any, type]:
     return item, section
 
 
+def kind_of(name: str) -> Any:
+    """Return the type of a setting."""
+    item, section = field_of(name)
+    return typing.get_type_hints(section)[item.name]
+
+
 def is_text(name: str) -> bool:
     """Return whether a setting takes any text."""
     if name not in setting_names():
         return False
-    item, section = field_of(name)
-    kind = typing.get_type_hints(section)[item.name]
-    return kind in (str, str | None) and not setting_of(item).choices
+    return kind_of(name) in (str, str | None) and not setting_of(field_of(name)[0]).choices
 
 
 def values_of(config: RunConfig) -> dict[str, object]:

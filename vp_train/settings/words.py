@@ -37,12 +37,13 @@ def override(name: str, value: str) -> str:
     return f"{name}={quoted_value(value)}"
 
 
-_PLAIN_TEXT = re.compile(r"(?!null$)[A-Za-z0-9_./+:-]+", re.I)
+_MEANT_FOR_HYDRA = re.compile(r"""\s*(?:['"\[{].*|null\s*)|.*[,\\].*|""", re.I | re.S)
 
 
 def typed(name: str, value: str) -> str:
     """Return the override that sets a text as one types it: in quotes only where it needs them."""
-    return f"{name}={value}" if _PLAIN_TEXT.fullmatch(value) else override(name, value)
+    is_plain = not _MEANT_FOR_HYDRA.fullmatch(value) and "~" not in value
+    return f"{name}={value}" if is_plain else override(name, value)
 
 
 def for_shell(word: str) -> str:
@@ -56,6 +57,11 @@ def quoted_value(setting: object) -> str:
     if isinstance(setting, str):
         # A backslash counts as one unless it stands before a quote.
         return "'" + re.sub(r"(\\*)('|$)", _escaped, setting) + "'"
+    if isinstance(setting, Mapping):
+        pairs = (f"{key}:{quoted_value(value)}" for key, value in setting.items())
+        return f"{{{','.join(pairs)}}}"
+    if isinstance(setting, Sequence):
+        return f"[{','.join(map(quoted_value, setting))}]"
     return "null" if setting is None else str(setting)
 
 
@@ -74,9 +80,6 @@ def at_home(word: str) -> str:
         return match[0] if match[1] is None else quoted_value(os.path.expanduser(match[1]))
 
     return _QUOTED_OR_HOME.sub(found, word)
-
-
-_MEANT_FOR_HYDRA = re.compile(r"""\s*(?:['"\[{].*|null\s*)|.*[,\\].*|""", re.I | re.S)
 
 
 def as_written(word: str) -> str:
