@@ -359,9 +359,9 @@ def test_the_mesh_makes_the_planned_groups_and_connects_them_under_the_start_tim
         assert (options is not None) == (NCCL in backend and rank in members)
         if options is not None:
             assert options.is_high_priority_stream
-            assert options.config.max_ctas == (
-                RunSettings().collective_ctas if purpose in END_PURPOSES.values() else 32
-            )
+            most = {end: RunSettings().collective_ctas for end in END_PURPOSES.values()}
+            most[Purpose.HOPS] = RunSettings().hop_channels
+            assert options.config.max_ctas == most.get(purpose, 32)
     on_nccl = [
         (spec, group) for spec, group in zip(own, mesh.made, strict=True) if NCCL in spec.backend
     ]
@@ -396,7 +396,7 @@ def test_the_mesh_makes_the_planned_groups_and_connects_them_under_the_start_tim
 def test_settings_of_zero_leave_nccl_its_choice(fake_nccl):
     fake_nccl(0, Degrees(1, 1, 1))
     options = communicator_options(
-        RunSettings(collective_ctas=0, comm_priority=False), timedelta(seconds=3), few_ctas=True
+        RunSettings(collective_ctas=0, comm_priority=False), timedelta(seconds=3), most_ctas=0
     )
     assert options._timeout == timedelta(seconds=3)
     assert options.config.max_ctas == 32
@@ -405,7 +405,7 @@ def test_settings_of_zero_leave_nccl_its_choice(fake_nccl):
 
 def test_a_torch_without_nccl_has_no_options(monkeypatch):
     monkeypatch.delattr(dist, "ProcessGroupNCCL", raising=False)
-    assert communicator_options(RunSettings(), timedelta(seconds=3), few_ctas=True) is None
+    assert communicator_options(RunSettings(), timedelta(seconds=3), most_ctas=2) is None
 
 
 def test_512_ranks_make_their_groups_without_a_store_and_in_seconds(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import hydra
 import pytest
 
 from vp_train.config import ConfigError, RunConfig
@@ -60,3 +61,11 @@ def test_a_choice_that_would_choose_another_group_is_refused_on_saved_settings()
     saved = compose.Saved(asdict(load_config([])), {"cost"})
     with pytest.raises(ConfigError, match="cost=a100_4b chooses a model, and a resumed"):
         compose.composed_config(["cost=a100_4b"], saved)
+
+
+def test_hydra_keeps_its_own_settings():
+    """A program of hydra may load settings, too."""
+    compose._hydra_composed(["model=nano"])
+    with hydra.initialize_config_module("vp_train.configs", version_base="1.3"):
+        composed = hydra.compose("config", overrides=[], return_hydra_config=True)
+    assert composed.hydra.launcher

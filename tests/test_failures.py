@@ -433,14 +433,18 @@ def test_nothing_is_watched_where_torch_does_not_say_its_errors(monkeypatch):
 def test_ranks_of_a_node_share_its_cpus_to_compile(
     tmp_path, monkeypatch, num_cpus, num_local, threads
 ):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(num_cpus))
-    environment = {"LOCAL_WORLD_SIZE": str(num_local)}
-    set_environment(environment, RunSettings(), tmp_path)
-    assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cpus)
+    for is_bound in (False, True):
+        own = range(max(1, num_cpus // num_local) if is_bound else num_cpus)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, own=own: own)
+        environment = {"LOCAL_WORLD_SIZE": str(num_local)}
+        set_environment(environment, RunSettings(), tmp_path)
+        assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == str(threads)
 
 
 def test_the_environment_is_set_where_the_user_has_not(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(20))
+    monkeypatch.setattr(os, "cpu_count", lambda: 20)
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "5"}
     set_environment(environment, RunSettings(hop_channels=2), tmp_path)
     assert environment == {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -188,12 +188,18 @@ def _warm_up(
     without.  Collective over the tensor-parallel ranks.  Raises ConfigError where it cannot, if
     run.compile is on or there are tensor-parallel ranks.
     """
+    num_tokens = config.micro_batch_size * config.model.seq_length
+    for stage in stages:
+        _try_to_compile(config, partial(stage.warm_up, config.micro_batch_size))
+    for modules in (training, evaluating):
+        if modules.output_layer is not None:
+            _try_to_compile(config, partial(modules.output_layer.warm_up, num_tokens))
+
+
+def _try_to_compile(config: RunConfig, work: Callable[[], object]) -> None:
+    """Run work that compiles what it needs, as `_warm_up` says."""
     try:
-        for stage in stages:
-            stage.warm_up(config.micro_batch_size)
-        for modules in (training, evaluating):
-            if modules.output_layer is not None:
-                modules.output_layer.warm_up(config.micro_batch_size * config.model.seq_length)
+        work()
     except Exception as error:
         if not is_failure(error):
             raise

@@ -205,16 +205,20 @@ def _make(
         in_world = spec.purpose in WORLD_PURPOSES
         long = in_world or on_nccl  # NCCL connects at the first message, under its timeout
         seconds = settings.world_timeout_seconds if long else settings.timeout_seconds
-        # These collectives run beside the passes, so they must leave thread blocks to them.  Sums
-        # over replicas come at the end of a step, where few passes are left.
-        few_ctas = spec.purpose in END_PURPOSES.values()
+        # These run beside the passes, so they must leave thread blocks to them.  Sums over replicas
+        # come at the end of a step, where few passes are left.
+        most_ctas = 0
+        if spec.purpose in END_PURPOSES.values():
+            most_ctas = settings.collective_ctas
+        elif spec.purpose is Purpose.HOPS:  # memory of its collectives, which never run
+            most_ctas = settings.hop_channels
         is_member = rank in spec.members
         timeout = timedelta(seconds=seconds)
         group = dist.new_group(
             list(spec.members),
             timeout,
             spec.backend if backend in (GLOO, NCCL) else backend,
-            communicator_options(settings, timeout, few_ctas=few_ctas)
+            communicator_options(settings, timeout, most_ctas=most_ctas)
             if on_nccl and is_member
             else None,
             group_desc=str(spec.purpose),

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import NoReturn
@@ -90,6 +90,7 @@ def run_rank(
     requests.listen()
     watcher = Watcher(config.run, rank, num_ranks)
     directory: RunDirectory | None = None
+    warnings: Sequence[str] = ()
     unused = ExitStack()  # removes the directory of a run that does not start
     try:
         watcher.note("planning")
@@ -103,6 +104,7 @@ def run_rank(
             if only_preflight:
                 unused.enter_context(removed_if_unused(config.run))
             else:
+                warnings = warnings_of(config, plan, source)  # reads text while nobody waits
                 directory = RunDirectory(config.run)
                 unused.callback(directory.forsake)
         mesh = _meet(config, plan, source, watcher, compares=only_preflight)
@@ -121,7 +123,7 @@ def run_rank(
         if run.first_step > config.run.steps:
             _leave_done(run.first_step - 1, config.run, rank)
         if directory is not None:
-            run.reporter = _begin_report(run, directory, config_yaml)
+            run.reporter = _begin_report(run, directory, config_yaml, warnings)
         try:
             for step in run.steps():
                 run.train_step(step)
@@ -472,11 +474,13 @@ def _meet(
     return mesh
 
 
-def _begin_report(run: Run, directory: RunDirectory, config_yaml: str) -> Reporter:
+def _begin_report(
+    run: Run, directory: RunDirectory, config_yaml: str, warnings: Sequence[str]
+) -> Reporter:
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, run.take_notices(), warnings_of(config, run.plan, source))
+    reporter.start(config_yaml, run.take_notices(), warnings)
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,

@@ -203,7 +203,7 @@ def test_a_run_says_once_what_is_left_out_and_warns_each_time_of_much(tmp_path, 
                 assert words == (
                     f"data.path={each.path}: 1 of 10 documents were left out: "
                     f"documents without the text field, first {lines}:10 (no 'text', but content)"
-                    "; jsonl_field names the field that has the text"
+                    "; data.jsonl_field names the field that has the text"
                 )
     assert capsys.readouterr().err == ""
     lines.write_text(text * 3 + '{"content": "one"}\n')

@@ -16,15 +16,15 @@ def stay_near_gpu(index: int, sysfs: Path = Path("/sys")) -> None:
     """Let this thread, and those that it starts, run only on the CPUs near GPU `index`.
 
     Host memory that they touch first is near the GPU, too.  Nothing changes where the system does
-    not say which CPUs are near, or where this thread may use fewer than four of them.  It starts
-    CUDA.
+    not say which CPUs are near, where these are fewer than four, or where this thread may not use
+    all of them: then a launcher has chosen its CPUs.  It starts CUDA.
     """
     gpu: Any = torch.cuda.get_device_properties(index)
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     with suppress(OSError, ValueError):  # no such file, other words, or no right to bind
         text = (sysfs / "bus/pci/devices" / address / "local_cpulist").read_text()
-        near = _cpus_of(text) & os.sched_getaffinity(0)
-        if len(near) >= _FEWEST:
+        near = _cpus_of(text)
+        if len(near) >= _FEWEST and near <= os.sched_getaffinity(0):
             os.sched_setaffinity(0, near)
 
 

@@ -128,23 +128,23 @@ def set_environment(
 def _compile_threads(environment: Mapping[str, str]) -> int:
     """Return this rank's share of the CPUs, at most as many as torch's compiler takes alone."""
     num_local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    return min(_MOST_COMPILE_THREADS, max(1, len(os.sched_getaffinity(0)) // num_local))
+    share = max(1, (os.cpu_count() or 1) // num_local)  # a bound rank has its share already
+    return min(_MOST_COMPILE_THREADS, share, len(os.sched_getaffinity(0)))
 
 
-def communicator_options(settings: RunSettings, timeout: timedelta, *, few_ctas: bool) -> Any:
+def communicator_options(settings: RunSettings, timeout: timedelta, *, most_ctas: int) -> Any:
     """Return a new ProcessGroupNCCL.Options, None if torch has no NCCL.
 
     timeout: the same as for `new_group`; torch warns if they differ.
-    few_ctas: use at most `settings.collective_ctas` thread blocks, for communicators that run
-        beside the passes.
+    most_ctas: use at most so many thread blocks, 0 for NCCL's choice.
     """
     kind = getattr(dist, "ProcessGroupNCCL", None)
     if kind is None:
         return None
     options = kind.Options(is_high_priority_stream=settings.comm_priority)
     options._timeout = timeout
-    if few_ctas and settings.collective_ctas and hasattr(options.config, "max_ctas"):
-        options.config.max_ctas = settings.collective_ctas
+    if most_ctas and hasattr(options.config, "max_ctas"):
+        options.config.max_ctas = most_ctas
     return options
 
 

@@ -620,6 +620,11 @@ class _Work:
         temporary = building_place(path)  # if it exists, a killed process left it
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
+        # A file system of a network may have hidden what another node has just completed.  The new
+        # directory lets it look again.
+        if _is_complete(path):
+            temporary.rmdir()
+            return
         try:
             manifest = self._write(temporary, key)
             (temporary / MANIFEST).write_text(manifest_text(manifest))

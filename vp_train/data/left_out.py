@@ -65,7 +65,7 @@ def much_left_out(left_out: Mapping[str, list[int | str]], num_documents: int) -
         return ""
     most = max(counts, key=lambda kind: counts[kind])
     mostly = "mostly " if len(counts) > 1 else ""
-    way_out = "; jsonl_field names the field that has the text" if most in _OF_FIELDS else ""
+    way_out = "; data.jsonl_field names the field that has the text" if most in _OF_FIELDS else ""
     return (
         f"{number:,} of {total:,} documents were left out: {mostly}{most}, first "
         f"{printable(str(left_out[most][1]))}{way_out}"

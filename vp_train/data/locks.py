@@ -44,6 +44,7 @@ def alone(cache_dir: Path, name: str, progress: bool) -> Iterator[None]:
         with suppress(OSError):  # the disk may be full, which the work itself says better
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.fsync(lock.fileno())  # for other nodes
         try:
             yield
         except OSError as error:
@@ -51,6 +52,9 @@ def alone(cache_dir: Path, name: str, progress: bool) -> Iterator[None]:
                 raise
             words = f"{error.strerror}; make room there, or set data.cache_dir to another place"
             raise OSError(error.errno, words, error.filename or str(cache_dir)) from None
+        finally:
+            with suppress(OSError):
+                lock.truncate(0)
 
 
 def building_place(path: Path) -> Path:
@@ -77,7 +81,10 @@ def _open(cache_dir: Path, name: str) -> IO[bytes]:
 
 
 def _taken_soon(lock: IO[bytes]) -> bool:
-    """Take the lock if it is free or becomes so within a moment.  Returns whether it was taken."""
+    """Take the lock if it is free or becomes so within a moment.  Returns whether it was taken.
+
+    Raises OSError with the way out on a file system without locks.
+    """
     until = time.monotonic() + _POLITE_SECONDS
     while True:
         try:
@@ -86,6 +93,9 @@ def _taken_soon(lock: IO[bytes]) -> bool:
             if time.monotonic() > until:
                 return False
             time.sleep(_POLL_SECONDS)
+        except OSError as error:
+            words = f"{error.strerror}; set data.cache_dir to a file system that has locks (flock)"
+            raise OSError(error.errno, words, lock.name) from None
         else:
             return True
 

@@ -26,11 +26,12 @@ def reported(what: str, state: Callable[[float], str], shown: bool = True) -> It
         return
     if sys.stderr.isatty():
         from rich.console import Console
+        from rich.text import Text  # paths may look like markup
 
-        status = Console(stderr=True).status(what)
+        status = Console(stderr=True).status(Text(what))
 
         def show(words: str) -> None:
-            status.update(f"{what}: {words}")
+            status.update(Text(f"{what}: {words}"))
 
         with status, _repeated(_LIVE_SECONDS, show, state):
             yield

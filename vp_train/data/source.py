@@ -309,7 +309,7 @@ class _Text:
     def validation_sets(self) -> tuple[str, ...]:
         return tuple(self._validation)
 
-    @property
+    @cached_property
     def warnings(self) -> tuple[str, ...]:
         names = set(self._validation) - {""}
         found = trained_on(self._config.data, self._corpora) if names else []

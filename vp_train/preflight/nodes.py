@@ -299,7 +299,7 @@ def _timed_sum(config: RunConfig, world: ControlGroup) -> tuple[float, float]:
     device = torch.device("cpu")
     if on_nccl:  # with gloo the default group is connected already
         timeout = timedelta(seconds=config.run.world_timeout_seconds)
-        options = communicator_options(config.run, timeout, few_ctas=False)
+        options = communicator_options(config.run, timeout, most_ctas=0)
         group = dist.new_group(timeout=timeout, backend=NCCL, pg_options=options)
         device = torch.device("cuda", torch.cuda.current_device())
 

@@ -136,6 +136,7 @@ def _hydra_composed(overrides: Sequence[str], saved: Saved | None = None) -> Any
     from importlib.resources import files
 
     from hydra import compose, initialize_config_module
+    from hydra.conf import HydraConf
     from omegaconf import OmegaConf
 
     store = _store()
@@ -148,22 +149,25 @@ def _hydra_composed(overrides: Sequence[str], saved: Saved | None = None) -> Any
         ]
         store.store(name="saved", node=dict(saved.settings))
         store.store(name="resumed", node={"defaults": ["schema", "saved", *anew, "_self_"]})
-    with initialize_config_module("vp_train.configs", version_base="1.3"):
-        return compose("resumed" if saved else "config", overrides=list(overrides))
+    # Hydra would read eight files for its own settings, half of its time: they are for programs
+    # that it starts.  Those of this process, if it is one, stay as they are.
+    of_hydra = store.repo["hydra"]
+    own = of_hydra["config.yaml"]
+    store.store(name="config", group="hydra", node=HydraConf(defaults=[]))
+    try:
+        with initialize_config_module("vp_train.configs", version_base="1.3"):
+            return compose("resumed" if saved else "config", overrides=list(overrides))
+    finally:
+        of_hydra["config.yaml"] = own
 
 
 @cache
 def _store() -> Any:
-    """Return hydra's store with the types of all settings, and with nothing of its own settings.
-
-    Hydra would read eight files for those, half of its time: they are for programs that it starts.
-    """
-    from hydra.conf import HydraConf
+    """Return hydra's store with the types of all settings."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(name="schema", node=pickle.loads(_types()))
-    store.store(name="config", group="hydra", node=HydraConf(defaults=[]))
     return store
 
 
