@@ -78,6 +78,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Also end the deafness to Ctrl-C that a shell's & gives to its jobs: tests send SIGINT.
     """
+    # Scripts of benchmarks import each other by their bare names.  A worker has another path than
+    # the process that has imported its tests.
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.set_threshold(10_000)  # memory is there; rare collections save a twentieth of the time

@@ -1,13 +1,11 @@
 """Every benchmark can be imported: what its modules import of the project is still there."""
 
 import importlib
-import sys
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # its scripts import each other by their bare names
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in BENCHMARKS.glob("*.py")))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other
 
 
 def test_a_run_in_which_every_step_saves_or_writes_is_told_to_save_less_often(monkeypatch):

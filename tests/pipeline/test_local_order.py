@@ -237,6 +237,7 @@ def gpu(monkeypatch):
     names = ("Stream", "Event", "current_stream", "default_stream", "set_device", "_sleep")
     for name in (*names, "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return made
 
 
