@@ -94,7 +94,7 @@ FAULTS = {
     "a launcher that crashes": Fault(-11, "", number=signal.SIGSEGV, target="launcher"),
     "kill -9 of the store of the ranks": Fault(
         EXIT_INTERNAL,
-        r"^vp-train: the store of the ranks on \S+ was killed by SIGKILL .*; run.resume=true goes on",
+        r"^vp-train: the store of the ranks on \S+ was killed by SIGKILL .*; run.resume=true goes",
         number=signal.SIGKILL,
         target="store",
         saved=True,
