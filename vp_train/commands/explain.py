@@ -76,10 +76,12 @@ def _explain(arguments: Sequence[str]) -> int:
     note, comparison, settings = None, None, None
     steps, larger = 0, None
     try:
-        config = as_traced(explanation, load_config(words), run / "schedule.txt")
+        now = load_config(words)
+        config = as_traced(explanation, now, run / "schedule.txt")
         plan = plan_of(explanation, config)
         settings, steps = cost_settings(explanation, plan), config.run.steps
-        larger = larger_microbatches(config, plan)
+        if now.num_microbatches == config.num_microbatches:  # else the run was changed since
+            larger = larger_microbatches(config, plan)
         if explanation.on_processor == 1:
             if sys.stderr.isatty():
                 print("trying other schedules with the measured times", file=sys.stderr, flush=True)

@@ -54,12 +54,20 @@ NAMES = {
     "clip_grad": "optim.clip_grad_norm",
     "eval_iters": "run.eval_microbatches",
     "exit_duration_in_mins": "run.max_minutes",
+    "data_cache_path": "data.cache_dir",
+    "window_size": "model.sliding_window",
+    # And these are of torchtitan.
+    "max_norm": "optim.clip_grad_norm",
+    "log_freq": "run.log_every",
+    "decay_type": "optim.schedule",
 }
 _NO_CONTEXT = "vp_train has no context parallelism (docs/limits.md)"
 _NO_EXPERTS = "vp_train has no experts (docs/limits.md)"
 _NO_DROPOUT = "vp_train has no dropout (docs/from_megatron.md)"
 _BATCH = "write num_microbatches=..., the global batch / (parallel.dp x micro_batch_size)"
 _DECAY = "the decay of the learning rate ends with the run: write run.steps=..."
+_TOKENIZER = "write data.tokenizer=..., the path of a tokenizer.json"
+_PACKING = "write data.packing=documents"
 # What to say of those that take other values here, or that are missing.  {} is the value as typed.
 WAYS = {
     **dict.fromkeys(("global_batch_size", "gbs"), _BATCH),
@@ -95,6 +103,18 @@ WAYS = {
     "make_vocab_size_divisible_by": "a vocabulary needs no padding; drop this",
     "distributed_timeout_minutes": "write run.timeout_seconds=..., in seconds",
     "check_for_nan_in_loss_and_grad": "write run.on_nonfinite=stop, the default",
+    **dict.fromkeys(("tokenizer_type", "vocab_file", "merge_file"), _TOKENIZER),
+    **dict.fromkeys(("reset_position_ids", "reset_attention_mask"), _PACKING),
+    **dict.fromkeys(("profile_freq", "profile_step_start"), "write run.profile_steps=[{}]"),
+    "mock_data": "write data=synthetic",
+    "decoder_last_pipeline_num_layers": "write parallel.layers_per_stage=[...], the layers of "
+    "every stage",
+    "group_query_attention": "write model.num_query_groups=...",
+    "data_parallel_shard_degree": "vp_train has no FSDP (docs/limits.md); optim.name=zero1 shards "
+    "the optimizer",
+    "pipeline_parallel_schedule": "write schedule=..., for instance 1f1b, interleaved or zb_v",
+    "async_save": "a step waits for a copy of a checkpoint only; drop this",
+    "use_mcore_models": "layers are those of megatron-core; drop this",
 }
 # Options of other launchers, and ours.
 OPTIONS = {

@@ -34,6 +34,8 @@ def close_names(word: str) -> list[str]:
     if section in sections():
         lasts = [name.rpartition(".")[2] for name in names if name.startswith(f"{section}.")]
         return [f"{section}.{one}" for one in similar_names(last, lasts, 2)]
+    if dot and not difflib.get_close_matches(section, sections()):
+        return []  # of another framework: a guess would only look right
     close = difflib.get_close_matches(word, names if dot else [*names, *sections()], n=2)
     if close or dot:
         return close
