@@ -210,3 +210,15 @@ def test_vp_prepare_prepares_every_corpus_and_data_errors_end_with_78(blend: Dat
         "vp-train: data.blend[0]: path=/nowhere does not exist; give a directory of text"
     )
     assert len(failed.stderr.splitlines()) == 1
+
+
+def test_a_missing_corpus_is_named_before_any_is_prepared(blend: DataConfig, tmp_path) -> None:
+    whole = prepare_all(replace(blend, cache_dir=str(tmp_path / "first")), VOCAB_SIZE, False)
+    assert blend.blend is not None
+    *others, last = blend.blend
+    entries = (*others, replace(last, path=str(tmp_path / "nowhere")))
+    tokenizer, empty = str(whole[0].tokenizer), tmp_path / "second"
+    wrong = replace(blend, blend=entries, tokenizer=tokenizer, cache_dir=str(empty))
+    with pytest.raises(ConfigError, match=r"^data\.blend\[2\]: path=\S+nowhere does not exist"):
+        prepare_all(wrong, VOCAB_SIZE, False)
+    assert not empty.exists()

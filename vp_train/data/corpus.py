@@ -172,6 +172,11 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
         parts = [
             part if _stored(part) else replace(part, tokenizer=str(tokenizer)) for part in parts
         ]
+    if len(parts) > 1:  # before hours are spent on the first of them
+        for number, part in enumerate(parts):
+            with _naming_corpus(number):
+                if not _stored(part):
+                    find_files(part)
     corpora = []
     for number, part in enumerate(parts):
         with _naming_corpus(number):
