@@ -166,17 +166,18 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
     if config.blend is None:
         return (prepare(config, vocab_size, progress),)
     parts = [_part(config, entry) for entry in config.blend]
+    found = []
+    for number, part in enumerate(parts):  # before hours are spent on the first of them
+        with _naming_corpus(number):
+            if not _stored(part):
+                found.append(_Found.of(part))
     if config.tokenizer is None:
         stored = [path / "tokenizer.json" for path in map(_stored, parts) if path is not None]
-        tokenizer = stored[0] if stored else _shared_tokenizer(parts, vocab_size, progress)
+        cache_dir = Path(config.cache_dir).expanduser()
+        tokenizer = stored[0] if stored else _trained(cache_dir, found, vocab_size, progress)
         parts = [
             part if _stored(part) else replace(part, tokenizer=str(tokenizer)) for part in parts
         ]
-    if len(parts) > 1:  # before hours are spent on the first of them
-        for number, part in enumerate(parts):
-            with _naming_corpus(number):
-                if not _stored(part):
-                    find_files(part)
     corpora = []
     for number, part in enumerate(parts):
         with _naming_corpus(number):
@@ -437,16 +438,6 @@ def _require_text(files: Iterable[Path]) -> None:
             f"{stored[0]} holds tokens of Megatron-LM; set data.tokenizer to the tokenizer.json "
             "that made them"
         )
-
-
-def _shared_tokenizer(parts: list[DataConfig], vocab_size: int, progress: bool) -> Path:
-    """Train a tokenizer on the text of all corpora, or find it in the cache.  Returns its path."""
-    found = []
-    for number, part in enumerate(parts):
-        with _naming_corpus(number):
-            found.append(_Found.of(part))
-    cache_dir = Path(parts[0].cache_dir).expanduser()
-    return _trained(cache_dir, found, vocab_size, progress)
 
 
 def _trained(cache_dir: Path, found: Sequence[_Found], vocab_size: int, progress: bool) -> Path:
