@@ -292,6 +292,8 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
     exponentials = _exponentials_bytes(step, rank)
     activations, held = _graph_bytes(step, rank), _pool_bytes(step, rank)
     working = _kept_bytes(step, rank) + _MESSAGES * message + _rounded_weight_bytes(step, rank)
+    if on_cpu:
+        working += _unsent_bytes_of_others(step, rank)
     peak = activations, held, working
     highest = sum(peak)
     stages = frozenset(step.problem.layout.stages_of(rank))
@@ -383,6 +385,14 @@ def _unsent_bytes(item: Pass, step: StepPlan, rank: int) -> float:
     if item.kind is Kind.S and problem.algorithm.sharded and rank != problem.root(End.OUTPUT):
         return float(step.work.input_gradient_bytes)
     return 0.0
+
+
+def _unsent_bytes_of_others(step: StepPlan, rank: int) -> float:
+    """Return the bytes that microbatches left unsent which a short step in place of `step` lacks."""
+    order = step.schedule.ranks[rank]
+    firsts = [item for item in order if item.microbatch == 0]
+    lacks = step.problem.num_microbatches - max((item.microbatch + 1 for item in order), default=0)
+    return lacks * sum(_unsent_bytes(item, step, rank) for item in firsts)
 
 
 def _scratch_bytes(step: StepPlan, rank: int) -> float:
