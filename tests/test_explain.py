@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shlex
 import time
 from dataclasses import replace
@@ -841,6 +842,21 @@ def test_a_command_trains_steps_that_are_still_to_come(tmp_path, monkeypatch, vp
         number = RunConfig().num_microbatches // 2
         assert larger[-2:] == [f"num_microbatches={number}", "micro_batch_size=2"]
         assert larger[4:-2] == profiled[4:-1]
+
+
+def test_a_run_that_has_other_microbatches_than_its_traced_step_says_so(
+    tmp_path, monkeypatch, vp_explain
+):
+    monkeypatch.setattr(command, "compare_schedules", lambda *_: None)
+    run = traced_run(tmp_path)
+    assert "the run has" not in vp_explain(run)[1]
+    text = (run / "config.yaml").read_text()
+    (number,) = re.findall(r"^num_microbatches: (\d+)$", text, re.MULTILINE)
+    more = int(number) + 4
+    (run / "config.yaml").write_text(text.replace(f"ches: {number}", f"ches: {more}"))
+    code, out, _ = vp_explain(run)
+    assert code == 0
+    assert f"the run has num_microbatches={more} now; all that follows" in out
 
 
 def test_microbatches_grow_where_the_step_can_be_planned():

@@ -67,8 +67,9 @@ def test_as_in_the_readme_without_torch():
         "8 GPUs on one node, 75 GiB, 312 TFLOP/s in bfloat16 each; large products reach 78%, "
         "attention 56%" in done.stdout
     )
-    work = f"the model's work is {found.flops / 1e15:.3g} PFLOP in a step of 8 GPUs"
+    work = f"the model's work is {found.flops / 1e15:.3g} PFLOP"
     assert f"MFU {found.mfu:.1%}; {work}\n" in done.stdout
+    assert f"step      {found.num_tokens:,} tokens in " in done.stdout
     assert "exposed" not in done.stdout, "it is 0.1 %"
     binds = lines.index(f"binds     {found.binds}")
     assert lines[binds + 1].startswith("without   vocabulary parallelism, best found here: ")

@@ -73,15 +73,20 @@ def _explain(arguments: Sequence[str]) -> int:
         ) from None
     costs = None if options.cost is None else cost_output_of("--cost", options.cost)
     words = _settings_of(run)
-    note, comparison, settings = None, None, None
+    note, comparison, settings, changed = None, None, None, None
     steps, larger = 0, None
     try:
         now = load_config(words)
         config = as_traced(explanation, now, run / "schedule.txt")
         plan = plan_of(explanation, config)
         settings, steps = cost_settings(explanation, plan), config.run.steps
-        if now.num_microbatches == config.num_microbatches:  # else the run was changed since
+        if now.num_microbatches == config.num_microbatches:
             larger = larger_microbatches(config, plan)
+        else:
+            changed = (
+                f"the run has num_microbatches={now.num_microbatches} now; all that follows is "
+                "about the step as it was traced"
+            )
         if explanation.on_processor == 1:
             if sys.stderr.isatty():
                 print("trying other schedules with the measured times", file=sys.stderr, flush=True)
@@ -98,7 +103,7 @@ def _explain(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(record(explanation, comparison, found), indent=1))
     else:
-        _print(options.run, explanation, comparison, found, note)
+        _print(options.run, explanation, comparison, found, changed, note)
     return EXIT_OK
 
 
@@ -175,6 +180,7 @@ def _print(
     explanation: Explanation,
     comparison: Comparison | None,
     found: Sequence[Remedy],
+    changed: str | None,
     note: str | None,
 ) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
@@ -183,7 +189,7 @@ def _print(
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    say(text_of(_heading(run, explanation)), "")
+    say(text_of([*_heading(run, explanation), *([changed] if changed else [])]), "")
     console.print(_cause_table(explanation))
     say("")
     console.print(_kind_table(explanation.kinds))

@@ -78,9 +78,9 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         "",
         f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:,g} GiB "
         f"on rank {report.worst}, {room}; table in {'GiB' if unit == _GIB else 'MiB'}{alike}",
-        f"step      {duration(step)}: {report.num_tokens / step:,.0f} tokens/s, "
-        f"MFU {report.mfu:.1%}; the model's work is {_amount(report.flops)}FLOP in a step of "
-        f"{gpus_words(config)}",
+        f"step      {report.num_tokens:,} tokens in {duration(step)}: "
+        f"{report.num_tokens / step:,.0f} tokens/s, MFU {report.mfu:.1%}; "
+        f"the model's work is {_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
         f"schedule  bubble {report.bubble:.1%}; step {report.gap:.1%} over its bound "
         f"({report.bound_reason}){in_its_memory_words(report.gap, report.gap_in_its_memory)}",

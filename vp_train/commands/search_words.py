@@ -70,8 +70,9 @@ def search_lines(
     at_first = result.num_choices - result.num_added + result.num_same
     added = f", {result.num_added:,} added on the way" * (result.num_added > 0)
     same = f", {result.num_same:,} the same as others" * (result.num_same > 0)
+    ruled_out = f", {excluded:,} ruled out" * (excluded > 0)
     summary = (
-        f"{_choices(at_first)}{added}{same}, {excluded:,} ruled out, "
+        f"{_choices(at_first)}{added}{same}{ruled_out}, "
         f"{result.num_estimated:,} simulated, {result.num_planned} planned"
     )
     is_whole = result.best and not result.num_open
@@ -173,7 +174,8 @@ def _choices(count: int) -> str:
 def _vocabulary_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) -> list[str]:
     """Return a line with the best plan of the other kind than the first, if both were searched."""
     first, kept = result.best[0], result.kept.values
-    if "vocab.algorithm" in kept or kept.get("parallel.pp") == 1:
+    has_one_rank = kept.get("parallel.pp") == 1 or config.cluster.num_gpus == 1
+    if "vocab.algorithm" in kept or has_one_rank:
         return []
     splits = first.choice.splits_vocabulary
     other = result.without_vocabulary if splits else result.with_vocabulary

@@ -388,7 +388,7 @@ def _unsent_bytes(item: Pass, step: StepPlan, rank: int) -> float:
 
 
 def _unsent_bytes_of_others(step: StepPlan, rank: int) -> float:
-    """Return the bytes that microbatches left unsent which a short step in place of `step` lacks."""
+    """Return the bytes that the microbatches leave unsent which a short step lacks."""
     order = step.schedule.ranks[rank]
     firsts = [item for item in order if item.microbatch == 0]
     lacks = step.problem.num_microbatches - max((item.microbatch + 1 for item in order), default=0)
