@@ -591,7 +591,7 @@ def test_the_number_of_nodes_that_would_do_is_about_the_least(monkeypatch):
 
 
 def test_where_only_what_is_kept_does_not_fit_the_search_says_so(vp_plan):
-    small = (*NANO, "cluster.memory_gib=0.0038", "parallel.pp=1")
+    small = (*NANO, "cluster.memory_gib=0.0046", "parallel.pp=1")
     code, out, _ = vp_plan("--search", "--keep", "parallel.pp", *small)
     assert code == EXIT_CONFIG
     assert "NOTHING FITS" in out

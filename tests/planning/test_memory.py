@@ -15,12 +15,14 @@ from schedules.vocab import End
 from tests.ranks import in_processes
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model import shape
+from vp_train.planning import memory as memory_module
 from vp_train.planning.memory import (
     StateBytes,
     _most_held,
-    _unsent_bytes,
+    _sent_bytes,
     check_machine,
     host_bytes,
+    passes_peak,
     rank_memory,
     rank_parameters,
     rank_state,
@@ -213,7 +215,7 @@ def moments(step, optim, rank):
     of_layer = shape.layer_matrix_parameters(work.share)
     layers = sum(len(one) for one in step.layers_of_ranks[rank])
     weights = 2 * layers * of_layer * (work.linear_dtype == "float8")
-    order, alive, held, sent = step.schedule.ranks[rank], {}, 0, 0
+    order, alive, held, sends = step.schedule.ranks[rank], {}, 0, []
     most = max(
         sum((one.kind is Kind.S) - (one.kind is Kind.T) for one in order[:end])
         for end in range(len(order) + 1)
@@ -245,13 +247,14 @@ def moments(step, optim, rank):
             del alive[key]
         held += shard * ((kind is Kind.S) - (kind is Kind.T))
         after = sum(alive.values())
-        if not on_cuda:
-            if kind is Kind.E and sharded and rank != root(End.INPUT):
-                sent += message * step.shards[End.INPUT][rank].num_rows / model.vocab_size
-            if kind is Kind.S and sharded and rank != root(End.OUTPUT):
-                sent += message if work.vocab.sum_dtype == "compute" else message // item * precise
-            way = {Kind.F: 1, Kind.B: -1, Kind.I: -1}.get(kind, 0)
-            sent += message * (way != 0 and is_hop(stage, stage + way))
+        sends.append(0.0)
+        if kind is Kind.E and sharded and rank != root(End.INPUT):
+            sends[-1] = message * step.shards[End.INPUT][rank].num_rows / model.vocab_size
+        if kind is Kind.S and sharded and rank != root(End.OUTPUT):
+            sends[-1] = message if work.vocab.sum_dtype == "compute" else message // item * precise
+        way = {Kind.F: 1, Kind.B: -1, Kind.I: -1}.get(kind, 0)
+        sends[-1] += message * (way != 0 and is_hop(stage, stage + way))
+        sent = sum(sends[-8:] if on_cuda else sends)  # the host is eight passes ahead of a GPU
         if kind is Kind.F:
             beside = 2 * message
         elif kind in (Kind.B, Kind.I):
@@ -373,13 +376,27 @@ def test_on_a_cpu_stays_what_the_program_of_a_rank_sends_and_nothing_else(schedu
         sent = {op.item for op in program.ranks[rank] if op.action is Action.SEND}
         assert sent
         for item in order:
-            found, end = _unsent_bytes(item, step, rank), VOCABULARY_ENDS.get(item.kind)
+            found, end = _sent_bytes(item, step, rank), VOCABULARY_ENDS.get(item.kind)
             if end is None or vocab == "none" or rank == step.problem.root(end):
                 assert found == hop * (item in sent)
             elif end is End.INPUT:
                 assert found == hop / 2, "of the half of the rows that this rank has"
             else:
                 assert found == step.work.input_gradient_bytes
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_on_a_gpu_stays_what_the_last_passes_have_sent(monkeypatch, sequence_parallel):
+    """In the steady state of 1F1B a rank between others sends a message in each pass."""
+    words = ["run.device=cuda", "vocab=none", "parallel.pp=4", "num_microbatches=12"]
+    splits = f"parallel.sequence_parallel={sequence_parallel}"
+    _, step = planned(*words, "parallel.tp=2", splits, num_ranks=8)
+    found = []
+    for ahead in (1, 5):
+        monkeypatch.setattr(memory_module, "PASSES_AHEAD", ahead)
+        found.append(passes_peak(step, 1)[2])
+    hop = step.work.message_bytes / (2 if sequence_parallel else 1)
+    assert found[1] - found[0] == 4 * hop
 
 
 @pytest.mark.parametrize("num_microbatches", [8, 32])

@@ -27,17 +27,13 @@ from schedules.vocab import Payload
 from vp_train.pipeline.buffers import Buffers
 from vp_train.pipeline.comms import Comms, Delivery
 from vp_train.pipeline.offload import HostLink, Owner, SavedActivations, storages_of
+from vp_train.tensors.alignment import PASSES_AHEAD
 from vp_train.tensors.pending import Pending
 from vp_train.tensors.precision import statistics_dtype
 from vp_train.tensors.streams import Lead, Mark, streams_of
 from vp_train.vocab.input import InputLayer, InputStep
 from vp_train.vocab.loss import IGNORE_INDEX, token_weights
 from vp_train.vocab.output import OutputLayer, OutputStep, Targets
-
-# How far the host runs ahead of a GPU: about two microbatches, so that the GPU need not wait for it
-# while S and T, which are short, run between F and B; and no farther, since the messages of these
-# passes stay allocated.  Not measured on a GPU.
-_PASSES_AHEAD = 8
 
 
 class WeightGrads(Protocol):
@@ -201,7 +197,7 @@ class Executor:
     def __init__(self, program: Program, rank: int, modules: RankModules, comms: Comms) -> None:
         self._program, self._rank, self._modules, self._comms = program, rank, modules, comms
         self._streams = streams_of(modules.device)
-        self._lead = Lead(self._streams, _PASSES_AHEAD)
+        self._lead = Lead(self._streams, PASSES_AHEAD)
         self._link = HostLink(self._streams, modules.device)
         self.operation: Op | None = None  # which runs now or has run last; other threads may look
 

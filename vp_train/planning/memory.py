@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -20,7 +21,7 @@ from vp_train.model import shape
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.workload import Workload
-from vp_train.tensors.alignment import HOST_BLOCK_BYTES
+from vp_train.tensors.alignment import HOST_BLOCK_BYTES, PASSES_AHEAD
 from vp_train.units import human_bytes
 from vp_train.vocab.chunks import CHUNKS, PANEL_BYTES
 
@@ -293,7 +294,9 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
     activations, held = _graph_bytes(step, rank), _pool_bytes(step, rank)
     working = _kept_bytes(step, rank) + _MESSAGES * message + _rounded_weight_bytes(step, rank)
     if on_cpu:
-        working += _unsent_bytes_of_others(step, rank)
+        working += _sent_bytes_of_others(step, rank)
+    # What the last passes have sent; with gloo nothing is let go of within the step.
+    ahead = deque[float](maxlen=PASSES_AHEAD)
     peak = activations, held, working
     highest = sum(peak)
     stages = frozenset(step.problem.layout.stages_of(rank))
@@ -305,7 +308,7 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
         key = (item.stage, item.kind)
         if key not in effects:
             change = cost.byte_change(item)
-            left = _unsent_bytes(item, step, rank) if on_cpu else 0.0
+            left = _sent_bytes(item, step, rank)
             in_held = item.kind in (Kind.S, Kind.T)
             if in_held and on_cpu and exponentials:
                 change -= math.copysign(exponentials, change)
@@ -315,6 +318,9 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
                 layers, meanwhile = 0.0, message  # it gives a copy of its result away
             effects[key] = (layers, shards, left, meanwhile)
         layers, shards, left, meanwhile = effects[key]
+        if not on_cpu:
+            working -= ahead[0] if len(ahead) == PASSES_AHEAD else 0.0
+            ahead.append(left)
         kept = activations + (layers if layers > 0.0 else 0.0) - away
         sharded = held + (shards if shards > 0.0 else 0.0)
         during = working + left + meanwhile
@@ -368,31 +374,32 @@ def _is_hop(stage: int, other: int, step: StepPlan) -> bool:
     return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
 
 
-def _unsent_bytes(item: Pass, step: StepPlan, rank: int) -> float:
-    """Return the bytes that a pass sends and that stay allocated until the end of the step.
+def _sent_bytes(item: Pass, step: StepPlan, rank: int) -> float:
+    """Return the bytes of hops, and of terms of sums that another rank receives, of a pass.
 
-    They are hops, and terms of sums that another rank receives.  Gloo does not say when a message
-    has been sent.
+    They stay allocated until the host has seen that they have been sent.  Gloo does not say that,
+    so on a CPU they stay until the end of the step.  On a GPU the host runs some passes ahead.
     """
-    problem, message = step.problem, float(step.work.message_bytes)
+    problem, work = step.problem, step.work
+    message = float(work.message_bytes)
     neighbour = {Kind.F: item.stage + 1, Kind.B: item.stage - 1, Kind.I: item.stage - 1}.get(
         item.kind
     )
     if neighbour is not None and _is_hop(item.stage, neighbour, step):
-        return message
+        return message / work.sequence_ranks
     if item.kind is Kind.E and problem.algorithm.sharded and rank != problem.root(End.INPUT):
         return message * step.shards[End.INPUT][rank].num_rows / step.shards[End.INPUT][-1].stop
     if item.kind is Kind.S and problem.algorithm.sharded and rank != problem.root(End.OUTPUT):
-        return float(step.work.input_gradient_bytes)
+        return float(work.input_gradient_bytes)
     return 0.0
 
 
-def _unsent_bytes_of_others(step: StepPlan, rank: int) -> float:
-    """Return the bytes that the microbatches leave unsent which a short step lacks."""
+def _sent_bytes_of_others(step: StepPlan, rank: int) -> float:
+    """Return the bytes that the microbatches send which a short step lacks."""
     order = step.schedule.ranks[rank]
     firsts = [item for item in order if item.microbatch == 0]
     lacks = step.problem.num_microbatches - max((item.microbatch + 1 for item in order), default=0)
-    return lacks * sum(_unsent_bytes(item, step, rank) for item in firsts)
+    return lacks * sum(_sent_bytes(item, step, rank) for item in firsts)
 
 
 def _scratch_bytes(step: StepPlan, rank: int) -> float:
