@@ -224,7 +224,7 @@ def without_lines(report: PlanReport, result: SearchResult | None) -> list[str]:
 def short_words(choice: Choice) -> str:
     """Return the schedule and the placement of a choice in words."""
     chunks = f" of {choice.num_chunks} chunks" if choice.num_chunks is not None else ""
-    return f"{choice.schedule}{chunks}{PLACED[choice.placement]}"
+    return f"{choice.schedule_name}{chunks}{PLACED[choice.placement]}"
 
 
 def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:

@@ -382,7 +382,7 @@ def _choice_words(choice: Choice) -> dict[str, str]:
     return {
         _DEGREES: f"{degrees.dp} x {degrees.pp} x {degrees.tp}",
         "microbatches": f"{choice.num_microbatches:,} x {choice.micro_batch_size}",
-        _SCHEDULE: choice.schedule + ("" if chunks is None else f" x {chunks}"),
+        _SCHEDULE: choice.schedule_name + ("" if chunks is None else f" x {chunks}"),
         "vocab": _vocab_words(choice),
         "recompute": _recompute_words(choice),
         "sp": "yes" if choice.sequence_parallel else "no",

@@ -28,7 +28,8 @@ from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.placement import offloaded_layers, redistribute, split_layers
 from vp_train.planning.plan import MOST_FORWARD_PASSES, SEQUENCE_DEVICES
 
-MICRO_BATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)  # those that divide the batch are tried
+# Those that divide the batch are tried; for larger ones see `with_larger_microbatches`.
+MICRO_BATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 _MOST_EMPTY = 2  # stages without a layer
 # What rules out a step that has too many passes.
 TOO_LONG = f"more than {MOST_FORWARD_PASSES:,} forward passes (microbatches x stages)"
@@ -58,6 +59,7 @@ class Choice:
         need too much memory.  `recompute_per_stage` says which these are once that is known.
     offload: parallel.offload_activations.
     balance: vocab.balance, which counts where the vocabulary is sharded.
+    cap_gib: the memory under which schedule=auto orders the passes; None: as `schedule` does.
     optimizer: None until it is known which optimizers fit.
     """
 
@@ -74,7 +76,13 @@ class Choice:
     recompute_per_stage: tuple[str, ...] | None = None
     offload: float = 0.0
     balance: bool = False
+    cap_gib: float | None = None
     optimizer: OptimConfig | None = None
+
+    @property
+    def schedule_name(self) -> str:
+        """The value of schedule.name."""
+        return self.schedule if self.cap_gib is None else "auto"
 
     @property
     def splits_vocabulary(self) -> bool:
@@ -143,10 +151,10 @@ class Choice:
             config,
             schedule=replace(
                 config.schedule,
-                name=self.schedule,
+                name=self.schedule_name,
                 num_chunks=self.num_chunks,
                 file=None,
-                cap_gib=None,
+                cap_gib=self.cap_gib,
                 cap_microbatches=None,
             ),
             vocab=self.vocabulary(config.vocab),
@@ -515,6 +523,30 @@ def with_other_chunks(choice: Choice, num_layers: int) -> list[Choice]:
         for count in counts
         if 2 <= count <= most_chunks(pp, num_layers)
         and pp * count * choice.num_microbatches <= MOST_FORWARD_PASSES
+    ]
+
+
+def with_larger_microbatches(choice: Choice) -> list[Choice]:
+    """Return the choices with up to twice as large microbatches that no space has for their size.
+
+    They recompute at most as much: a small model on a fast GPU needs them, and where the host is
+    too slow for smaller ones, these recompute for nothing.  The next ones come beside the best.
+    """
+    size, strongest = choice.micro_batch_size, RECOMPUTE.index(choice.recompute)
+    sequences = size * choice.num_microbatches
+    return [
+        replace(
+            choice,
+            micro_batch_size=larger,
+            num_microbatches=sequences // larger,
+            recompute=recompute,
+            recompute_where_needed=choice.recomputes_partly and recompute != "none",
+            recompute_per_stage=None,
+            optimizer=None,
+        )
+        for larger in range(max(size, MICRO_BATCH_SIZES[-1]) + 1, 2 * size + 1)
+        if sequences % larger == 0
+        for recompute in RECOMPUTE[: strongest + 1]
     ]
 
 

@@ -23,6 +23,7 @@ from vp_train.planning.choice import (
     offloading,
     optimizers_of,
     space_of,
+    with_larger_microbatches,
 )
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
@@ -282,6 +283,7 @@ def helps_of(
 
     def near(choice: Choice, number: int = 1) -> list[Choice]:
         found = neighbours(choice, choices, number)
+        found += with_larger_microbatches(choice) if number == 1 else []
         if config.run.device == "cuda":
             num_layers = config.model.num_layers
             moving = [choice] if number == 1 else neighbours(choice, choices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -200,6 +201,12 @@ def order_of(choice: Choice, seconds: float) -> float:
 def rounded(seconds: float) -> float:
     """Return seconds to four digits, from 100 on to hundredths: no coarser than printed ones."""
     return round(seconds, 2) if seconds >= 100 else float(f"{seconds:.4g}")
+
+
+def rounded_down(value: float) -> float:
+    """Return the largest number of four digits that is not above `value`, which is positive."""
+    digits = 3 - math.floor(math.log10(value))
+    return math.floor(value * 10.0**digits) / 10.0**digits
 
 
 def memory_of(found: Found) -> float:

@@ -12,6 +12,7 @@ It goes from cheap to dear, and each stage sees fewer choices:
 6. Estimate single stages that recompute less in the best, and more in what almost fits.
 7. Estimate vocab.balance in the place of what may be among the best with it, then 6 again.
 8. Plan the best estimates as a run would plan them.
+9. Let schedule=auto order the passes of what may become the best by that.
 
 Links to hosts and their memory are assumed, so a step with offloaded activations counts as half a
 percent longer wherever it is compared (`counted`).
@@ -40,6 +41,7 @@ from vp_train.planning.choice import (
     neighbours,
     offloading,
     space_of,
+    with_larger_microbatches,
     with_other_chunks,
     without_vocabulary_of,
 )
@@ -50,7 +52,7 @@ from vp_train.planning.found import Estimate, Limits, SearchResult, counted
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import plan_nodes
-from vp_train.planning.trials import Almost, Effort, Trials
+from vp_train.planning.trials import ORDER_EFFORT, WORTH_ORDER, Almost, Effort, Trials
 from vp_train.planning.weigh import Candidate, Scales
 
 _FOR_ESTIMATES = 0.5  # part of the effort; the rest is for whole plans
@@ -167,6 +169,7 @@ class _Search:
                 self._change_stages()
                 self._plan()
             if not self._plans or self._seen == before or not self._explorer.goes_on():
+                self._order_anew()
                 return self._result()
 
     def _result(self) -> SearchResult:
@@ -339,6 +342,7 @@ class _Search:
         """Return the choices that `_look_around` tries."""
         found = neighbours(choice, self._space.choices)
         found += with_other_chunks(choice, self._num_layers)
+        found += with_larger_microbatches(choice)
         if self._offloads and (choice.offload or choice.recompute != "none"):
             found += offloading(choice, self._num_layers, where_needed=True)
         return [one for one in found if self._space.kept.against(one) is None]
@@ -552,6 +556,29 @@ class _Search:
             if self._book.planned and not effort.in_time():
                 return
             self._plan_one(estimate)
+
+    def _order_anew(self) -> None:
+        """Let schedule=auto order what is planned and may become the best of its kind by that.
+
+        The lowest bounds come first.  The first is ordered whatever effort is left.  Activations
+        that wait on hosts are left out, since the search of an order knows nothing of them.
+        """
+        if "schedule.name" in self._space.kept.values:
+            return
+        num_ordered = 0
+        planned = [one for one in self._book.as_planned() if one.is_planned]
+        for one in sorted(planned, key=lambda one: one.candidate.seconds):
+            choice = one.candidate.choice
+            if choice.degrees.pp == 1 or choice.offload:
+                continue
+            if not self._book.may_be_first(choice, one.candidate.seconds / (1 - WORTH_ORDER)):
+                continue
+            enough = self._effort.spent + ORDER_EFFORT > self._limits.effort
+            if not self._effort.in_time() or (enough and num_ordered):
+                return
+            num_ordered += 1
+            self._explorer.say("; searching for a faster order")
+            self._trials.order_anew(one)
 
     def _plan_one(self, estimate: Estimate) -> None:
         self._explorer.say("; planning a step whole")

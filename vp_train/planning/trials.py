@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from vp_train.config import ClusterConfig, ConfigError, OptimConfig
 from vp_train.planning.book import Book
 from vp_train.planning.choice import Choice, Kept
-from vp_train.planning.found import Estimate, Found
+from vp_train.planning.found import Estimate, Found, rounded_down
 from vp_train.planning.learned import Learned
 from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.plan import StepPlan
@@ -25,6 +25,11 @@ from vp_train.planning.weigh import (
     check_hosts,
 )
 
+# About the nodes that schedule=auto places where it does not end early.
+ORDER_EFFORT = 1_000_000
+# Parts of a step that is to be ordered anew: what its cap is lowered by where the order needs too
+# much, and what it has to gain, for it is searched for whenever the run starts.
+_LOWER_CAP, WORTH_ORDER = 0.03, 0.005
 _ROUNDS = 4  # of more stages that recompute, see `Trials.estimate`
 _MUCH_BALANCED = 0.02  # the part that balanced rows must save to come at once, see `Trials.draft`
 
@@ -265,6 +270,34 @@ class Trials:
         self._book.replace(estimate, estimate.unbalanced)
         if estimate.unbalanced is not None:
             self.plan(estimate.unbalanced)
+
+    def order_anew(self, planned: Estimate) -> None:
+        """Search for a faster order of a planned step in the memory that it leaves, and book it.
+
+        Every rank has the same cap, so the one with most state says what it is.
+        """
+        report, candidate = planned.report, planned.candidate
+        assert report is not None, "it was planned"
+        self.effort.spent += ORDER_EFFORT
+        room = self._scales.limit - max(
+            rank.memory.total - rank.memory.activations - rank.memory.vocabulary
+            for rank in report.ranks
+        )
+        for part in (1.0, 1.0 - _LOWER_CAP):
+            cap = rounded_down(part * room / 2**30)
+            choice = replace(candidate.choice, cap_gib=cap)
+            try:
+                step = self._scales.ordered(replace(choice, optimizer=planned.optim))
+                found = self._found(step, choice, planned.optim)
+            except TooLargeError:
+                continue
+            except ConfigError:
+                return
+            if found.seconds <= (1 - WORTH_ORDER) * planned.seconds:
+                ordered = replace(planned, candidate=replace(candidate, choice=choice), report=None)
+                self._book.add(ordered.as_planned(found))
+                self._book.plan(choice, found)
+            return
 
     def _found(self, step: StepPlan, choice: Choice, optim: OptimConfig) -> Found:
         """Return the report of a whole step.  Raises ConfigError if it does not fit."""

@@ -51,7 +51,14 @@ from vp_train.planning.peaks import (
     peaks_of,
 )
 from vp_train.planning.placement import balance, offloaded_layers, redistribute, split_vocabulary
-from vp_train.planning.plan import Draft, StepPlan, draft, draft_step, named_base_order
+from vp_train.planning.plan import (
+    Draft,
+    StepPlan,
+    draft,
+    draft_step,
+    named_base_order,
+    plan_step,
+)
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.some_recompute import Savings, SomeRecompute
 from vp_train.planning.workload import Workload
@@ -494,6 +501,13 @@ class Scales:
     def cost_of(self, choice: Choice) -> CostConfig:
         """Return the measured or assumed costs of the split of a choice."""
         return self._split_of(choice).cost
+
+    def ordered(self, choice: Choice) -> StepPlan:
+        """Return the step of a choice in the order that schedule=auto finds under its cap.
+
+        Raises ConfigError if it finds none.
+        """
+        return plan_step(choice.applied(self._config), self._config.cluster.num_gpus)
 
     def _draft(self, choice: Choice) -> Draft:
         split, family = self._split_of(choice), GENERATORS[choice.schedule]
