@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import sys
 from pathlib import Path
@@ -221,7 +222,11 @@ def moments(step, optim, rank):
         for end in range(len(order) + 1)
     )
     pool = 0 if on_cuda else exponentials * most
-    always = batch + 4 * message + weights
+    # The host is eight passes ahead of a GPU, of any kinds.
+    first = [one for one in order if one.microbatch == 0]
+    sent = sum(memory_module._sent_bytes(one, step, rank) for one in first)
+    ahead = math.ceil(8 * sent / len(first))
+    always = batch + 4 * message + weights + ahead * on_cuda
     yield 0, pool, always
     gradients = precise * rank_parameters(step, rank)
     yield 0, pool, batch + (min(gradients, 64 << 20) if optim.offload else 0)
@@ -254,7 +259,7 @@ def moments(step, optim, rank):
             sends[-1] = message if work.vocab.sum_dtype == "compute" else message // item * precise
         way = {Kind.F: 1, Kind.B: -1, Kind.I: -1}.get(kind, 0)
         sends[-1] += message * (way != 0 and is_hop(stage, stage + way))
-        sent = sum(sends[-8:] if on_cuda else sends)  # the host is eight passes ahead of a GPU
+        sent = 0 if on_cuda else sum(sends)
         if kind is Kind.F:
             beside = 2 * message
         elif kind in (Kind.B, Kind.I):

@@ -643,7 +643,7 @@ def test_a_search_offloads_where_the_best_would_recompute():
     choices = space_of(config).choices
     kept = (4, "1f1b", "one_barrier", 1)
     deep = [c for c in choices if (c.degrees.pp, c.schedule, c.vocab, c.micro_batch_size) == kept]
-    space = Space(tuple(deep), Counter(), (config.optim,))
+    space = Space(tuple(deep), Counter(), (config.optim,), Kept({"schedule.name": "1f1b"}))
 
     def best(memory_gib, **cluster):
         changed = replace(config.cluster, memory_gib=memory_gib, **cluster)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ from vp_train.planning import search as search_module
 from vp_train.planning import shared as shared_module
 from vp_train.planning import short as short_module
 from vp_train.planning import trials as trials_module
-from vp_train.planning.choice import Choice, Kept, Space
+from vp_train.planning.choice import ALL, Choice, Kept, Space
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, order_of
@@ -63,6 +63,8 @@ class Facts:
     less, most: the numbers of the choices of which one stage recomputes less, or more; `most` of
         any rank, and `on_rank` of the one that needs most.
     rank: the rank that needs most.
+    orders: the seconds of the step and the bytes of rank 1 in the orders that schedule=auto finds,
+        one after the other, and the effort of one.
     """
 
     bound: float
@@ -91,6 +93,8 @@ class Facts:
     most: tuple[int, ...] = ()
     on_rank: tuple[int, ...] | None = None
     rank: int = 1
+    orders: tuple[tuple[float, float], ...] = ()
+    order_effort: float = 500.0
 
     def __post_init__(self):
         self.drafted = self.bound if self.drafted is None else self.drafted
@@ -130,7 +134,7 @@ class World:
     def __init__(self, facts, choices=None, limit=GIB):
         self.choices = choices or [choice_of(number) for number in range(len(facts))]
         self.facts, self.limit, self.log = dict(zip(self.choices, facts, strict=True)), limit, []
-        self.near = {}
+        self.near, self.caps = {}, defaultdict(list)
 
     def note(self, what, choice):
         self.log.append((what, self.choices.index(choice)))
@@ -211,13 +215,28 @@ class World:
         )
         return step, facts.short, facts.placed
 
+    def ordered(self, choice):
+        named = replace(choice, cap_gib=None, optimizer=None)
+        self.note("order", named)
+        self.caps[named].append(choice.cap_gib)
+        return choice
+
     def report_of(self, choice, cluster, optim, *, cost):
-        facts = self.note("plan", choice)
-        assert cost == ("cost", choice)
-        rank = SimpleNamespace(memory=SimpleNamespace(total=facts.memory))
+        if choice.cap_gib is None:
+            facts = self.note("plan", choice)
+            seconds, memory = facts.seconds, facts.memory
+        else:
+            named = replace(choice, cap_gib=None, optimizer=None)
+            facts = self.facts[named]
+            seconds, memory = facts.orders[self.caps[named].index(choice.cap_gib)]
+        assert replace(cost[1], cap_gib=None) == replace(choice, cap_gib=None, optimizer=None)
+        ranks = [
+            SimpleNamespace(total=total, activations=0.3 * total, vocabulary=0.1 * total)
+            for total in (0.0, memory)
+        ]
         return SimpleNamespace(
-            step_seconds=facts.seconds,
-            ranks=(SimpleNamespace(memory=SimpleNamespace(total=0.0)), rank),
+            step_seconds=seconds,
+            ranks=tuple(SimpleNamespace(memory=memory) for memory in ranks),
             worst=1,
             host=SimpleNamespace(total=facts.planned_host),
         )
@@ -269,6 +288,14 @@ def enter(monkeypatch):
         monkeypatch.setattr(search_module, "Scales", scales)
         monkeypatch.setattr(shared_module, "short_step", world.short_step)
         monkeypatch.setattr(search_module, "neighbours", world.neighbours)
+        monkeypatch.setattr(search_module, "with_larger_microbatches", lambda choice: [])
+
+        def order_nodes(item):
+            facts = world.facts[item.choice]
+            return facts.order_effort if facts.orders else float("inf")
+
+        monkeypatch.setattr(search_module, "order_nodes", order_nodes)
+        monkeypatch.setattr(trials_module, "order_nodes", order_nodes)
         monkeypatch.setattr(Choice, "with_other_stage", with_other_stage)
         monkeypatch.setattr(trials_module, "report_of", world.report_of)
         monkeypatch.setattr(trials_module, "most_host_bytes", world.host_bytes)
@@ -289,10 +316,11 @@ def run(
     in_time=lambda: True,
     said=None,
     first=None,
+    kept=ALL,
 ):
     """Search all choices of a world that were there when it was made, or the `first` of them."""
     said = [] if said is None else said
-    space = Space(tuple(world.choices[:first]), Counter(), (ADAMW,))
+    space = Space(tuple(world.choices[:first]), Counter(), (ADAMW,), kept)
     return search(config, Limits(top, margin, effort), in_time, said.append, space)
 
 
@@ -730,6 +758,53 @@ def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothi
     assert numbers(world, found.best) == [0, 1, 3, 2]
     assert number_of(world, found.without_offloading) == 1
     assert number_of(world, found.leaner) == leaner
+
+
+@pytest.mark.parametrize("names", [(), ("schedule.name",)])
+def test_what_may_become_the_best_of_its_kind_is_ordered_anew(enter, names):
+    """The lowest bound first; each while it may still be the first, in the memory that it leaves.
+
+    The last cannot be faster than the first then is, nor is it worth the search where it would be
+    less than half a percent faster.  What has activations on hosts keeps its order.
+    """
+    facts = [
+        Facts(9.0, 10.0, orders=((9.5, ROOMY),)),
+        Facts(8.0, 11.0, orders=((9.2, 1.1 * GIB), (9.4, 0.8 * GIB))),
+        Facts(9.36, 10.1, orders=((9.36, ROOMY),)),
+        Facts(7.0, 10.2, orders=((7.1, ROOMY),)),
+        Facts(9.0, 12.0, orders=((11.95, ROOMY),)),
+    ]
+    choices = [choice_of(n, splits=n < 4, offload=float(n == 3)) for n in range(5)]
+    world = World(facts, choices)
+    enter(world)
+    found = run(world, top=5, kept=Kept(dict.fromkeys(names, "1f1b")))
+    if names:
+        assert not world.asked("order")
+        return
+    assert world.asked("order") == [1, 1, 0, 4]
+    caps = world.caps[choices[1]]
+    assert caps == [pytest.approx(part * (GIB - 0.6 * ROOMY) / GIB, rel=1e-3) for part in (1, 0.97)]
+    first = found.best[0]
+    assert first.seconds == 9.4
+    assert first.choice == replace(choices[1], cap_gib=caps[1], optimizer=ADAMW)
+    assert found.with_vocabulary.seconds == 9.4
+    assert found.without_vocabulary.seconds == 12.0
+    assert [plan.seconds for plan in found.best] == [9.4, 9.5, 10.0, 10.1, 10.2]
+
+
+@pytest.mark.parametrize(("order_effort", "orders"), [(500, [0, 1]), (700, [0]), (4_000, [])])
+def test_one_order_is_searched_for_after_the_effort_unless_it_takes_much_of_it(
+    enter, order_effort, orders
+):
+    facts = [
+        Facts(n + 8.0, 20.0, orders=((n + 19.0, ROOMY),), order_effort=order_effort)
+        for n in range(2)
+    ]
+    world = World(facts)
+    enter(world)
+    effort = 3_300  # of which weights, drafts, short steps and plans take 2,256
+    run(world, top=2, effort=effort)
+    assert world.asked("order") == orders
 
 
 def test_each_kind_has_a_third_of_the_effort_of_estimates(enter):

@@ -29,7 +29,7 @@ from vp_train.planning.placement import offloaded_layers, redistribute, split_la
 from vp_train.planning.plan import MOST_FORWARD_PASSES, SEQUENCE_DEVICES
 
 # Those that divide the batch are tried; for larger ones see `with_larger_microbatches`.
-MICRO_BATCH_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+MICRO_BATCH_SIZES = tuple(range(1, 17))
 _MOST_EMPTY = 2  # stages without a layer
 # What rules out a step that has too many passes.
 TOO_LONG = f"more than {MOST_FORWARD_PASSES:,} forward passes (microbatches x stages)"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -293,10 +292,7 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
     exponentials = _exponentials_bytes(step, rank)
     activations, held = _graph_bytes(step, rank), _pool_bytes(step, rank)
     working = _kept_bytes(step, rank) + _MESSAGES * message + _rounded_weight_bytes(step, rank)
-    if on_cpu:
-        working += _sent_bytes_of_others(step, rank)
-    # What the last passes have sent; with gloo nothing is let go of within the step.
-    ahead = deque[float](maxlen=PASSES_AHEAD)
+    working += _sent_bytes_of_others(step, rank) if on_cpu else _sent_bytes_ahead(step, rank)
     peak = activations, held, working
     highest = sum(peak)
     stages = frozenset(step.problem.layout.stages_of(rank))
@@ -308,7 +304,7 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
         key = (item.stage, item.kind)
         if key not in effects:
             change = cost.byte_change(item)
-            left = _sent_bytes(item, step, rank)
+            left = _sent_bytes(item, step, rank) if on_cpu else 0.0
             in_held = item.kind in (Kind.S, Kind.T)
             if in_held and on_cpu and exponentials:
                 change -= math.copysign(exponentials, change)
@@ -318,9 +314,6 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
                 layers, meanwhile = 0.0, message  # it gives a copy of its result away
             effects[key] = (layers, shards, left, meanwhile)
         layers, shards, left, meanwhile = effects[key]
-        if not on_cpu:
-            working -= ahead[0] if len(ahead) == PASSES_AHEAD else 0.0
-            ahead.append(left)
         kept = activations + (layers if layers > 0.0 else 0.0) - away
         sharded = held + (shards if shards > 0.0 else 0.0)
         during = working + left + meanwhile
@@ -396,10 +389,17 @@ def _sent_bytes(item: Pass, step: StepPlan, rank: int) -> float:
 
 def _sent_bytes_of_others(step: StepPlan, rank: int) -> float:
     """Return the bytes that the microbatches send which a short step lacks."""
-    order = step.schedule.ranks[rank]
-    firsts = [item for item in order if item.microbatch == 0]
-    lacks = step.problem.num_microbatches - max((item.microbatch + 1 for item in order), default=0)
-    return lacks * sum(_sent_bytes(item, step, rank) for item in firsts)
+    found = max((item.microbatch + 1 for item in step.schedule.ranks[rank]), default=0)
+    one = list(step.problem.passes_of(rank, 0))
+    lacks = step.problem.num_microbatches - found
+    return lacks * sum(_sent_bytes(item, step, rank) for item in one)
+
+
+def _sent_bytes_ahead(step: StepPlan, rank: int) -> float:
+    """Return the bytes that the passes by which the host is ahead of a GPU send on average."""
+    one = list(step.problem.passes_of(rank, 0))
+    sent = sum(_sent_bytes(item, step, rank) for item in one)
+    return float(math.ceil(PASSES_AHEAD * sent / max(1, len(one))))
 
 
 def _scratch_bytes(step: StepPlan, rank: int) -> float:

@@ -51,8 +51,8 @@ from vp_train.planning.explore import Explorer
 from vp_train.planning.found import Estimate, Limits, SearchResult, counted
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.shared import Shared
-from vp_train.planning.short import plan_nodes
-from vp_train.planning.trials import ORDER_EFFORT, WORTH_ORDER, Almost, Effort, Trials
+from vp_train.planning.short import order_nodes, plan_nodes
+from vp_train.planning.trials import WORTH_ORDER, Almost, Effort, Trials
 from vp_train.planning.weigh import Candidate, Scales
 
 _FOR_ESTIMATES = 0.5  # part of the effort; the rest is for whole plans
@@ -67,6 +67,7 @@ _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `
 _FOR_STAGES_AT_ONCE, _FOR_STAGES = 0.05, 0.15
 _TRIES_NEARLY = 8  # of what almost fits, in more stages
 _MOST_CONFIRMED = 3  # plans that are made before the best is known, see `_confirm`
+_FOR_ORDER = 0.3  # part of the effort that the search of one order may take
 _MOST_BEYOND = 3  # plans that are made after the effort, each faster than the first if it holds
 # Part of the effort for vocab.balance, and the least part of the passes that it must save.
 _FOR_BALANCE, _LEAST_BALANCED = 0.1, 0.002
@@ -573,9 +574,11 @@ class _Search:
                 continue
             if not self._book.may_be_first(choice, one.candidate.seconds / (1 - WORTH_ORDER)):
                 continue
-            enough = self._effort.spent + ORDER_EFFORT > self._limits.effort
-            if not self._effort.in_time() or (enough and num_ordered):
-                return
+            effort = order_nodes(one.candidate)
+            if effort > _FOR_ORDER * self._limits.effort or not self._effort.in_time():
+                continue
+            if num_ordered and self._effort.spent + effort > self._limits.effort:
+                continue
             num_ordered += 1
             self._explorer.say("; searching for a faster order")
             self._trials.order_anew(one)

@@ -22,6 +22,7 @@ _MANY_RANKS = 16  # which are full after one microbatch of each
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
 _WORTH_A_THIRD = 2  # times the length of a third short step: a step that is long enough for it
+_ORDERED = 800  # times the nodes of a step are placed by schedule=auto, at most about
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
 
@@ -124,15 +125,25 @@ def _placed(
     )
 
 
+def order_nodes(item: Candidate) -> int:
+    """Return the effort of schedule=auto for a choice, in nodes."""
+    return _ORDERED * _nodes(item.draft.problem)
+
+
+def _nodes(problem: Problem) -> int:
+    """Return about the number of passes and collectives of a step."""
+    nodes = problem.layout.num_ranks * (4 if problem.algorithm.sharded else 1)
+    nodes += problem.layout.num_stages * len(problem.stage_kinds)
+    return nodes * problem.num_microbatches
+
+
 def placed_by(problem: Problem, effort: int | None = None, num_orders: int | None = None) -> int:
     """Return about how many nodes `generate` places.
 
     effort: see there; None: of a whole plan.
     num_orders: how many orders are woven; None: as many as the effort allows.
     """
-    nodes = problem.layout.num_ranks * (4 if problem.algorithm.sharded else 1)
-    nodes += problem.layout.num_stages * len(problem.stage_kinds)
-    nodes *= problem.num_microbatches
+    nodes = _nodes(problem)
     effort = WHOLE_EFFORT if effort is None else effort
     if problem.split_backward:
         starts = 2 if nodes < effort // 3 else 1

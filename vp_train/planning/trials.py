@@ -14,7 +14,7 @@ from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.plan import StepPlan
 from vp_train.planning.report import report_of
 from vp_train.planning.shared import Shared
-from vp_train.planning.short import draft_nodes, effort_of, plan_nodes
+from vp_train.planning.short import draft_nodes, effort_of, order_nodes, plan_nodes
 from vp_train.planning.weigh import (
     NEARLY,
     SIMULATED,
@@ -25,8 +25,6 @@ from vp_train.planning.weigh import (
     check_hosts,
 )
 
-# About the nodes that schedule=auto places where it does not end early.
-ORDER_EFFORT = 1_000_000
 # Parts of a step that is to be ordered anew: what its cap is lowered by where the order needs too
 # much, and what it has to gain, for it is searched for whenever the run starts.
 _LOWER_CAP, WORTH_ORDER = 0.03, 0.005
@@ -278,12 +276,12 @@ class Trials:
         """
         report, candidate = planned.report, planned.candidate
         assert report is not None, "it was planned"
-        self.effort.spent += ORDER_EFFORT
+        self.effort.spent += order_nodes(candidate)
         room = self._scales.limit - max(
             rank.memory.total - rank.memory.activations - rank.memory.vocabulary
             for rank in report.ranks
         )
-        for part in (1.0, 1.0 - _LOWER_CAP):
+        for part in (1.0, 1.0 - _LOWER_CAP) if room > 0 else ():
             cap = rounded_down(part * room / 2**30)
             choice = replace(candidate.choice, cap_gib=cap)
             try:
@@ -294,8 +292,8 @@ class Trials:
             except ConfigError:
                 return
             if found.seconds <= (1 - WORTH_ORDER) * planned.seconds:
-                ordered = replace(planned, candidate=replace(candidate, choice=choice), report=None)
-                self._book.add(ordered.as_planned(found))
+                ordered = replace(planned, candidate=replace(candidate, choice=choice))
+                self._book.add(replace(ordered.as_planned(found), report=None))
                 self._book.plan(choice, found)
             return
 
