@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from _pytest.runner import runtestprotocol
 from hypothesis import settings
 
 from schedules import generators
@@ -107,6 +108,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files of `LONG` first, in that order."""
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Let a worker of xdist send only the report of a test that passes, unless more are shown.
+
+    By itself it sends a test's start, set-up, call, tear-down and end, which takes longer than most
+    tests.
+    """
+    options = item.config.option
+    shows_more = options.verbose > 0 or options.durations is not None or options.xmlpath
+    if shows_more or not hasattr(item.config, "workerinput"):
+        return None
+    for report in runtestprotocol(item, nextitem=nextitem, log=False):
+        if report.when == "call" or not report.passed:
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
 
 
 POOLS: dict[int, Ranks] = {}
