@@ -55,7 +55,7 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("parallel=16", "one of its choices (balanced, default, redistribute); for one value"),
         ("run.steps=0", "run.steps=0 is too small; it must be at least 1"),
         ("run.steps", "'run.steps' is not an override; write key=value"),
-        ("a=[", "'a=[' is not an override"),
+        ("loss.z_loss=[", "'loss.z_loss=[' is not an override"),
         (
             "+model._target_=os.system",
             "+model._target_=os.system: settings cannot be added or removed",
@@ -119,16 +119,16 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("model=[nano,small]", "a group takes the name of one of its choices"),
         (
             "data.blend.0=3",
-            "entries of data.blend are not set one by one; write data",
+            "entries of data.blend are not set one by one; write 'data",
         ),
-        ("data.blend=3", "data.blend=3 is not a list of corpora; write data.blend=[{path:DIR,"),
-        ("data.blend={path:a}", "data.blend={path:a} is not a list of corpora; write data.blend"),
-        ("data.blend=[a]", "data.blend[0]=a is not a corpus; write data.blend=[{path:DIR,"),
-        ("data.blend=[{path:a},null]", "data.blend[1]=None is not a corpus; write data.blend="),
-        ("data.blend=[{path:[a]}]", "data.blend[0].path=[a] is not text or null; write data."),
+        ("data.blend=3", "data.blend=3 is not a list of corpora; write 'data.blend=[{path:DIR,"),
+        ("data.blend={path:a}", "data.blend={path:a} is not a list of corpora; write 'data.blend"),
+        ("data.blend=[a]", "data.blend[0]=a is not a corpus; write 'data.blend=[{path:DIR,"),
+        ("data.blend=[{path:a},null]", "data.blend[1]=None is not a corpus; write 'data.blend="),
+        ("data.blend=[{path:[a]}]", "data.blend[0].path=[a] is not text or null; write 'data."),
         (
             "data.blend=[{path:a},{path:b,weight:x}]",
-            "data.blend[1].weight=x is not a number; write data.blend=[{path:DIR,weight:3}",
+            "data.blend[1].weight=x is not a number; write 'data.blend=[{path:DIR,weight:3}",
         ),
         ("data.blend=[{path:a,weight:true}]", "data.blend[0].weight=true is not a number; write"),
         ("data.blend=[{path:a,wight:1}]", "data.blend[0].wight is not known (did you mean weight?"),
@@ -157,6 +157,16 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("--num-experts=8", "; vp_train has no experts (docs/limits.md); there are"),
         ("--context-parallel-size=2", "; vp_train has no context parallelism (docs/limits.md); "),
         ("--attention-dropout=0.1", "; vp_train has no dropout (docs/from_megatron.md); there are"),
+        ("--checkpoint.interval=9", "; write run.checkpoint_every=9; there are"),
+        ("--checkpoint.folder=out", "; write run.root=out; there are"),
+        ("--model.name=nano", "; write model=nano; there are"),
+        ("--model.flavor=8B", "; write model=...; there are"),
+        ("--optimizer.name=AdamW", "; write optim.name=adamw; there are"),
+        ("--compile.enable", "; write run.compile=on; auto"),
+        ("--activation_checkpoint.mode=full", "; write parallel.recompute=full; there are"),
+        ("--training.dataset=c4", "have no names here: write data=text data.path=..."),
+        ("--eval-iters=9", "=..., the iterations x the microbatches of all replicas; there are"),
+        ("--data-path=a b", '; write "data.path=a b" data=text; there are'),
         ("mine.yaml", "'mine.yaml' is not an override; a file of settings is written settings=mi"),
         ("v_half", "'v_half' is not an override; write schedule=v_half"),
         ("=3", "'=3' is not an override; write key=value without blanks"),
@@ -195,16 +205,45 @@ def test_two_choices_of_a_group_are_refused_and_of_two_values_of_a_setting_the_l
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("line", "message"),
     [
-        (["run.steps=", "7"], "'7' is not an override; write run.steps=7 without a blank"),
-        (["run.steps", "=", "7"], "write key=value without blanks, here run.steps=..."),
+        ("run.steps= 7", "write run.steps=7 without blanks"),
+        ("run.steps =7", "write run.steps=7 without blanks"),
+        ("run.steps = 7", "write run.steps=7 without blanks"),
+        ("run.steps 7", "write run.steps=7 without blanks"),
+        ("model nano", "write model=nano without blanks"),
+        ("run.stepz = 7", "write run.steps=7 without blanks"),
+        ("--run.steps 7", "write run.steps=7; there are"),
+        ("--run.steps = 7", "write run.steps=7; there are"),
+        ("--x = 7", "write key=value without blanks; there are"),
+        ("data.path=my text", 'for one value write "data.path=my text", else write data=text'),
+        ("data.blend=[{path:a b},{path:c}]", 'value write "data.blend=[{path:a b},{path:c}]"'),
     ],
 )
-def test_blanks_around_the_sign_are_named(words, message):
+def test_blanks_are_answered_with_what_to_type(line, message):
     with pytest.raises(ConfigError) as caught:
-        load_config(words)
+        load_config(["optim.lr=1", *line.split(), "run.seed=3"])
     assert message in str(caught.value)
+
+
+def test_all_words_that_are_not_known_are_answered_at_once():
+    words = ["--lr", "3e-4", "--bf16", "run.stps=3", "v_half", "run.seed=1", "--foo", "1", "2"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(words, ("--ranks",))
+    assert str(caught.value) == (
+        "5 words are not known; --lr: write optim.lr=3e-4; --bf16: write run.dtype=bfloat16; "
+        "run.stps: did you mean run.steps? 'v_half': write schedule=v_half; --foo: nothing is like "
+        "it; there are --ranks, --help and --print-config, all else is key=value"
+    )
+    with pytest.raises(ConfigError, match=r"^7 words are .*; and 2 more; there are"):
+        load_config([*words, "stepz=1", "stepy=1"])
+
+
+def test_a_setting_of_another_framework_is_not_guessed_from_its_last_word_alone():
+    for option in ("--model.name x", "--compile.name x", "--quantize.name x"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(option.split())
+        assert "schedule.name" not in str(caught.value)
 
 
 def test_an_option_of_another_launcher_is_answered_with_ours():

@@ -28,6 +28,7 @@ from vp_train.commands.command import (
 )
 from vp_train.commands.plan_words import text_of
 from vp_train.config import ConfigError, RunConfig, printable
+from vp_train.config.typed import for_shell, typed
 from vp_train.durable import checkpoints_in
 from vp_train.explain.causes import ExplainedRank, Explanation, KindTimes, explain
 from vp_train.explain.remedies import (
@@ -45,7 +46,6 @@ from vp_train.explain.trace import read_traced
 from vp_train.failures import EXIT_OK
 from vp_train.profile.costs import cost_text
 from vp_train.settings import load_config
-from vp_train.settings.words import for_shell, typed
 from vp_train.units import human_bytes
 
 _SECONDS = 20.0  # for the comparison of schedules; the simulation that runs then still ends

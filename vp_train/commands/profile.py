@@ -26,6 +26,7 @@ from vp_train.commands.command import (
     write_costs,
 )
 from vp_train.config import ConfigError, RunConfig
+from vp_train.config.typed import shell_word
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_OK
 from vp_train.planning.memory import machine_bytes, rank_memory
@@ -260,7 +261,7 @@ def _write_cost(
         *([note] if note else []),
     ]
     written = write_costs(path, cost_text(comments, cost))
-    print(f"{written}; vp-plan and vp-simulate take them as cost={path}")
+    print(f"{written}; vp-plan and vp-simulate take them as {shell_word('cost', str(path))}")
 
 
 def _write_rates(
@@ -286,4 +287,4 @@ def _write_rates(
     )
     comment = f"Rates measured by vp-profile on {words['device']}, torch {words['torch']}"
     write_output(path, cost_text([comment], rates | {"measured_on": words["device"]}))
-    print(f"rates written to {path}; vp-plan plans any model with cost={path}")
+    print(f"rates written to {path}; vp-plan plans any model with {shell_word('cost', str(path))}")

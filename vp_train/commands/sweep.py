@@ -37,13 +37,14 @@ from vp_train.commands.command import (
 from vp_train.commands.local_ranks import search_options
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of
 from vp_train.config import ConfigError, RunConfig, RunSettings, printable
+from vp_train.config.typed import override
 from vp_train.durable import UnreadableError, checkpoints_in, open_regular, read_text
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_OK, EXIT_TIME
 from vp_train.settings import load_config
 from vp_train.settings.resume import changes, check_start
 from vp_train.settings.sweeps import combinations
-from vp_train.settings.words import override
+from vp_train.settings.unknown import refuse_options
 from vp_train.units import human_bytes, loss_words, plural
 
 SWEEP = "VP_TRAIN_SWEEP"  # environment variable of runs with the process id of their sweep
@@ -109,8 +110,7 @@ def sweep(command: Command, arguments: Sequence[str]) -> int:
     words, options = split_options(
         [word for word in arguments if word not in (*_FLAGS, "--print-config")], command.options
     )
-    if unknown := [word for word in words if word.startswith("-")]:
-        load_config(unknown, tuple(command.options))  # says which options there are
+    refuse_options(words, tuple(command.options))
     runs, base = runs_of(words)
     if "--only" in options:
         return configured(command, _chosen_arguments(runs, options) + ["--print-config"] * shows)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
+from vp_train.config.typed import shell_word
 from vp_train.data.left_out import (
     HIDDEN,
     LINK_TO_NOTHING,
@@ -238,7 +239,7 @@ def _splits_words(path: Path) -> str:
     example = path.parent / (splits[0] if splits else "train")
     return (
         f"{path.parent} holds the splits of a data set ({names}); "
-        f"give the one to train on, for example data.path={example}"
+        f"give the one to train on, for example {shell_word('data.path', str(example))}"
     )
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from schedules.render import duration, facts, svg
 from schedules.timeline import Timeline
 from vp_train.config.figures import BITS, LOSS, name_of, set_of
+from vp_train.config.typed import shell_word
 from vp_train.durable import advising, replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import Events, RunRecord, read_run
-from vp_train.settings.words import typed
 from vp_train.units import clock, human_bytes, loss_words, plural
 
 NAME = "report.html"  # in the directory of a run
@@ -475,8 +475,8 @@ def _versions(run: RunRecord) -> list[tuple[str, str]]:
 def _commands(run: RunRecord) -> list[tuple[str, str]]:
     """Return how to go on with a run: what a command does, and the command."""
     place, done, planned = run.path, run.metrics.curves.last, run.planned_steps
-    where = [typed("run.name", place.name), typed("run.root", str(place.parent))]
-    words = ["vp-train", *map(shlex.quote, where), "run.resume=true"]
+    where = [shell_word("run.name", place.name), shell_word("run.root", str(place.parent))]
+    words = ["vp-train", *where, "run.resume=true"]
     path = shlex.quote(str(place))
     found = []
     if run.checkpoints:

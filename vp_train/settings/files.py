@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig
+from vp_train.config.typed import quoted_value
 from vp_train.durable import UnreadableError, read_text
 from vp_train.settings.checks import DEEPEST, check_size
 from vp_train.settings.messages import first_line
 from vp_train.settings.tree import SETS_TOO, group_choices, sections
-from vp_train.settings.words import quoted_value
 
 _MOST_NODES = 4_096  # values in a file
 _LARGEST_FILE = 1 << 18  # bytes

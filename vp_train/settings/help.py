@@ -74,8 +74,7 @@ def _entry_words(name: str) -> str:
     ]
     width = max(len(word) for word, _ in items)
     lines = [f"    {word:<{width}}  {_sentence(setting)}" for word, setting in items]
-    quoted = f"'{example.removeprefix('write ')}'"  # the shell expands braces
-    return "\n".join(["", f"    for example {quoted}; an entry has", *lines])
+    return "\n".join(["", f"    for example {example}; an entry has", *lines])
 
 
 def settings_page() -> str:

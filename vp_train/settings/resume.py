@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig, RunSettings, printable
 from vp_train.config.resume import TEXT, keeps_on_resume, keeps_with_weights, permission_of
+from vp_train.config.typed import shell_word
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
 from vp_train.settings.saved import NOT_SAVED, is_searched, sample_length, saved_settings
@@ -168,9 +169,9 @@ def refuse_misspelt(settings: RunSettings, overrides: Sequence[str]) -> None:
     if not settings.resume or directory.exists() or says_more:
         return
     if (close := similar_run(directory)) is not None:
+        meant = shell_word("run.name", close.name)
         raise ConfigError(
-            f"{directory} holds no run; did you mean run.name={close.name}? run.resume=false "
-            "starts a new one"
+            f"{directory} holds no run; did you mean {meant}? run.resume=false starts a new one"
         )
 
 
@@ -193,7 +194,7 @@ def resume_words(
         )
     if not path.is_file():
         close = similar_run(config.run.directory)
-        hint = "" if close is None else f" (did you mean run.name={close.name}?)"
+        hint = "" if close is None else f" (did you mean {shell_word('run.name', close.name)}?)"
         if close is None and (names := runs_beside(config.run.directory, 3)):
             hint = f" (the newest runs there: {', '.join(names)})"
         return (
