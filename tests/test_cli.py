@@ -16,14 +16,14 @@ import pytest
 
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.programs import finished
-from vp_train.commands import start
-from vp_train.commands.command import Command, configured
+from vp_train.commands import prepare, start
+from vp_train.commands.command import OF_A_STEP, Command, configured
 from vp_train.commands.train import main, with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
-from vp_train.settings.tree import setting_names
+from vp_train.settings.tree import sections, setting_names
 
 VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
 
@@ -403,6 +403,28 @@ def test_help_of_a_command_shows_the_settings_that_count_for_it(capsys):
     configured(made, ["--help", "optim.lr=3"])
     names = set(re.findall(r"^  ([a-z_]+\.[a-z_]+)=", capsys.readouterr().out, re.MULTILINE))
     assert names == {*(name for name in setting_names() if name.startswith("data.")), "run.root"}
+
+
+def test_a_command_that_names_what_counts_for_it_names_settings_and_groups():
+    names = {*sections(), *setting_names()}
+    assert {*OF_A_STEP} <= names
+    assert {*prepare._READS} <= names
+
+
+def test_help_on_files_takes_a_group_that_counts_for_the_command(capsys):
+    for reads, group in ((("data", "model.vocab_size"), "model"), (OF_A_STEP, "cluster")):
+        configured(Command("vp-x", "does x", lambda *_: 0, "", reads=reads), ["--help"])
+        assert f"A group takes a file of its own too: {group}=FILE.yaml." in capsys.readouterr().out
+
+
+def test_help_on_settings_says_how_they_are_written_and_names_all_groups(capsys):
+    configured(Command("vp-x", "does x", lambda *_: 0, ""), ["--help", "settings"])
+    page = capsys.readouterr().out
+    for name in sections():
+        assert re.search(rf"^  {name} +[A-Z].*\.$", page, re.MULTILINE)
+    assert "settings=FILE.yaml takes" in page
+    assert "group.name=value" in page
+    assert "docs/settings.md" in page
 
 
 def test_help_of_a_group_says_what_its_settings_mean_and_take():

@@ -10,7 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vp_train.commands.command import Command, collect_rarely, output_of, run, typed, whole_number
+from vp_train.commands.command import (
+    OF_A_STEP,
+    Command,
+    collect_rarely,
+    output_of,
+    run,
+    typed,
+    whole_number,
+)
 from vp_train.commands.plan_words import (
     cluster_words,
     decides_lines,
@@ -94,6 +102,7 @@ def main() -> None:
             _plan,
             _EXAMPLES,
             options,
+            OF_A_STEP,
         )
     )
 

@@ -14,9 +14,10 @@ _EXAMPLES = """\
   vp-prepare data=text data.path=corpus_text_document.idx data.tokenizer=tokenizer.json
                                                  tokens of Megatron-LM: a .bin with its .idx"""
 
-# Weights of another run have its vocabulary, and a run that goes on has its own.
-_RUN = ("run.name", "run.root", "run.resume", "run.init_from")
-_READS = ("data", "model.vocab_size", *_RUN)
+_READS = (
+    *("data.name", "data.path", "data.blend", "data.jsonl_field", "data.validation"),
+    *("data.tokenizer", "data.end_token", "data.cache_dir", "data.workers", "model.vocab_size"),
+)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from schedules.ir import Kind
 from schedules.render import duration
 from schedules.vocab import End
 from vp_train.commands.command import (
+    OF_A_STEP,
     Command,
     cost_output_of,
     output_of,
@@ -61,7 +62,7 @@ def main() -> None:
         "--json": ("FILE", "write everything there"),
     }
     purpose = "measures ranks of a job one by one on this machine"
-    run(Command("vp-profile", purpose, _profile, _EXAMPLES, options))
+    run(Command("vp-profile", purpose, _profile, _EXAMPLES, options, OF_A_STEP))
 
 
 def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:

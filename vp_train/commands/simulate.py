@@ -27,7 +27,14 @@ from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, searched_algorithms
 from vp_train.commands import disturbed
-from vp_train.commands.command import Command, collect_rarely, output_directory_of, run, typed
+from vp_train.commands.command import (
+    OF_A_STEP,
+    Command,
+    collect_rarely,
+    output_directory_of,
+    run,
+    typed,
+)
 from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Marker, comparison_png, schedule_png
@@ -84,7 +91,7 @@ def main() -> None:
         **disturbed.OPTIONS,
     }
     purpose = "simulates one step: time, bubble and memory of a schedule"
-    run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options))
+    run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options, OF_A_STEP))
 
 
 def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:

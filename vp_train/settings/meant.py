@@ -13,7 +13,14 @@ from vp_train.config.typed import for_shell, shell_word
 from vp_train.durable import similar_names
 from vp_train.settings.checks import LONGEST_KEY
 from vp_train.settings.elsewhere import NAMES, OPTIONS, WAYS
-from vp_train.settings.tree import field_of, group_choices, kind_of, sections, setting_names
+from vp_train.settings.tree import (
+    YAML_ENDINGS,
+    field_of,
+    group_choices,
+    kind_of,
+    sections,
+    setting_names,
+)
 
 _FILE = "a file of settings is written {}, in YAML as --print-config prints it"
 
@@ -110,7 +117,7 @@ def written(name: str, value: str) -> str:
             value = "true"
         if value.lower() in setting_of(field_of(name)[0]).choices:
             value = value.lower()
-    elif value not in group_choices().get(name, ()) and not value.endswith(".yaml"):
+    elif value not in group_choices().get(name, ()) and not value.endswith(YAML_ENDINGS):
         value = ""
     return for_shell(f"{name}={value}") if value else f"{name}=..."
 
@@ -123,7 +130,7 @@ def instead_of_word(word: str) -> str:
     if groups and word != "default":
         return f"write {groups[0]}={word}"
     path = Path(os.path.expanduser(word))
-    if path.suffix in (".yaml", ".yml", ".toml"):
+    if path.suffix in (*YAML_ENDINGS, ".toml"):
         file = "FILE.yaml" if path.suffix == ".toml" else word
         return _FILE.format(shell_word("settings", file))
     if 0 < len(word) < LONGEST_KEY and path.exists():

@@ -21,6 +21,7 @@ ENTRIES = {
         "'data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]'",
     ),
 }
+YAML_ENDINGS = (".yaml", ".yml")  # of the file of a group, by which it is no choice
 # What the choices of a group set in other groups.
 SETS_TOO = {"cluster": ("run.device", "run.dtype")}
 
