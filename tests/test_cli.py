@@ -427,6 +427,27 @@ def test_help_on_settings_says_how_they_are_written_and_names_all_groups(capsys)
     assert "docs/settings.md" in page
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "is_said"),
+    [
+        ("bfloat16_flops_per_second: 9.89e14\n", [], True),
+        ("bfloat16_flops_per_second: 9.89e14\n", ["run.dtype=float16"], True),
+        ("bfloat16_flops_per_second: 9.89e14\n", ["run.device=cpu"], False),
+        ("run: {device: cuda}\ncluster: {bfloat16_flops_per_second: 9.89e14}\n", [], False),
+        ("run: {device: cpu}\ncluster: {bfloat16_flops_per_second: 9.89e14}\n", [], False),
+        ("memory_gib: 8\n", [], False),
+    ],
+)
+def test_a_cluster_of_gpus_that_leaves_ranks_on_cpus_says_so(
+    tmp_path, capsys, text, words, is_said
+):
+    (tmp_path / "mine.yaml").write_text(text)
+    made = Command("vp-x", "does x", lambda *_: 0, "")
+    assert configured(made, [f"cluster={tmp_path}/mine.yaml", *words]) == 0
+    said = "vp-x: the cluster has the peak of GPUs, but run.device=cpu is the default"
+    assert capsys.readouterr().err.startswith(said) == is_said
+
+
 def test_help_of_a_group_says_what_its_settings_mean_and_take():
     done = command("--help", "optim", "optim.lr=1e-4")
     assert done.returncode == 0

@@ -23,7 +23,7 @@ from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.durable import missing_directories, write_output
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import load_config
-from vp_train.settings.files import config_text, has_settings
+from vp_train.settings.files import config_text, expanded, has_settings
 from vp_train.settings.help import (
     all_settings_help,
     files_words,
@@ -40,6 +40,7 @@ _NARROWEST = 32  # columns of a meaning beside its label
 _MEANING, _INDENT = 48, 6  # the column of the meaning of settings, and that below a long label
 _ALL = "settings"  # what --help takes for all of them
 _LABEL = re.compile(r" +\S+( \S+)? {2,}(?=\S)|\s*")  # what further lines leave free
+_LEAST_OF_GPUS = 1e13  # FLOP/s in bfloat16
 MOST_NUMBER = 1_000_000  # of an option that takes a count, unless it says another
 _HELP = """\
 {command}: {purpose}
@@ -104,6 +105,8 @@ def configured(command: Command, arguments: Sequence[str]) -> int:
     for name in chosen:
         _check_name(name, command.name)
     config = load_config(overrides, tuple(command.options))
+    if (line := _without_device(config, overrides)) and prints():
+        write_stderr(f"{command.name}: {line}\n")
     if wants_help:
         pages = [_page(name, config, command.name) for name in chosen]
         print(_broken("\n\n".join(pages)) if pages else _help(command, config))
@@ -117,6 +120,20 @@ def configured(command: Command, arguments: Sequence[str]) -> int:
 def typed(overrides: Sequence[str], *names: str) -> list[str]:
     """Return those of the overrides that set one of these groups or settings."""
     return [word for word in overrides if word.lstrip("+~").partition("=")[0] in names]
+
+
+def _without_device(config: RunConfig, overrides: Sequence[str]) -> str:
+    """Return a line about a cluster of GPUs whose ranks stay on CPUs since nobody says otherwise.
+
+    It is empty where there is nothing to say.
+    """
+    is_gpu = config.cluster.bfloat16_flops_per_second >= _LEAST_OF_GPUS
+    if not is_gpu or config.run.device != "cpu" or typed(expanded(overrides), "run", "run.device"):
+        return ""
+    return (
+        "the cluster has the peak of GPUs, but run.device=cpu is the default; presets of GPUs set "
+        "run.device=cuda run.dtype=bfloat16 too"
+    )
 
 
 def _page(name: str, config: RunConfig, command: str) -> str:

@@ -56,7 +56,7 @@ from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
 from vp_train.planning.shared import Shared
 from vp_train.planning.weigh import Scales
-from vp_train.units import plural
+from vp_train.units import count_words
 
 _MOST_TOKENS = 10**9
 _MARGIN = round(100 * MARGIN)  # percent
@@ -160,7 +160,7 @@ def _batch_words(config: RunConfig, tokens: int | None, multiple: str, *, is_def
     multiple: the settings of which it is a multiple, because they are kept.
     """
     count, length = batch_of(config), config.model.seq_length
-    words = f"batch: {count:,} {plural(count, 'sequence')} of {length:,} tokens"
+    words = f"batch: {count_words(count, 'sequence')} of {length:,} tokens"
     words += f", {count * length:,} tokens in a step"
     if is_default:
         return f"{words}, by default; --tokens N sets another"

@@ -41,7 +41,7 @@ from vp_train.profile.costs import (
     measured_cost,
     with_cost,
 )
-from vp_train.units import human_bytes
+from vp_train.units import count_words, human_bytes
 
 _SHOWN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.S, Kind.T, Kind.E, Kind.G)
 
@@ -227,7 +227,7 @@ def _print(
     Console(width=110).print(table, highlight=False)
     print("passes: a step timed as a whole; their sum: the median of each pass, added up")
     print(
-        f"predicted for all {report.degrees.num_ranks} ranks: "
+        f"predicted for {count_words(report.degrees.num_ranks, 'rank')}: "
         f"a step of {duration(report.step_seconds)}, "
         f"{report.num_tokens / report.step_seconds:,.0f} tokens/s, MFU {report.mfu:.1%}; "
         f"mean bubble {report.bubble:.1%}"

@@ -54,7 +54,7 @@ from vp_train.planning.plan import (
 )
 from vp_train.settings.files import config_text
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
-from vp_train.units import human_bytes
+from vp_train.units import count_words, human_bytes
 
 _GRID_RANKS = 32
 _LABEL = 13  # columns of a label in front of a figure
@@ -553,9 +553,10 @@ def headline(config: RunConfig) -> str:
     """Return ranks, batch and model of a simulation in two lines."""
     model = config.model
     return (
-        f"{wanted_ranks(config.parallel)} ranks, {config.num_microbatches} microbatches of "
+        f"{count_words(wanted_ranks(config.parallel), 'rank')}, "
+        f"{count_words(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens\n"
-        f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
+        f"{count_words(model.num_layers, 'layer')} of hidden size {model.hidden_size:,}, "
         f"vocabulary {model.vocab_size:,}; activations in {config.run.dtype}"
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vp_train.config import printable
+from vp_train.units import count_words
 
 # The kinds, as they are named behind a number.
 NOT_UTF8 = "texts that are not UTF-8"
@@ -67,6 +68,6 @@ def much_left_out(left_out: Mapping[str, list[int | str]], num_documents: int) -
     mostly = "mostly " if len(counts) > 1 else ""
     way_out = "; data.jsonl_field names the field that has the text" if most in _OF_FIELDS else ""
     return (
-        f"{number:,} of {total:,} documents were left out: {mostly}{most}, first "
+        f"{number:,} of {count_words(total, 'document')} were left out: {mostly}{most}, first "
         f"{printable(str(left_out[most][1]))}{way_out}"
     )

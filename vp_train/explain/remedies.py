@@ -242,7 +242,7 @@ def remedies(
         "processors",
         "other programs or other threads of the ranks used the processors; run on an idle machine"
         if enough
-        else f"{num_ranks} ranks need {num_ranks} processors; or use fewer ranks here",
+        else "every rank needs a processor of its own; or use fewer ranks here",
         "" if enough or cpus is None else f"{trains} parallel.pp={cpus} parallel.dp=1",
     )
     listed = ",".join(f"{factor:g}" for factor in explanation.slowness)

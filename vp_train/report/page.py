@@ -22,7 +22,7 @@ from vp_train.durable import advising, replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import Events, RunRecord, read_run
-from vp_train.units import clock, human_bytes, loss_words, plural
+from vp_train.units import clock, count_words, human_bytes, loss_words
 
 NAME = "report.html"  # in the directory of a run
 COMPARISON = "comparison.html"  # of several runs
@@ -263,7 +263,9 @@ def _warnings(run: RunRecord) -> list[str]:
     found += [_event_words(name, events) for name, events in run.metrics.events.items()]
     planned, done = run.planned_steps, run.metrics.curves.last
     if planned is not None and done < planned:
-        found.append(f"{done:,} of {planned:,} steps are recorded: it runs, or has ended early")
+        found.append(
+            f"{done:,} of {count_words(planned, 'step')} are recorded: it runs, or has ended early"
+        )
     if run.logs:
         names = ", ".join(log.name for log in run.logs)
         found.append(f"processes have failed and left a log, see below: {names}")
@@ -273,7 +275,7 @@ def _warnings(run: RunRecord) -> list[str]:
 def _event_words(name: str, events: Events) -> str:
     named = ", ".join(f"{step:,}" for step in events.steps[:_NAMED_STEPS])
     more = "" if len(events.steps) <= _NAMED_STEPS else " and later"
-    return f"{events.count:,} {plural(events.count, name)}, at step {named}{more}"
+    return f"{count_words(events.count, name)}, at step {named}{more}"
 
 
 # Curves

@@ -210,7 +210,7 @@ def resume_words(
         if one.name == "run.steps" and done is not None and config.run.steps < done:
             verdict = f"refused, step {done} is done"
         elif config.run.steps == done and verdict == "allowed":
-            verdict = f"unused, all {done} steps are done"
+            verdict = f"unused, step {done} is done"
         rows.append((one.name, one.before, one.now, verdict))
     if not rows:
         return f"settings of {path}{begins}"
