@@ -98,7 +98,7 @@ def run_rank(
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
         watcher.note("opening the data")
-        source = open_source(config)
+        source = open_source(config, progress=rank == 0)  # all ranks wait for who prepares it
         watcher.note("preparing to connect")
         if rank == 0:
             require_trackers(config.run)

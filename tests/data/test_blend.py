@@ -182,7 +182,7 @@ def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
     )
     example = r"\[{path:DIR,weight:3},{name:pystdlib,weight:1}\]"
     with pytest.raises(
-        ConfigError, match=rf"data=blend needs its corpora; .* data.blend={example}"
+        ConfigError, match=rf"data=blend needs its corpora; .* 'data.blend={example}'"
     ):
         load_config(["data=blend"])
     with pytest.raises(
@@ -196,7 +196,7 @@ def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
     ):
         with pytest.raises(
             ConfigError,
-            match=rf"^data\.blend.*{word}.*; write data\.blend=\[\{{path:DIR,weight:3",
+            match=rf"^data\.blend.*{word}.*; write 'data\.blend=\[\{{path:DIR,weight:3",
         ):
             load_config(["data=blend", f"data.blend=[{value}]"])
 

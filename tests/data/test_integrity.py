@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data import corpus, indexed, prepare
+from vp_train.data import corpus, indexed, prepare, progress
 from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once
 from vp_train.data.manifest import _OWN_HASH, _hash_of, _misfit
 from vp_train.durable import read_json
@@ -129,6 +130,24 @@ def test_of_several_processes_one_checks(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(checks) == 1
+
+
+def test_who_waits_long_for_a_check_says_so_once_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, said = tmp_path / "a", []
+    file.write_text("a")
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", (0.01, 60.0))
+
+    def check() -> None:
+        until = time.monotonic() + 30
+        while not said and time.monotonic() < until:
+            said.extend(capsys.readouterr().err.splitlines())
+
+    check_once(tmp_path / "memory", [file], check, progress=True)
+    assert said == [f"checking {tmp_path}, or waiting for who does: 0 s"]
+    check_once(tmp_path / "memory", [file], check, progress=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_failed_is_checked_again_and_without_memory_always(tmp_path: Path) -> None:

@@ -79,6 +79,6 @@ def test_a_ramp_that_does_not_fit_is_refused(words, message):
 
 def test_a_step_that_cannot_be_planned_is_named():
     config = load_config([*SMALL, "batch_ramp=[[3,2]]"])
-    message = r"^batch_ramp has steps of 131072 microbatches in each replica: num_micro"
+    message = r"^batch_ramp has steps of 131,072 microbatches in each replica: num_micro"
     with pytest.raises(ConfigError, match=message):
         replan(config, make_plan(config, 2), 131072)

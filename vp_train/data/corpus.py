@@ -331,7 +331,7 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     corpus = _find_or_build(config, vocab_size, progress) if path is None else _open(path, config)
     memory = Path(config.cache_dir).expanduser() / "checked"
     files = [corpus.path / name for name in (MANIFEST, *FILES)]
-    check_once(memory, files, lambda: _check_contents(corpus))
+    check_once(memory, files, lambda: _check_contents(corpus), progress)
     _require_rows(corpus, config, vocab_size)
     return corpus
 
