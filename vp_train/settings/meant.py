@@ -47,10 +47,11 @@ def close_names(word: str) -> list[str]:
     if section in sections():
         lasts = [name.rpartition(".")[2] for name in names if name.startswith(f"{section}.")]
         return [f"{section}.{one}" for one in similar_names(last, lasts, 2)]
-    if dot and not groups:
-        return []  # of another framework
-    close = difflib.get_close_matches(word, names if dot else [*names, *sections()], n=2)
-    if close or dot:
+    if dot:  # of a section that is spelt alike, or of another framework
+        alike = [name for name in names if name.rpartition(".")[0] in groups]
+        of_last = {name.rpartition(".")[2]: name for name in alike}
+        return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
+    if close := difflib.get_close_matches(word, [*names, *sections()], n=2):
         return close
     of_last = {name.rpartition(".")[2]: name for name in reversed(names)}
     return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
@@ -96,7 +97,7 @@ def instead_of_option(word: str, name: str, value: str, known_options: Sequence[
         option = next(iter(difflib.get_close_matches(word, known_options, n=1, cutoff=0.75)), None)
     if option in known_options:
         return f"did you mean {option}?"
-    if re.match(r"(config|cfg|conf|settings)\b|config_|config-", name):
+    if re.match(r"(config|cfg|conf|settings)\b|config_|config-", name.rpartition(".")[2]):
         return _FILE.format(shell_word("settings", value or "FILE.yaml"))
     if difflib.get_close_matches(re.sub("[-_]", "", name.lower()), ["dryrun"], cutoff=0.8):
         plan = "vp-plan with the same settings says what a run would do and starts nothing"

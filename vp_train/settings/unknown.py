@@ -115,7 +115,7 @@ def _phrases(words: Sequence[str]) -> Iterator[_Phrase]:
                 is_torn = True
             yield _Phrase(tuple(taken), name, value, is_torn)
             continue
-        takes = is_option or bool(sign) or name in (*setting_names(), *sections())
+        takes = is_option or bool(sign) or name in _known()
         most = len(rest) if is_option and not sign else int(takes)
         values = list(itertools.takewhile(_is_value, rest[:most]))
         del rest[: len(values)]
@@ -153,15 +153,14 @@ def _without_sign(phrase: _Phrase) -> _Unknown:
         return _Unknown(repr(phrase.text), "an override", instead_of_word(phrase.name))
     answer = way_elsewhere(phrase.name, phrase.value)
     if answer is None:
-        close = close_names(phrase.name)
+        close = [phrase.name] if phrase.name in _known() else close_names(phrase.name)
         answer = f"write {written(close[0], phrase.value)} without blanks" if close else _NO_BLANKS
     return _Unknown(repr(phrase.text), "an override", answer)
 
 
 def _settings(words: Sequence[str]) -> list[_Unknown]:
     """Return those of the overrides whose settings are not there, except what is refused anyway."""
-    known = {*setting_names(), *sections(), "settings"}
-    found = []
+    known, found = _known(), []
     for word in words:
         key, _, value = word.partition("=")
         is_odd = word.startswith(("+", "~", "hydra")) or "@" in key or len(key) > LONGEST_KEY
@@ -172,6 +171,11 @@ def _settings(words: Sequence[str]) -> list[_Unknown]:
             answer = f"did you mean {' or '.join(close)}?"
         found.append(_Unknown(key, "a setting", answer))
     return found
+
+
+def _known() -> tuple[str, ...]:
+    """Return what may stand before `=`."""
+    return (*setting_names(), *sections(), "settings")
 
 
 def _close(word: str) -> list[str]:
