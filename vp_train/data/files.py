@@ -149,12 +149,12 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
         elif kind_of(path) == "tokens" and not _is_ours(path):
             halves.append(path)
         else:
-            left_out.add(OTHER_ENDING, str(path))
+            left_out.add(OTHER_ENDING, str(path), num_bytes=path.stat().st_size)
     if not {path.with_suffix("") for path in halves if path.suffix == INDEX}.intersection(
         path.with_suffix("") for path in halves if path.suffix == TOKENS
     ):
         for path in halves:
-            left_out.add(OTHER_ENDING, str(path))
+            left_out.add(OTHER_ENDING, str(path), num_bytes=path.stat().st_size)
         return found
     if found:
         raise ConfigError(
