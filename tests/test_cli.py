@@ -16,14 +16,14 @@ import pytest
 
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.programs import finished
-from vp_train.commands import start
-from vp_train.commands.command import Command, configured
+from vp_train.commands import prepare, start
+from vp_train.commands.command import OF_A_STEP, Command, configured
 from vp_train.commands.train import main, with_origin
 from vp_train.config import ConfigError
 from vp_train.planning.plan import make_plan
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
-from vp_train.settings.tree import setting_names
+from vp_train.settings.tree import sections, setting_names
 
 VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
 
@@ -55,7 +55,7 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("parallel=16", "one of its choices (balanced, default, redistribute); for one value"),
         ("run.steps=0", "run.steps=0 is too small; it must be at least 1"),
         ("run.steps", "'run.steps' is not an override; write key=value"),
-        ("a=[", "'a=[' is not an override"),
+        ("loss.z_loss=[", "'loss.z_loss=[' is not an override"),
         (
             "+model._target_=os.system",
             "+model._target_=os.system: settings cannot be added or removed",
@@ -119,16 +119,16 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("model=[nano,small]", "a group takes the name of one of its choices"),
         (
             "data.blend.0=3",
-            "entries of data.blend are not set one by one; write data",
+            "entries of data.blend are not set one by one; write 'data",
         ),
-        ("data.blend=3", "data.blend=3 is not a list of corpora; write data.blend=[{path:DIR,"),
-        ("data.blend={path:a}", "data.blend={path:a} is not a list of corpora; write data.blend"),
-        ("data.blend=[a]", "data.blend[0]=a is not a corpus; write data.blend=[{path:DIR,"),
-        ("data.blend=[{path:a},null]", "data.blend[1]=None is not a corpus; write data.blend="),
-        ("data.blend=[{path:[a]}]", "data.blend[0].path=[a] is not text or null; write data."),
+        ("data.blend=3", "data.blend=3 is not a list of corpora; write 'data.blend=[{path:DIR,"),
+        ("data.blend={path:a}", "data.blend={path:a} is not a list of corpora; write 'data.blend"),
+        ("data.blend=[a]", "data.blend[0]=a is not a corpus; write 'data.blend=[{path:DIR,"),
+        ("data.blend=[{path:a},null]", "data.blend[1]=None is not a corpus; write 'data.blend="),
+        ("data.blend=[{path:[a]}]", "data.blend[0].path=[a] is not text or null; write 'data."),
         (
             "data.blend=[{path:a},{path:b,weight:x}]",
-            "data.blend[1].weight=x is not a number; write data.blend=[{path:DIR,weight:3}",
+            "data.blend[1].weight=x is not a number; write 'data.blend=[{path:DIR,weight:3}",
         ),
         ("data.blend=[{path:a,weight:true}]", "data.blend[0].weight=true is not a number; write"),
         ("data.blend=[{path:a,wight:1}]", "data.blend[0].wight is not known (did you mean weight?"),
@@ -157,6 +157,18 @@ VOCABS = ", ".join(sorted(["auto", *VOCAB_ALGORITHMS]))
         ("--num-experts=8", "; vp_train has no experts (docs/limits.md); there are"),
         ("--context-parallel-size=2", "; vp_train has no context parallelism (docs/limits.md); "),
         ("--attention-dropout=0.1", "; vp_train has no dropout (docs/from_megatron.md); there are"),
+        ("--checkpoint.interval=9", "; write run.checkpoint_every=9; there are"),
+        ("--checkpoint.folder=out", "; write run.root=out; there are"),
+        ("--model.name=nano", "; write model=nano; there are"),
+        ("--model.flavor=8B", "; write model=...; there are"),
+        ("--optimizer.name=AdamW", "; write optim.name=adamw; there are"),
+        ("--compile.enable", "; write run.compile=on; auto"),
+        ("--activation_checkpoint.mode=full", "; write parallel.recompute=full; there are"),
+        ("--training.dataset=c4", "have no names here: write data=text data.path=..."),
+        ("--lr_scheduler.decay_ratio=0.3", "; write optim=wsd optim.decay_fraction=0.3; there"),
+        ("--job.config_file=a.yaml", "; a file of settings is written settings=a.yaml, in YAML"),
+        ("--eval-iters=9", "=..., the iterations x the microbatches of all replicas; there are"),
+        ("--data-path=a b", '; write "data.path=a b" data=text; there are'),
         ("mine.yaml", "'mine.yaml' is not an override; a file of settings is written settings=mi"),
         ("v_half", "'v_half' is not an override; write schedule=v_half"),
         ("=3", "'=3' is not an override; write key=value without blanks"),
@@ -195,16 +207,46 @@ def test_two_choices_of_a_group_are_refused_and_of_two_values_of_a_setting_the_l
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("line", "message"),
     [
-        (["run.steps=", "7"], "'7' is not an override; write run.steps=7 without a blank"),
-        (["run.steps", "=", "7"], "write key=value without blanks, here run.steps=..."),
+        ("run.steps= 7", "write run.steps=7 without blanks"),
+        ("run.steps =7", "write run.steps=7 without blanks"),
+        ("run.steps = 7", "write run.steps=7 without blanks"),
+        ("run.steps 7", "write run.steps=7 without blanks"),
+        ("model nano", "write model=nano without blanks"),
+        ("settings a.yaml", "write settings=a.yaml without blanks"),
+        ("run.stepz = 7", "write run.steps=7 without blanks"),
+        ("--run.steps 7", "write run.steps=7; there are"),
+        ("--run.steps = 7", "write run.steps=7; there are"),
+        ("--x = 7", "write key=value without blanks; there are"),
+        ("data.path=my text", 'for one value write "data.path=my text", else write data=text'),
+        ("data.blend=[{path:a b},{path:c}]", 'value write "data.blend=[{path:a b},{path:c}]"'),
     ],
 )
-def test_blanks_around_the_sign_are_named(words, message):
+def test_blanks_are_answered_with_what_to_type(line, message):
     with pytest.raises(ConfigError) as caught:
-        load_config(words)
+        load_config(["optim.lr=1", *line.split(), "run.seed=3"])
     assert message in str(caught.value)
+
+
+def test_all_words_that_are_not_known_are_answered_at_once():
+    words = ["--lr", "3e-4", "--bf16", "run.stps=3", "v_half", "run.seed=1", "--foo", "1", "2"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(words, ("--ranks",))
+    assert str(caught.value) == (
+        "5 words are not known; --lr: write optim.lr=3e-4; --bf16: write run.dtype=bfloat16; "
+        "run.stps: did you mean run.steps? 'v_half': write schedule=v_half; --foo: nothing is like "
+        "it; there are --ranks, --help and --print-config, all else is key=value"
+    )
+    with pytest.raises(ConfigError, match=r"^7 words are .*; and 2 more; there are"):
+        load_config([*words, "stepz=1", "stepy=1"])
+
+
+def test_a_setting_of_another_framework_is_not_guessed_from_its_last_word_alone():
+    for option in ("model.name", "compile.name", "lr_scheduler.decay_rat", "optimizer.fused"):
+        with pytest.raises(ConfigError) as caught:
+            load_config([f"--{option}", "1"])
+        assert re.search("not an option; (there|write model=)", str(caught.value))
 
 
 def test_an_option_of_another_launcher_is_answered_with_ours():
@@ -364,6 +406,49 @@ def test_help_of_a_command_shows_the_settings_that_count_for_it(capsys):
     configured(made, ["--help", "optim.lr=3"])
     names = set(re.findall(r"^  ([a-z_]+\.[a-z_]+)=", capsys.readouterr().out, re.MULTILINE))
     assert names == {*(name for name in setting_names() if name.startswith("data.")), "run.root"}
+
+
+def test_a_command_that_names_what_counts_for_it_names_settings_and_groups():
+    names = {*sections(), *setting_names()}
+    assert {*OF_A_STEP} <= names
+    assert {*prepare._READS} <= names
+
+
+def test_help_on_files_takes_a_group_that_counts_for_the_command(capsys):
+    for reads, group in ((("data", "model.vocab_size"), "model"), (OF_A_STEP, "cluster")):
+        configured(Command("vp-x", "does x", lambda *_: 0, "", reads=reads), ["--help"])
+        assert f"A group takes a file of its own too: {group}=FILE.yaml." in capsys.readouterr().out
+
+
+def test_help_on_settings_says_how_they_are_written_and_names_all_groups(capsys):
+    configured(Command("vp-x", "does x", lambda *_: 0, ""), ["--help", "settings"])
+    page = capsys.readouterr().out
+    for name in sections():
+        assert re.search(rf"^  {name} +[A-Z].*\.$", page, re.MULTILINE)
+    assert "settings=FILE.yaml takes" in page
+    assert "group.name=value" in page
+    assert "docs/settings.md" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "is_said"),
+    [
+        ("bfloat16_flops_per_second: 9.89e14\n", [], True),
+        ("bfloat16_flops_per_second: 9.89e14\n", ["run.dtype=float16"], True),
+        ("bfloat16_flops_per_second: 9.89e14\n", ["run.device=cpu"], False),
+        ("run: {device: cuda}\ncluster: {bfloat16_flops_per_second: 9.89e14}\n", [], False),
+        ("run: {device: cpu}\ncluster: {bfloat16_flops_per_second: 9.89e14}\n", [], False),
+        ("memory_gib: 8\n", [], False),
+    ],
+)
+def test_a_cluster_of_gpus_that_leaves_ranks_on_cpus_says_so(
+    tmp_path, capsys, text, words, is_said
+):
+    (tmp_path / "mine.yaml").write_text(text)
+    made = Command("vp-x", "does x", lambda *_: 0, "")
+    assert configured(made, [f"cluster={tmp_path}/mine.yaml", *words]) == 0
+    said = "vp-x: the cluster has the peak of GPUs, but run.device=cpu is the default"
+    assert capsys.readouterr().err.startswith(said) == is_said
 
 
 def test_help_of_a_group_says_what_its_settings_mean_and_take():

@@ -919,7 +919,7 @@ def test_ranks_are_shared_by_the_nodes():
     assert local_ranks_of(4, two, 0, None) == 2
     assert local_ranks_of(4, two, 0, 8) == 8
     assert local_ranks_of(4, two, 3, 8) == 3
-    with pytest.raises(ConfigError, match="5 ranks do not split over 2 nodes"):
+    with pytest.raises(ConfigError, match="5 ranks cannot be split over 2 nodes"):
         local_ranks_of(5, two, 0, None)
 
 

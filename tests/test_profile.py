@@ -149,7 +149,7 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
         tmp_path / "p.json",
     )
     assert code == EXIT_OK, err
-    assert "predicted for all 4 ranks: a step of" in out
+    assert "predicted for 4 ranks: a step of" in out
     record = json.loads((tmp_path / "p.json").read_text())
     (rank,) = record["ranks"]
     assert rank["deviations"].keys() == {"x1", "y1", "dy1"}

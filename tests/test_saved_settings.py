@@ -173,7 +173,7 @@ def test_the_table_says_refused_where_the_run_will_be(started, tmp_path):
     }
     assert verdicts("data=synthetic")["data.name"] == "refused"
     assert verdicts("run.steps=99") == {"run.steps": "allowed"}
-    unused = "unused, all 80 steps are done"
+    unused = "unused, step 80 is done"
     assert verdicts("run.steps=80", "optim.lr=1e-3", "data=synthetic") == {
         "run.steps": unused,
         "optim.lr": unused,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands.train import _train
 from vp_train.config import BlendEntry, ConfigError, RunConfig, RunSettings
 from vp_train.config.setting import Setting, setting_of
+from vp_train.config.typed import override, typed
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
 from vp_train.settings.help import section_help, setting_help, settings_help, settings_page
 from vp_train.settings.resume import refuse_misspelt, resume_words
 from vp_train.settings.saved import saved_words
 from vp_train.settings.tree import ENTRIES, group_choices, sections, setting_names
-from vp_train.settings.words import override, typed
 
 SECTIONS = sections() | {"blend": BlendEntry}
 ALL = [(name, item) for name, section in SECTIONS.items() for item in fields(section)]
@@ -253,10 +254,22 @@ def test_entries_of_lists_are_shown_as_they_are_typed(tmp_path):
 
 
 def test_a_path_in_a_blend_that_must_be_quoted_is_told_how():
-    with pytest.raises(ConfigError, match=r"quote a path with other signs .*{path:'/data/a=b'}"):
-        load_config(["data=blend", "data.blend=[{path:/data/a=b}]"])
-    blend = load_config(["data=blend", "data.blend=[{path:'/data/a=b'}]"]).data.blend
-    assert blend[0].path == "/data/a=b"
+    with pytest.raises(ConfigError, match=r"quote a path with other signs ") as caught:
+        load_config(["data=blend", "data.blend=[{path:/data/a=b},{path:c}]"])
+    (word,) = shlex.split(str(caught.value).partition("/-_.: ")[2])
+    blend = load_config(["data=blend", word]).data.blend
+    assert [entry.path for entry in blend] == ["/data/a=b", "c"]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_list_of_entries_whose_braces_the_shell_has_expanded_is_answered_with_quotes(name):
+    (word,) = shlex.split(ENTRIES[name][1])
+    expanded = subprocess.run(["bash", "-c", f"printf '%s\n' {word}"], capture_output=True)
+    words = expanded.stdout.decode().splitlines()
+    assert len(words) == 4
+    with pytest.raises(ConfigError, match="the shell expands braces without quotes") as caught:
+        load_config(words)
+    assert str(caught.value).endswith(f"; write {ENTRIES[name][1]}")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,17 @@ def test_values_of_one_setting_win_over_the_file_of_a_group_wherever_they_stand(
         ("a: &b [1]", ": line 1 has anchors or aliases"),
         ("a: [1", " is not YAML (line 2"),
         ("", " holds no settings"),
+        ("# only words", " holds no settings"),
+        ("[1, 2]", ": line 1 begins no setting; write one `key: value` per line"),
+        ("run.steps=3", ": line 1 begins no setting; write one `key: value` per line"),
+        ("run:\n  steps: 3\n  steps: 4", " is not YAML (line 3: found duplicate key steps)"),
+        ("run:\n\tsteps: 3", " is not YAML (line 2: a tab begins it; indent with blanks)"),
+        ("a: 1\n---\nb: 2", " is not YAML (line 2: expected a single document in the stream but"),
+        (
+            "defaults: [{model: nano}]",
+            ": it has `defaults`; write the choices of groups as `model:",
+        ),
+        ("run: {stps: 3}\nmodle: {x: 3}", ": 2 words are not known; run.stps: did you mean run.st"),
         ("a: !!python/object:os.system 1", ": line 1 has the tag"),
         ("x: [" + "[1]," * 1_200 + "]", ": the overrides x=[[1],"),
     ],
@@ -133,6 +144,32 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+def test_a_file_that_is_not_there_is_answered_with_one_that_is(tmp_path):
+    (tmp_path / "mine.yml").write_text("num_layers: 2\n")
+    (tmp_path / "run.yaml").write_text("model: mine.yml\n")
+    for word, said in (
+        (f"settings={tmp_path}/rum.yaml", f"did you mean settings={tmp_path}/run.yaml?"),
+        (f"model={tmp_path}/mien.yaml", f"did you mean model={tmp_path}/mine.yml?"),
+        ("model=other.yaml", "; vp-import SRC DST writes one, or choose one of gemma"),
+        ("settings=", "settings= names no file; give a file as --print-config"),
+        ("settings=a.yaml,b c.yaml", 'words: settings=a.yaml "settings=b c.yaml"'),
+        (f"settings={tmp_path}", "is a directory, not a file; give a file as --print-config"),
+        ("optim=other.yaml", "is not there; choose one of adamw, wsd, zero1"),
+        (f"settings={tmp_path}/run.yaml", f"the command runs: write model: {tmp_path}/mine.yml"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config([word])
+        assert said in str(caught.value)
+
+
+def test_the_file_of_a_group_may_end_with_yml(tmp_path):
+    for ending in ("yaml", "yml"):
+        (tmp_path / f"mine.{ending}").write_text("num_layers: 6\n")
+        (tmp_path / "run.yml").write_text(f"model: {tmp_path}/mine.{ending}\n")
+        for word in (f"model={tmp_path}/mine.{ending}", f"settings={tmp_path}/run.yml"):
+            assert load_config([word]).model.num_layers == 6
+
+
 def test_a_word_that_is_wrong_is_not_blamed_on_a_file(tmp_path):
     (tmp_path / "run.yaml").write_text("vocab: auto\n")  # needs schedule=auto
     with pytest.raises(ConfigError, match=r"^run\.stps is not a setting"):
@@ -144,6 +181,7 @@ def test_a_word_that_is_wrong_is_not_blamed_on_a_file(tmp_path):
     [
         ("model: {num_layers: 3}\nrun: {steps: 3}\n", r"run\.steps is no setting of model; sett"),
         ("defaults: [nano]\nmodel: {num_layers: 3}\n", r"it has `defaults`; write the values"),
+        ("defaults: [nano]\nnum_layers: 3\n", r"it has `defaults`; write the values"),
     ],
 )
 def test_a_file_of_one_group_sets_no_other(tmp_path, text, message):

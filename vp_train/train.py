@@ -49,6 +49,7 @@ from vp_train.supervision.heartbeat import Activity
 from vp_train.supervision.requests import NO_READER, Interruption, Requests
 from vp_train.supervision.watcher import Watcher
 from vp_train.tensors import compiling
+from vp_train.units import count_words
 
 # What a rank does, as its heartbeat says it.
 _TRAINING = "training"
@@ -97,7 +98,7 @@ def run_rank(
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
         watcher.note("opening the data")
-        source = open_source(config)
+        source = open_source(config, progress=rank == 0)  # all ranks wait for who prepares it
         watcher.note("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
@@ -494,5 +495,6 @@ def _begin_report(
 
 def _leave_done(done: int, settings: RunSettings, rank: int) -> NoReturn:
     """Leave a run whose newest checkpoint is of step `done`, with nothing left to do."""
-    words = f"{settings.directory} has done all of its {done} steps; run.steps=N goes on to step N"
+    steps = count_words(done, "step")
+    words = f"{settings.directory} has done all of its {steps}; run.steps=N goes on to step N"
     leave(Ending(EXIT_OK, words if rank == 0 else ""))

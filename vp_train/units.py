@@ -10,6 +10,11 @@ def plural(count: int, name: str) -> str:
     return f"{name}es" if name.endswith(("s", "x", "ch", "sh")) else f"{name}s"
 
 
+def count_words(count: int, name: str) -> str:
+    """Return a number of things in words: 1 rank, 1,024 microbatches."""
+    return f"{count:,} {plural(count, name)}"
+
+
 def loss_words(loss: float) -> str:
     """Format a loss with as many digits as a run, a sweep and a report show: 2 -> 2.0000."""
     return f"{loss:.4f}"

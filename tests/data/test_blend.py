@@ -75,8 +75,10 @@ def test_samples_come_by_weight_at_every_prefix(blend: DataConfig) -> None:
         corpus_of(row, corpora) for row in source.validation_batch().tokens.reshape(-1, 8).numpy()
     ]
     assert set(held_out) == set("ab")  # six samples: too few for the corpus with a share of 10 %
-    assert source.description.startswith("70.0% text: 30 files, 30 documents")
-    assert "; 20.0% text: 1 files, 30 documents" in source.description
+    assert blend.blend is not None
+    paths = [entry.path for entry in blend.blend]
+    assert source.description.startswith(f"70.0% {paths[0]}: 30 files, 30 documents")
+    assert f"; 20.0% {paths[1]}: 1 file, 30 documents" in source.description
 
 
 def test_all_corpora_have_one_tokenizer_trained_on_all_of_them(blend: DataConfig) -> None:
@@ -180,7 +182,7 @@ def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
     )
     example = r"\[{path:DIR,weight:3},{name:pystdlib,weight:1}\]"
     with pytest.raises(
-        ConfigError, match=rf"data=blend needs its corpora; .* data.blend={example}"
+        ConfigError, match=rf"data=blend needs its corpora; .* 'data.blend={example}'"
     ):
         load_config(["data=blend"])
     with pytest.raises(
@@ -194,7 +196,7 @@ def test_a_blend_is_an_override_away(blend: DataConfig) -> None:
     ):
         with pytest.raises(
             ConfigError,
-            match=rf"^data\.blend.*{word}.*; write data\.blend=\[\{{path:DIR,weight:3",
+            match=rf"^data\.blend.*{word}.*; write 'data\.blend=\[\{{path:DIR,weight:3",
         ):
             load_config(["data=blend", f"data.blend=[{value}]"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -226,6 +227,19 @@ def test_what_killed_builds_have_left_is_removed(tmp_path: Path) -> None:
     with locks.alone(tmp_path, "alive", progress=False):
         locks.remove_left(tmp_path)
     assert [place.exists() for place in places] == [False, True]
+
+
+def test_what_a_killed_build_of_an_older_version_has_left_is_removed(tmp_path: Path) -> None:
+    """It lies in `building`, whose lock is `.lock`."""
+    place = tmp_path / "building"
+    place.mkdir()
+    (place / "tokens.bin").write_bytes(b"half")
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.remove_left(tmp_path)
+        assert place.exists()
+    locks.remove_left(tmp_path)
+    assert not place.exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "[", "{}"])

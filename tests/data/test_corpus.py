@@ -201,7 +201,7 @@ def test_a_run_says_once_what_is_left_out_and_warns_each_time_of_much(tmp_path, 
             if is_much:
                 (words,) = warnings
                 assert words == (
-                    f"data.path={each.path}: 1 of 10 documents were left out: "
+                    f"data.path={each.path}: 1 of 10 documents were left out, 19 B in all: "
                     f"documents without the text field, first {lines}:10 (no 'text', but content)"
                     "; data.jsonl_field names the field that has the text"
                 )
@@ -221,7 +221,10 @@ def test_no_tokenizer_is_trained_where_there_is_no_text(tmp_path, text, monkeypa
     if is_blend:
         entries = (BlendEntry(path=str(text)), BlendEntry(path=str(lines)))
         data, name = replace(data, name="blend", path=None, blend=entries), r"data.blend\[1\]: "
-    words = "left out, documents without the text field: 3; first .* \\(no 'text', but content\\)"
+    words = (
+        "left out, documents without the text field: 3; "
+        "first .* \\(no 'text', but content\\), 69 B in all"
+    )
     with pytest.raises(ConfigError, match=rf"^{name}{lines} holds no text \({words}\); set "):
         prepare_all(data, VOCAB, progress=False)
 

@@ -154,7 +154,7 @@ def test_every_kind_is_counted_and_its_first_place_is_named(
     assert capsys.readouterr().err.splitlines() == [
         f"left out, null texts: 2; first {file}:1",
         "left out, lines that are not JSON in UTF-8: 1; "
-        f"first {file}:2 (Expecting value: line 1 column 1 (char 0))",
+        f"first {file}:2 (Expecting value: line 1 column 1 (char 0)), 3 B in all",
     ]
 
 
@@ -202,7 +202,10 @@ def test_file_that_is_not_utf8_is_left_out_and_named(
     for file, content in zip(files, (b"\xff", b"good", b"\x80"), strict=True):
         file.write_bytes(content)
     assert [document.text for document in read_documents(files, "text", warn=True)] == ["good"]
-    assert f"texts that are not UTF-8: 2; first {files[0]} (line 1)\n" in capsys.readouterr().err
+    assert (
+        f"texts that are not UTF-8: 2; first {files[0]} (line 1), 2 B in all\n"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])

@@ -300,7 +300,7 @@ def test_a_link_is_its_file_and_other_links_are_left_out(tmp_path: Path) -> None
     for path in (snapshot / "train.jsonl", snapshot):
         files = find_files(DataConfig(name="text", path=str(path)), left_out)
         assert [document.text for document in read_documents(files, "text")] == ["one", "two"]
-    assert {first for _, first in left_out.as_dict().values()} == {
+    assert {*left_out.first.values()} == {
         str(snapshot / "folder"),
         str(snapshot / "gone.txt"),
     }

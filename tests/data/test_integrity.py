@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from tests.data.cases import VOCAB_SIZE, text_config, write_letters
 from vp_train.config import ConfigError, DataConfig
-from vp_train.data import corpus, indexed, prepare
+from vp_train.data import corpus, indexed, prepare, progress
 from vp_train.data.integrity import BLOCK, DIGITS, block_hashes, check_blocks, check_once
 from vp_train.data.manifest import _OWN_HASH, _hash_of, _misfit
 from vp_train.durable import read_json
@@ -131,6 +132,26 @@ def test_of_several_processes_one_checks(tmp_path: Path) -> None:
     assert len(checks) == 1
 
 
+def test_who_waits_long_for_a_check_says_so_once_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, said = tmp_path / "a", []
+    file.write_text("a")
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", (0.01, 60.0))
+    monkeypatch.setattr(progress, "_say", said.append)
+
+    def check() -> None:
+        until = time.monotonic() + 30
+        while not said and time.monotonic() < until:
+            time.sleep(0.001)
+
+    check_once(tmp_path / "memory", [file], check, progress=True)
+    assert len(said) == 1
+    assert said[0].startswith(f"checking {tmp_path}, or waiting for who does: ")
+    check_once(tmp_path / "memory", [file], check, progress=True)
+    assert len(said) == 1
+
+
 def test_what_failed_is_checked_again_and_without_memory_always(tmp_path: Path) -> None:
     file, memory, checks = tmp_path / "a", tmp_path / "memory", []
     file.write_text("a")
@@ -196,7 +217,10 @@ ENTRIES = {  # values of a manifest that are taken, and others that are not
     "name": (("a_B1", "a" * 64), ("", "a/b", "a" * 65, 1, None)),
     "seconds": ((0, 0.5), ("1", True, None)),
     "largest_token": ((None, 0, 2**31 - 1), (-1, 2**31, True, 1.0, "1")),
-    "left_out": (({}, {"a": [1, "b"]}), ([], {"a": 1}, {"a": [1]}, {"a": ["b", 1]})),
+    "left_out": (
+        ({}, {"a": [1, "b"]}, {"a": [1, "b", 2]}),
+        ([], {"a": 1}, {"a": [1]}, {"a": ["b", 1]}, {"a": [1, "b", "c"]}),
+    ),
     "num_documents": ((1, 2), (0,)),
     "num_tokens": ((6, 7), (5,)),
     "end_token": ((0, VOCAB_SIZE - 1), (VOCAB_SIZE,)),

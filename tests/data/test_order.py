@@ -97,7 +97,7 @@ def test_weights_that_are_not_positive_are_refused(weight: float) -> None:
 
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data=blend needs its corpora; write data\.blend="):
+    with pytest.raises(ConfigError, match=r"data=blend needs its corpora; write 'data\.blend="):
         DataConfig(name="blend")
     with pytest.raises(
         ConfigError, match=r"data\.blend counts only with data=blend, not data\.name=pystdlib"

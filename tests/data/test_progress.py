@@ -45,3 +45,7 @@ def test_plain_lines_come_ever_more_rarely(
     assert pauses == [10, 20, 40, 60, 60, 60, 60]
     said = capsys.readouterr().err.splitlines()
     assert said == ["working", *(f"working: after {number}" for number in range(1, 7))]
+    pauses.clear()
+    with reported("working", lambda seconds: f"after {len(pauses)}", at_once=False):
+        pass
+    assert capsys.readouterr().err.splitlines() == said[1:]

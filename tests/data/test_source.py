@@ -342,7 +342,7 @@ def test_single_document_can_be_trained_on_without_validation(tmp_path: Path) ->
     num_tokens = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False).manifest.num_tokens
     with pytest.raises(
         ConfigError,
-        match=r"validation gets 0 of 1 documents .*0 with run.eval_every=0 trains on everything",
+        match=r"validation gets 0 of 1 document .*0 with run.eval_every=0 trains on everything",
     ):
         open_source(run_config(text_config(tmp_path), seq_length=num_tokens // 2))
     with pytest.raises(

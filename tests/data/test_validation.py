@@ -156,7 +156,7 @@ def test_a_set_without_a_label_is_refused(config: RunConfig, tmp_path: Path) -> 
         ("[{name:a/b,path:c}]", "name=a/b is not a name"),
         ("[{name:a,path:c},{name:a,path:d}]", "name=a occurs 2 times"),
         ("[{name:a,where:c}]", "where"),
-        ("3", "write data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]"),
+        ("3", "write 'data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]'"),
     ],
 )
 def test_a_wrong_list_of_sets_is_refused(value: str, message: str) -> None:

@@ -121,8 +121,8 @@ def test_a_model_file_sets_what_it_holds_and_words_after_it_win(tmp_path):
     ("text", "message"),
     [
         (None, "model.yaml is not there; vp-import SRC DST writes one, or choose one of "),
-        ("- 1\n", "model.yaml holds no settings"),
-        ("a: [\n", "model.yaml is not YAML (line 2: while parsing a flow node"),
+        ("- 1\n", "model.yaml: line 1 begins no setting"),
+        ("a: [\n", "model.yaml is not YAML (line 2: did not find expected node content)"),
         ("num_layers: 2\na: [1\nb: 2\n", "model.yaml is not YAML (line 3: "),
         ("hidden: 3\n", "model.hidden is not a setting; did you mean"),
         ("num_layers: 0\n", "model.num_layers=0 is too small"),

@@ -18,12 +18,12 @@ from tests.inference.trained import SENTENCE, WORDS, command, records
 from tests.vocab.test_memory import growth
 from vp_train.commands.score import Score, main
 from vp_train.config import ConfigError, DataConfig
+from vp_train.config.typed import override
 from vp_train.data import describe, prepare
 from vp_train.data.tokenizer import train_tokenizer
 from vp_train.inference.layout import opening_of
 from vp_train.inference.opening import open_run, opened
 from vp_train.settings import load_config
-from vp_train.settings.words import override
 from vp_train.tensors import kernels
 from vp_train.tensors.compiling import has_cpp_compiler
 

@@ -57,7 +57,7 @@ def test_degrees_that_are_open_follow_from_the_ranks(dp, pp, tp, num_ranks, expe
         (None, 4, 1, 6, "parallel.pp=4 needs a multiple of 4 ranks, but 6 "),
         (2, 2, 1, 8, "parallel.dp=2 x parallel.pp=2 needs 4 ranks, but 8 "),
         (2, 2, 1, 2, "parallel.dp=2 x parallel.pp=2 needs 4 ranks, but 2 "),
-        (1, 1, 1, 2, "parallel.pp=1 needs 1 ranks, but 2 "),
+        (1, 1, 1, 2, "parallel.pp=1 needs 1 rank, but 2 "),
         (None, None, 4, 6, "parallel.tp=4 needs a multiple of 4 ranks, but 6 "),
         (3, None, 2, 8, "parallel.dp=3 x parallel.tp=2 needs a multiple of 6 ranks, but 8 "),
     ],

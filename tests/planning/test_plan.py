@@ -546,6 +546,6 @@ def test_recomputation_may_be_given_for_every_stage():
     )
     short = replace(config, parallel=replace(config.parallel, recompute_per_stage=("full", "none")))
     with pytest.raises(
-        ConfigError, match="recompute_per_stage has 2 values, but there are 3 stages"
+        ConfigError, match="recompute_per_stage has 2 values, but the model has 3 stages"
     ):
         plan_step(short, 3)

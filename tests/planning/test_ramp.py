@@ -46,7 +46,10 @@ def test_a_rank_owns_the_same_in_steps_of_every_size(name):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("batch_ramp=[[5,3]] micro_batch_size=2", "3 sequences do not split into microbatches of "),
+        (
+            "batch_ramp=[[5,3]] micro_batch_size=2",
+            "3 sequences cannot be split into microbatches of ",
+        ),
         ("batch_ramp=[[5,3],[5,4]]", "step 5 comes after step 5; give the steps in order"),
         ("batch_ramp=[[5,3,2]]", r"\[5, 3, 2\] is not a pair of a step and a number of"),
         ("batch_ramp=[[5,0]]", "batch_ramp=0 is too small"),
@@ -76,6 +79,6 @@ def test_a_ramp_that_does_not_fit_is_refused(words, message):
 
 def test_a_step_that_cannot_be_planned_is_named():
     config = load_config([*SMALL, "batch_ramp=[[3,2]]"])
-    message = r"^batch_ramp has steps of 131072 microbatches in each replica: num_micro"
+    message = r"^batch_ramp has steps of 131,072 microbatches in each replica: num_micro"
     with pytest.raises(ConfigError, match=message):
         replan(config, make_plan(config, 2), 131072)

@@ -31,6 +31,7 @@ from vp_train.config.resume import (
     keeps_with_weights,
     permission_of,
 )
+from vp_train.config.typed import shell_word
 from vp_train.durable import plain, shown
 from vp_train.mesh import Mesh
 from vp_train.optim.adamw import MOMENTS
@@ -316,9 +317,13 @@ def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) ->
         ]
         which = f"the text or tokenizer of {', '.join(changed)} is"
     raise ConfigError(
-        f"{which} not what {path} was trained on; bring that back, "
-        f"or go on from its weights as another run: run.init_from={path} run.name=NAME"
+        f"{which} not what {path} was trained on; bring that back, or {_as_another_run(path)}"
     )
+
+
+def _as_another_run(path: Path) -> str:
+    origin = shell_word("run.init_from", str(path))
+    return f"go on from its weights as another run: {origin} run.name=NAME"
 
 
 def _require_same(
@@ -339,8 +344,8 @@ def _require_same(
             if (section, key) == ("data", "synthetic"):
                 words = "was" if before else "was not"
                 raise ConfigError(
-                    f"{path} {words} trained on data=synthetic; use the same data, or go on "
-                    f"from its weights as another run: run.init_from={path} run.name=NAME"
+                    f"{path} {words} trained on data=synthetic; use the same data, or "
+                    f"{_as_another_run(path)}"
                 )
             permission = permission_of(f"{section}.{key}", config)
             way_out = "" if permission is None else f", or give run.allow=[{permission}]"

@@ -23,16 +23,24 @@ from vp_train.config import ConfigError, RunConfig, printable
 from vp_train.durable import missing_directories, write_output
 from vp_train.failures import EXIT_OK, ending_of_command
 from vp_train.settings import load_config
-from vp_train.settings.files import config_text, has_settings
-from vp_train.settings.help import section_help, setting_help, settings_help
+from vp_train.settings.files import config_text, expanded, has_settings
+from vp_train.settings.help import (
+    all_settings_help,
+    files_words,
+    section_help,
+    setting_help,
+    settings_help,
+)
 from vp_train.settings.meant import close_names
-from vp_train.settings.tree import group_choices, sections, setting_names
+from vp_train.settings.tree import YAML_ENDINGS, group_choices, sections, setting_names
 from vp_train.supervision.ending import write_stderr
 
 _WIDTH, _LEAST_WIDTH = 100, 40  # columns of lines without a terminal, and on any terminal
 _NARROWEST = 32  # columns of a meaning beside its label
 _MEANING, _INDENT = 48, 6  # the column of the meaning of settings, and that below a long label
+_ALL = "settings"  # what --help takes for all of them
 _LABEL = re.compile(r" +\S+( \S+)? {2,}(?=\S)|\s*")  # what further lines leave free
+_LEAST_OF_GPUS = 1e13  # FLOP/s in bfloat16
 MOST_NUMBER = 1_000_000  # of an option that takes a count, unless it says another
 _HELP = """\
 {command}: {purpose}
@@ -49,9 +57,17 @@ Settings{which} and their values now (`{command} --help model`: one group in ful
 {values}
 
 A list is written [1,2,3], nothing is null.  Of two values of a setting the last counts.
-settings=FILE.yaml takes what --print-config prints, or any part of it; other words win over it.
-A group takes a file of its own too: cluster=FILE.yaml.  Examples:
+{files}  Examples:
 """
+# The groups and settings that say how long a step takes and what it needs.  A run that is there
+# has settings of its own.
+OF_A_STEP = (
+    *("model", "schedule", "vocab", "parallel", "loss", "optim", "cost", "cluster"),
+    *("num_microbatches", "micro_batch_size", "batch_ramp"),
+    *("run.name", "run.root", "run.resume"),
+    *("run.device", "run.dtype", "run.linear_dtype", "run.float8_scales"),
+    *("run.compile", "run.cuda_graphs"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +105,10 @@ def configured(command: Command, arguments: Sequence[str]) -> int:
     for name in chosen:
         _check_name(name, command.name)
     config = load_config(overrides, tuple(command.options))
+    if (line := _without_device(config, overrides)) and prints():
+        write_stderr(f"{command.name}: {line}\n")
     if wants_help:
-        pages = [
-            section_help(name, config) if name in sections() else setting_help(name, config)
-            for name in chosen
-        ]
+        pages = [_page(name, config, command.name) for name in chosen]
         print(_broken("\n\n".join(pages)) if pages else _help(command, config))
         return EXIT_OK
     if "--print-config" in arguments:
@@ -107,6 +122,27 @@ def typed(overrides: Sequence[str], *names: str) -> list[str]:
     return [word for word in overrides if word.lstrip("+~").partition("=")[0] in names]
 
 
+def _without_device(config: RunConfig, overrides: Sequence[str]) -> str:
+    """Return a line about a cluster of GPUs whose ranks stay on CPUs since nobody says otherwise.
+
+    It is empty where there is nothing to say.
+    """
+    is_gpu = config.cluster.bfloat16_flops_per_second >= _LEAST_OF_GPUS
+    if not is_gpu or config.run.device != "cpu" or typed(expanded(overrides), "run", "run.device"):
+        return ""
+    return (
+        "the cluster has the peak of GPUs, but run.device=cpu is the default; presets of GPUs set "
+        "run.device=cuda run.dtype=bfloat16 too"
+    )
+
+
+def _page(name: str, config: RunConfig, command: str) -> str:
+    """Return the help on one group or setting, or on all settings together."""
+    if name == _ALL:
+        return all_settings_help(command)
+    return section_help(name, config) if name in sections() else setting_help(name, config)
+
+
 def _is_name(word: str) -> bool:
     return "=" not in word and not word.startswith(("-", "+", "~"))
 
@@ -114,7 +150,7 @@ def _is_name(word: str) -> bool:
 def _check_name(name: str, command: str) -> None:
     """Raise ConfigError unless `name` is a group of settings or one setting."""
     names = [*sections(), *setting_names()]
-    if name in names:
+    if name in (*names, _ALL):
         return
     groups = [] if "." in name else difflib.get_close_matches(name, list(sections()), n=1)
     close = [*groups, *close_names(name)]
@@ -309,7 +345,7 @@ def cost_output_of(option: str, word: str) -> Path:
     holds something else.
     """
     path = output_of(option, word)
-    if path.suffix != ".yaml":
+    if path.suffix not in YAML_ENDINGS:
         raise ConfigError(
             f"{option} {path}: only a name that ends with .yaml can be read as cost=FILE; write "
             f"{option} {path}.yaml"
@@ -437,6 +473,7 @@ def _help(command: Command, config: RunConfig) -> str:
         options=options,
         groups=lines,
         which=" that count here" if command.reads else "",
+        files=files_words("cluster" if counts("cluster") else "model"),
         values=settings_help(config, filter(counts, setting_names())),
     )
     return f"{_broken(page)}\n{command.examples}"

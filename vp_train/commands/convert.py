@@ -13,11 +13,11 @@ from vp_train.commands.command import Parser, guarded, path_argument
 from vp_train.config import ConfigError, RunSettings
 from vp_train.config.bounds import DTYPES
 from vp_train.config.optim import SMALLEST, usual_rate
+from vp_train.config.typed import for_shell, typed
 from vp_train.durable import meant_run
 from vp_train.failures import EXIT_OK
 from vp_train.metrics.run_directory import is_original
 from vp_train.settings.saved import run_of, started_from
-from vp_train.settings.words import for_shell, typed
 
 if TYPE_CHECKING:
     from vp_train.hf.convert import Imported

@@ -12,6 +12,7 @@ from schedules.render import duration
 from vp_train.commands.command import whole_number
 from vp_train.config import ConfigError
 from vp_train.planning.plan import StepPlan
+from vp_train.units import count_words
 
 OPTIONS = {
     "--jitter": ("X", "how steps vary if every pass takes its time up to a deviation of X, as 0.1"),
@@ -70,7 +71,7 @@ class Draws:
                 f"one rank, each in turn, is slower by {100 * self.disturbance.straggler:.3g}%"
             )
         drawn = " and ".join(parts) or "nothing varies"
-        return f"{self.samples} steps of every schedule, seed {self.seed}: {drawn}"
+        return f"{count_words(self.samples, 'step')} of every schedule, seed {self.seed}: {drawn}"
 
 
 def _fraction(options: Mapping[str, str], name: str) -> float:

@@ -28,6 +28,7 @@ from vp_train.commands.command import (
 )
 from vp_train.commands.plan_words import text_of
 from vp_train.config import ConfigError, RunConfig, printable
+from vp_train.config.typed import for_shell, typed
 from vp_train.durable import checkpoints_in
 from vp_train.explain.causes import ExplainedRank, Explanation, KindTimes, explain
 from vp_train.explain.remedies import (
@@ -45,8 +46,7 @@ from vp_train.explain.trace import read_traced
 from vp_train.failures import EXIT_OK
 from vp_train.profile.costs import cost_text
 from vp_train.settings import load_config
-from vp_train.settings.words import for_shell, typed
-from vp_train.units import human_bytes
+from vp_train.units import count_words, human_bytes
 
 _SECONDS = 20.0  # for the comparison of schedules; the simulation that runs then still ends
 _SHOWN_RANKS = 16
@@ -196,7 +196,7 @@ def _print(
     say("")
     console.print(_rank_table(explanation))
     if len(explanation.ranks) > _SHOWN_RANKS:
-        say(f"({len(explanation.ranks) - _SHOWN_RANKS} more ranks; --json has all)")
+        say(f"({count_words(len(explanation.ranks) - _SHOWN_RANKS, 'more rank')}; --json has all)")
     if replicas := explanation.replicas:
         slowest = max(replicas, key=lambda replica: replicas[replica])
         say(
@@ -230,10 +230,12 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
         explanation.measured_seconds,
     )
     ratio = f", {measured / planned:.2f} times as long" if planned > 0 else ""
+    ranks = count_words(len(explanation.ranks), "rank")
     lines = [
         f"step {step.step} of {run}: {printable(step.schedule.name)}, vocabulary "
-        f"{step.problem.algorithm.name}, {step.problem.num_microbatches} microbatches, "
-        f"{len(explanation.ranks)} ranks, {printable(step.dtype)} on {printable(step.device)}",
+        f"{step.problem.algorithm.name}, "
+        f"{count_words(step.problem.num_microbatches, 'microbatch')}, {ranks}, "
+        f"{printable(step.dtype)} on {printable(step.device)}",
         f"planned {duration(planned)}, measured {duration(measured)}{ratio}",
     ]
     if step.measured_on:
@@ -241,10 +243,10 @@ def _heading(run: Path, explanation: Explanation) -> list[str]:
     if step.step == 1:
         lines.append("step 1 also warms up caches and buffers; run.trace_step chooses another one")
     if explanation.on_processor < 1:
-        cpus = "" if step.cpus is None else f" on {step.cpus} processors"
+        cpus = "" if step.cpus is None else f" on {count_words(step.cpus, 'processor')}"
         lines.append(
             f"passes had a processor for {explanation.on_processor:.0%} of their time: "
-            f"{len(explanation.ranks)} ranks{cpus}; a plan gives every rank one of its own"
+            f"{ranks}{cpus}; a plan gives every rank one of its own"
         )
     for row in explanation.slow[:4]:
         host = f" on {row.host}" if row.host else ""

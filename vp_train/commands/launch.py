@@ -47,6 +47,7 @@ from vp_train.commands.searching import Searching
 from vp_train.commands.titles import entitle
 from vp_train.communication import flight_recorder
 from vp_train.config import ConfigError, RunConfig, RunSettings
+from vp_train.config.typed import override
 from vp_train.durable import is_fresh, way_on, write_all
 from vp_train.durable import replace as replace_file
 from vp_train.failures import (
@@ -70,7 +71,6 @@ from vp_train.planning.plan import SEARCHING, RunPlan, check_ramp, make_plan
 from vp_train.quiet import quiet_deprecations, quiet_megatron
 from vp_train.settings import load_config
 from vp_train.settings.files import expanded
-from vp_train.settings.words import override
 from vp_train.supervision.requests import SIGNALS, is_ignored
 
 # What ranks import on their way to the first step, in the order of their needs.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from vp_train.commands.command import whole_number
 from vp_train.config import ConfigError
+from vp_train.units import count_words
 
 RUN_ID = "VP_TRAIN_RUN_ID"  # environment variable: a random word that all nodes of a job share
 HEAD = "VP_TRAIN_HEAD"  # environment variable: the address of the first node of a Slurm job
@@ -199,7 +200,7 @@ def local_ranks_of(wanted: int, place: Place, given: int, num_gpus: int | None) 
         return num_gpus
     if wanted % place.num_nodes:
         raise ConfigError(
-            f"{wanted} ranks do not split over {place.num_nodes} nodes; change parallel.dp, pp or "
-            "tp, or give the number of each node with --ranks"
+            f"{count_words(wanted, 'rank')} cannot be split over {place.num_nodes} nodes; change "
+            "parallel.dp, pp or tp, or give the number of each node with --ranks"
         )
     return wanted // place.num_nodes

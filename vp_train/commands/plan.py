@@ -10,7 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vp_train.commands.command import Command, collect_rarely, output_of, run, typed, whole_number
+from vp_train.commands.command import (
+    OF_A_STEP,
+    Command,
+    collect_rarely,
+    output_of,
+    run,
+    typed,
+    whole_number,
+)
 from vp_train.commands.plan_words import (
     cluster_words,
     decides_lines,
@@ -48,7 +56,7 @@ from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
 from vp_train.planning.shared import Shared
 from vp_train.planning.weigh import Scales
-from vp_train.units import plural
+from vp_train.units import count_words
 
 _MOST_TOKENS = 10**9
 _MARGIN = round(100 * MARGIN)  # percent
@@ -94,6 +102,7 @@ def main() -> None:
             _plan,
             _EXAMPLES,
             options,
+            OF_A_STEP,
         )
     )
 
@@ -151,7 +160,7 @@ def _batch_words(config: RunConfig, tokens: int | None, multiple: str, *, is_def
     multiple: the settings of which it is a multiple, because they are kept.
     """
     count, length = batch_of(config), config.model.seq_length
-    words = f"batch: {count:,} {plural(count, 'sequence')} of {length:,} tokens"
+    words = f"batch: {count_words(count, 'sequence')} of {length:,} tokens"
     words += f", {count * length:,} tokens in a step"
     if is_default:
         return f"{words}, by default; --tokens N sets another"

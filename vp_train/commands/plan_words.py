@@ -26,7 +26,7 @@ from vp_train.planning.plan import in_its_memory_words
 from vp_train.planning.report import Offloading, PlanReport, gpus_words, with_costs
 from vp_train.planning.search import without_vocabulary
 from vp_train.planning.shared import Shared
-from vp_train.units import compared, human_bytes, plural
+from vp_train.units import compared, count_words, human_bytes
 
 _SHOWN_RANKS = 16
 _LEFT_OUT = ("params", "layers", "V rows")  # of the ranks, if need be, where a terminal is narrow
@@ -280,9 +280,9 @@ def model_words(config: RunConfig) -> str:
     count = shape.num_parameters(model)
     size = f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e6:,.1f} M"
     return (
-        f"{size} parameters, {model.num_layers} layers, hidden size {model.hidden_size:,}, "
-        f"vocab {model.vocab_size:,}; {config.num_microbatches:,} "
-        f"{plural(config.num_microbatches, 'microbatch')} of "
+        f"{size} parameters, {count_words(model.num_layers, 'layer')}, "
+        f"hidden size {model.hidden_size:,}, vocab {model.vocab_size:,}; "
+        f"{count_words(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
 
@@ -349,7 +349,7 @@ def _rank_table(report: PlanReport, unit: float) -> list[str]:
             del columns[head]
             lines = table_lines(columns)
     left = len(report.ranks) - len(shown)
-    more = [f"... and {left} more ranks; --json FILE has all"] if left > 0 else []
+    more = [f"... and {count_words(left, 'more rank')}; --json FILE has all"] if left > 0 else []
     return [lines[0], *lines[2:], *more]  # without its rule
 
 

@@ -14,9 +14,10 @@ _EXAMPLES = """\
   vp-prepare data=text data.path=corpus_text_document.idx data.tokenizer=tokenizer.json
                                                  tokens of Megatron-LM: a .bin with its .idx"""
 
-# Weights of another run have its vocabulary, and a run that goes on has its own.
-_RUN = ("run.name", "run.root", "run.resume", "run.init_from")
-_READS = ("data", "model.vocab_size", *_RUN)
+_READS = (
+    *("data.name", "data.path", "data.blend", "data.jsonl_field", "data.validation"),
+    *("data.tokenizer", "data.end_token", "data.cache_dir", "data.workers", "model.vocab_size"),
+)
 
 
 def main() -> None:
@@ -27,13 +28,15 @@ def main() -> None:
 
 def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     from vp_train.data import describe, prepare_run, prepare_validation
-    from vp_train.data.corpus import left_out_warnings, spare_rows
+    from vp_train.data.corpus import left_out_warnings, spare_rows, with_names
 
     corpora = prepare_run(config, progress=True)
     named = prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
     much = left_out_warnings(config.data, corpora, named)
+    pairs = with_names(config.data, corpora, named)
     corpora += tuple(named.values())
-    print("\n".join(map(describe, corpora)) or f"data={config.data.name}: nothing to prepare")
+    described = (describe(one, name if len(pairs) > 1 else "") for name, one in pairs)
+    print("\n".join(described) or f"data={config.data.name}: nothing to prepare")
     for line in (*much, *spare_rows(config, corpora)):
         print(f"warning  {line}")
     return EXIT_OK

@@ -18,6 +18,7 @@ from schedules.ir import Kind
 from schedules.render import duration
 from schedules.vocab import End
 from vp_train.commands.command import (
+    OF_A_STEP,
     Command,
     cost_output_of,
     output_of,
@@ -26,6 +27,7 @@ from vp_train.commands.command import (
     write_costs,
 )
 from vp_train.config import ConfigError, RunConfig
+from vp_train.config.typed import shell_word
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_OK
 from vp_train.planning.memory import machine_bytes, rank_memory
@@ -39,7 +41,7 @@ from vp_train.profile.costs import (
     measured_cost,
     with_cost,
 )
-from vp_train.units import human_bytes
+from vp_train.units import count_words, human_bytes
 
 _SHOWN = (Kind.F, Kind.B, Kind.I, Kind.W, Kind.S, Kind.T, Kind.E, Kind.G)
 
@@ -60,7 +62,7 @@ def main() -> None:
         "--json": ("FILE", "write everything there"),
     }
     purpose = "measures ranks of a job one by one on this machine"
-    run(Command("vp-profile", purpose, _profile, _EXAMPLES, options))
+    run(Command("vp-profile", purpose, _profile, _EXAMPLES, options, OF_A_STEP))
 
 
 def _profile(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
@@ -225,7 +227,7 @@ def _print(
     Console(width=110).print(table, highlight=False)
     print("passes: a step timed as a whole; their sum: the median of each pass, added up")
     print(
-        f"predicted for all {report.degrees.num_ranks} ranks: "
+        f"predicted for {count_words(report.degrees.num_ranks, 'rank')}: "
         f"a step of {duration(report.step_seconds)}, "
         f"{report.num_tokens / report.step_seconds:,.0f} tokens/s, MFU {report.mfu:.1%}; "
         f"mean bubble {report.bubble:.1%}"
@@ -260,7 +262,7 @@ def _write_cost(
         *([note] if note else []),
     ]
     written = write_costs(path, cost_text(comments, cost))
-    print(f"{written}; vp-plan and vp-simulate take them as cost={path}")
+    print(f"{written}; vp-plan and vp-simulate take them as {shell_word('cost', str(path))}")
 
 
 def _write_rates(
@@ -286,4 +288,4 @@ def _write_rates(
     )
     comment = f"Rates measured by vp-profile on {words['device']}, torch {words['torch']}"
     write_output(path, cost_text([comment], rates | {"measured_on": words["device"]}))
-    print(f"rates written to {path}; vp-plan plans any model with cost={path}")
+    print(f"rates written to {path}; vp-plan plans any model with {shell_word('cost', str(path))}")

@@ -36,7 +36,7 @@ from vp_train.planning.fsdp import Rivals
 from vp_train.planning.report import PlanReport
 from vp_train.planning.search import fits_on
 from vp_train.planning.slow_link import SlowLink, link_of
-from vp_train.units import compared, large_bytes, plural
+from vp_train.units import compared, count_words, large_bytes
 
 _SHOWN_REFUSALS = 3
 _HALVINGS = 3  # of the numbers of nodes that are tried where nothing fits
@@ -168,7 +168,7 @@ def _unfinished_lines(limits: Limits, result: SearchResult, *, is_stopped: bool)
 
 def _choices(count: int) -> str:
     """Return a number of choices in words."""
-    return f"{count:,} {plural(count, 'choice')}"
+    return f"{count_words(count, 'choice')}"
 
 
 def _vocabulary_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) -> list[str]:

@@ -27,7 +27,14 @@ from schedules.simulate import simulate_order
 from schedules.timeline import Timeline
 from schedules.vocab import VOCAB_ALGORITHMS, End, searched_algorithms
 from vp_train.commands import disturbed
-from vp_train.commands.command import Command, collect_rarely, output_directory_of, run, typed
+from vp_train.commands.command import (
+    OF_A_STEP,
+    Command,
+    collect_rarely,
+    output_directory_of,
+    run,
+    typed,
+)
 from vp_train.commands.disturbed import Draws
 from vp_train.commands.frontier import curves, write
 from vp_train.commands.plot import Marker, comparison_png, schedule_png
@@ -47,7 +54,7 @@ from vp_train.planning.plan import (
 )
 from vp_train.settings.files import config_text
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
-from vp_train.units import human_bytes
+from vp_train.units import count_words, human_bytes
 
 _GRID_RANKS = 32
 _LABEL = 13  # columns of a label in front of a figure
@@ -84,7 +91,7 @@ def main() -> None:
         **disturbed.OPTIONS,
     }
     purpose = "simulates one step: time, bubble and memory of a schedule"
-    run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options))
+    run(Command("vp-simulate", purpose, _simulate, _EXAMPLES, options, OF_A_STEP))
 
 
 def _simulate(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
@@ -546,9 +553,10 @@ def headline(config: RunConfig) -> str:
     """Return ranks, batch and model of a simulation in two lines."""
     model = config.model
     return (
-        f"{wanted_ranks(config.parallel)} ranks, {config.num_microbatches} microbatches of "
+        f"{count_words(wanted_ranks(config.parallel), 'rank')}, "
+        f"{count_words(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens\n"
-        f"{model.num_layers} layers of hidden size {model.hidden_size:,}, "
+        f"{count_words(model.num_layers, 'layer')} of hidden size {model.hidden_size:,}, "
         f"vocabulary {model.vocab_size:,}; activations in {config.run.dtype}"
     )
 

@@ -37,14 +37,15 @@ from vp_train.commands.command import (
 from vp_train.commands.local_ranks import search_options
 from vp_train.commands.place import is_rank, is_slurm_rank, place_of
 from vp_train.config import ConfigError, RunConfig, RunSettings, printable
+from vp_train.config.typed import override
 from vp_train.durable import UnreadableError, checkpoints_in, open_regular, read_text
 from vp_train.durable import replace as replace_file
 from vp_train.failures import EXIT_OK, EXIT_TIME
 from vp_train.settings import load_config
 from vp_train.settings.resume import changes, check_start
 from vp_train.settings.sweeps import combinations
-from vp_train.settings.words import override
-from vp_train.units import human_bytes, loss_words, plural
+from vp_train.settings.unknown import refuse_options
+from vp_train.units import count_words, human_bytes, loss_words
 
 SWEEP = "VP_TRAIN_SWEEP"  # environment variable of runs with the process id of their sweep
 _FLAGS = ("-m", "--multirun")
@@ -109,8 +110,7 @@ def sweep(command: Command, arguments: Sequence[str]) -> int:
     words, options = split_options(
         [word for word in arguments if word not in (*_FLAGS, "--print-config")], command.options
     )
-    if unknown := [word for word in words if word.startswith("-")]:
-        load_config(unknown, tuple(command.options))  # says which options there are
+    refuse_options(words, tuple(command.options))
     runs, base = runs_of(words)
     if "--only" in options:
         return configured(command, _chosen_arguments(runs, options) + ["--print-config"] * shows)
@@ -133,7 +133,7 @@ def _chosen_arguments(runs: Sequence[SweptRun], options: Mapping[str, str]) -> l
     index = whole_number(options, "--only", 0, least=0)
     if index >= len(runs):
         raise ConfigError(
-            f"--only {index} of {len(runs)} runs; they are 0 to {len(runs) - 1}, "
+            f"--only {index} of {count_words(len(runs), 'run')}; they are 0 to {len(runs) - 1}, "
             f"so submit launch/sweep.sbatch with --array 0-{len(runs) - 1}"
         )
     words = runs[index].words
@@ -258,7 +258,7 @@ def _sweep(runs: Sequence[SweptRun], base: str, options: Mapping[str, str]) -> i
             done = _steps_done(config) if config.run.resume else 0
             if done >= config.run.steps:
                 more = f", more than run.steps={config.run.steps}" * (done > config.run.steps)
-                print(f"{where}, is finished: {done} {plural(done, 'step')}{more}", flush=True)
+                print(f"{where}, is finished: {count_words(done, 'step')}{more}", flush=True)
                 code, said = EXIT_OK, None
             else:
                 print(": ".join(filter(None, (where, _said(run)))), flush=True)
@@ -315,8 +315,9 @@ def _require_same_runs(path: Path, runs: Sequence[SweptRun]) -> None:
     lost = [name for name in before if name not in {run.name for run in runs}]
     if lost:
         raise ConfigError(
-            f"{path} is of a sweep of {len(before)} runs, and {printable(lost[0])} is none of "
-            f"these {len(runs)}; give the same lists to go on, or choose another run.name"
+            f"{path} is of a sweep of {count_words(len(before), 'run')}, and {printable(lost[0])} "
+            f"is none of these {len(runs)}; give the same lists to go on, or choose another "
+            "run.name"
         )
 
 

@@ -15,6 +15,9 @@ from vp_train.config.setting import check_section, setting
 
 _MOST_WORKERS = 1_024
 _LONGEST_PATTERN = 100_000  # samples after which the order of a blend's corpora repeats
+BLEND_EXAMPLE = (
+    "'data.blend=[{path:DIR,weight:3},{name:pystdlib,weight:1}]'"  # the shell expands braces
+)
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,7 @@ class DataConfig:
                 "add data=text, or drop it"
             )
         if self.name == "blend" and not self.blend:
-            raise ConfigError(
-                "data=blend needs its corpora; write "
-                "data.blend=[{path:DIR,weight:3},{name:pystdlib,weight:1}]"
-            )
+            raise ConfigError(f"data=blend needs its corpora; write {BLEND_EXAMPLE}")
         if self.name != "blend" and self.blend:
             raise ConfigError(
                 f"data.blend counts only with data=blend, not data.name={self.name}; "

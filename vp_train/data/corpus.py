@@ -62,7 +62,7 @@ from vp_train.data.tokenizer import (
     train_tokenizer,
 )
 from vp_train.durable import UnreadableError, read_text, sync
-from vp_train.units import human_bytes, plural
+from vp_train.units import count_words, human_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -94,10 +94,11 @@ class Corpus:
         return self.path / "tokenizer.json"
 
 
-def headline(corpus: Corpus) -> str:
-    """Describe a corpus in one line."""
+def headline(corpus: Corpus, name: str = "") -> str:
+    """Describe a corpus in one line, which begins with `name` if one is given."""
     m = corpus.manifest
-    return f"{m.name}: {m.num_files} files, {m.num_documents} documents, {m.num_tokens:,} tokens"
+    documents, tokens = count_words(m.num_documents, "document"), count_words(m.num_tokens, "token")
+    return f"{name or m.name}: {count_words(m.num_files, 'file')}, {documents}, {tokens}"
 
 
 def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
@@ -121,22 +122,32 @@ def left_out_warnings(
     config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
 ) -> list[str]:
     """Return a line for each corpus, or named validation set, that leaves many documents out."""
-    names = corpus_names(config) if corpora else []
-    names += [f"data.validation, {name}" for name in named]
     return [
         f"{name}: {words}"
-        for name, corpus in zip(names, (*corpora, *named.values()), strict=True)
+        for name, corpus in with_names(config, corpora, named)
         if (words := much_left_out(corpus.manifest.left_out, corpus.manifest.num_documents))
     ]
 
 
-def describe(corpus: Corpus) -> str:
-    """Describe a corpus for people: three lines, and one for each kind of what was left out."""
+def with_names(
+    config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
+) -> list[tuple[str, Corpus]]:
+    """Return all corpora, those of validation last, with what the settings call them."""
+    names = corpus_names(config) if corpora else []
+    names += [f"data.validation, {name}" for name in named]
+    return list(zip(names, (*corpora, *named.values()), strict=True))
+
+
+def describe(corpus: Corpus, name: str = "") -> str:
+    """Describe a corpus for people: three lines, and one for each kind of what was left out.
+
+    The first line begins with `name` if one is given.
+    """
     m = corpus.manifest
     end = load_tokenizer(corpus.tokenizer, m.vocab_size).id_to_token(m.end_token)
     state = f"built in {m.seconds:.1f} s" if corpus.fresh else "already there"
     lines = [
-        f"{headline(corpus)} ({state})",
+        f"{headline(corpus, name)} ({state})",
         f"tokenizer: {m.num_token_ids:,} tokens; documents end with {end!r}, token {m.end_token}",
         f"stored in {corpus.path}",
     ]
@@ -320,7 +331,7 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     corpus = _find_or_build(config, vocab_size, progress) if path is None else _open(path, config)
     memory = Path(config.cache_dir).expanduser() / "checked"
     files = [corpus.path / name for name in (MANIFEST, *FILES)]
-    check_once(memory, files, lambda: _check_contents(corpus))
+    check_once(memory, files, lambda: _check_contents(corpus), progress)
     _require_rows(corpus, config, vocab_size)
     return corpus
 
@@ -706,7 +717,7 @@ def _nothing_words(files: Sequence[Path], left_out: LeftOut) -> str:
     """Return the message for files without a document."""
     after, others = "", len(files) - 1
     if others:
-        after = f" and the {others} {plural(others, 'file')} after it"
+        after = f" and the {count_words(others, 'file')} after it"
     is_text = kind_of(files[0]) != "tokens"
     words = "; ".join(words_of(left_out.as_dict())) or "no documents"
     field = ", or data.jsonl_field to the field that has it" if is_text else ""

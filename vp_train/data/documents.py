@@ -127,7 +127,7 @@ def _text(path: Path, state: Reading) -> Iterator[Document]:
         if not found:
             with open_unpacked(path) as (stream, _):
                 found = f"line {_first_wrong_line(stream)}"
-        state.left_out.add(NOT_UTF8, str(path), found)
+        state.left_out.add(NOT_UTF8, str(path), found, path.stat().st_size)
         return
     if is_long:
         with open_unpacked(path) as (stream, raw):
@@ -179,9 +179,11 @@ def _lines(path: Path, field: str, state: Reading) -> Iterator[Document]:
             state.num_bytes = before + raw.tell()
             origin = f"{path}:{number}"
             if len(line) > LONGEST_LINE:
+                size = len(line)
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(_CHUNK)
-                left_out.add(TOO_LONG, origin, f"above {LONGEST_LINE:,} bytes")
+                    size += len(line)
+                left_out.add(TOO_LONG, origin, f"above {LONGEST_LINE:,} bytes", size)
                 continue
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -191,13 +193,15 @@ def _lines(path: Path, field: str, state: Reading) -> Iterator[Document]:
                 record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 is_first = number == 1
-                left_out.add(NOT_JSON, origin, (is_first and _utf16_words(line)) or str(error))
+                found = (is_first and _utf16_words(line)) or str(error)
+                left_out.add(NOT_JSON, origin, found, len(line))
                 continue
             if not isinstance(record, dict) or field not in record:
                 found = (
                     ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
                 )
-                left_out.add(NO_FIELD, origin, f"no {field!r}, but {found or 'nothing'}")
+                words = f"no {field!r}, but {found or 'nothing'}"
+                left_out.add(NO_FIELD, origin, words, len(line))
                 continue
             value = record[field]
             if isinstance(value, str) and not value.isascii():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
+from vp_train.config.typed import shell_word
 from vp_train.data.left_out import (
     HIDDEN,
     LINK_TO_NOTHING,
@@ -148,12 +149,12 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
         elif kind_of(path) == "tokens" and not _is_ours(path):
             halves.append(path)
         else:
-            left_out.add(OTHER_ENDING, str(path))
+            left_out.add(OTHER_ENDING, str(path), num_bytes=path.stat().st_size)
     if not {path.with_suffix("") for path in halves if path.suffix == INDEX}.intersection(
         path.with_suffix("") for path in halves if path.suffix == TOKENS
     ):
         for path in halves:
-            left_out.add(OTHER_ENDING, str(path))
+            left_out.add(OTHER_ENDING, str(path), num_bytes=path.stat().st_size)
         return found
     if found:
         raise ConfigError(
@@ -238,7 +239,7 @@ def _splits_words(path: Path) -> str:
     example = path.parent / (splits[0] if splits else "train")
     return (
         f"{path.parent} holds the splits of a data set ({names}); "
-        f"give the one to train on, for example data.path={example}"
+        f"give the one to train on, for example {shell_word('data.path', str(example))}"
     )
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vp_train.config import ConfigError
+from vp_train.config import ConfigError, printable
+from vp_train.data.progress import reported
 from vp_train.durable import UnreadableError, open_regular, read_json, replace
 
 BLOCK = 1 << 22  # bytes of a block
@@ -62,18 +63,28 @@ def check_blocks(path: Path, expected: Sequence[str], way_out: str) -> None:
         )
 
 
-def check_once(memory: Path, files: Sequence[Path], check: Callable[[], None]) -> None:
+def check_once(
+    memory: Path, files: Sequence[Path], check: Callable[[], None], progress: bool = False
+) -> None:
     """Run `check` unless the directory `memory` remembers it for these files as they are.
 
-    Of several processes one checks, and the others wait for it.  If nothing can be written to
+    Of several processes one checks, and the others wait for it; with `progress` stderr says so
+    where that takes long.  If nothing can be written to
     `memory`, every process checks.  A check of files that change meanwhile is not remembered.
     Raises what `check` raises.
     """
     record = _record(memory, files)
     if _remembered(record) == _identities(files):
         return
+    what = f"checking {printable(str(files[0].parent))}, or waiting for who does"
+    with reported(what, "{:.0f} s".format, progress, at_once=False):
+        _check_alone(record, files, check)
+
+
+def _check_alone(record: Path, files: Sequence[Path], check: Callable[[], None]) -> None:
+    """Run `check` alone, unless another process does meanwhile, and remember it in `record`."""
     try:
-        memory.mkdir(parents=True, exist_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
         lock = record.with_suffix(".lock").open("w")
     except OSError:
         check()

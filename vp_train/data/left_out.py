@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vp_train.config import printable
+from vp_train.units import count_words, human_bytes
 
 # The kinds, as they are named behind a number.
 NOT_UTF8 = "texts that are not UTF-8"
@@ -28,29 +29,43 @@ _MUCH = 0.1  # of the documents
 
 @dataclass(slots=True)
 class LeftOut:
-    """A count for each kind, and the first place with what was found there."""
+    """A count for each kind, the first place with what was found there, and bytes if known."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)
 
-    def add(self, kind: str, origin: str, found: str = "") -> None:
-        """Count one.  `found` says what is there instead."""
+    def add(self, kind: str, origin: str, found: str = "", num_bytes: int = 0) -> None:
+        """Count one of so many bytes, 0 if they are not known.  `found` is what is there instead.
+
+        Bytes of a file or of a packed one are those that it takes; those of a line are unpacked.
+        """
         self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.num_bytes[kind] = self.num_bytes.get(kind, 0) + num_bytes
         if kind not in self.first:
             words = f"{origin} ({found})" if found else origin
             self.first[kind] = printable(words)[:1_000]
 
     def as_dict(self) -> dict[str, list[int | str]]:
-        """Return count and first place of every kind, as a manifest keeps them."""
-        return {kind: [count, self.first[kind]] for kind, count in self.counts.items()}
+        """Return count, first place and bytes of every kind, as a manifest keeps them."""
+        return {
+            kind: [count, self.first[kind], self.num_bytes[kind]]
+            for kind, count in self.counts.items()
+        }
 
 
 def words_of(left_out: Mapping[str, list[int | str]]) -> list[str]:
     """Return one line for every kind."""
     return [
-        f"left out, {kind}: {count:,}; first {printable(str(first))}"
-        for kind, (count, first) in left_out.items()
+        f"left out, {kind}: {entry[0]:,}; first {printable(str(entry[1]))}{_bytes_words(entry)}"
+        for kind, entry in left_out.items()
     ]
+
+
+def _bytes_words(*entries: list[int | str]) -> str:
+    """Return the bytes of entries of a manifest in words; those of earlier versions have none."""
+    num_bytes = sum(int(number) for entry in entries for number in entry[2:])
+    return f", {human_bytes(num_bytes)} in all" if num_bytes else ""
 
 
 def much_left_out(left_out: Mapping[str, list[int | str]], num_documents: int) -> str:
@@ -66,7 +81,8 @@ def much_left_out(left_out: Mapping[str, list[int | str]], num_documents: int) -
     most = max(counts, key=lambda kind: counts[kind])
     mostly = "mostly " if len(counts) > 1 else ""
     way_out = "; data.jsonl_field names the field that has the text" if most in _OF_FIELDS else ""
+    size = _bytes_words(*(left_out[kind] for kind in counts))
     return (
-        f"{number:,} of {total:,} documents were left out: {mostly}{most}, first "
-        f"{printable(str(left_out[most][1]))}{way_out}"
+        f"{number:,} of {count_words(total, 'document')} were left out{size}: {mostly}{most}, "
+        f"first {printable(str(left_out[most][1]))}{way_out}"
     )

@@ -18,6 +18,7 @@ from vp_train.data.progress import reported
 from vp_train.durable import advising
 
 _BUILDING = "building-"  # before the name of a corpus
+_OLD_BUILDING, _OLD_LOCK = "building", ".lock"  # of versions that made one corpus at a time
 _POLITE_SECONDS = 1.0  # after which a process says that it waits
 _POLL_SECONDS = 0.02
 _LONGEST_NAME = 300  # bytes of a lock that are read
@@ -32,7 +33,7 @@ def alone(cache_dir: Path, name: str, progress: bool) -> Iterator[None]:
     ends.  Raises OSError with the way out if nothing can be written there, or the disk gets full.
     """
     with advising(cache_dir, "set data.cache_dir to a directory where you may write"):
-        lock = _open(cache_dir, name)
+        lock = _open(_lock_of(cache_dir, name))
     with lock:
         if not _taken_soon(lock):
             what = (
@@ -67,17 +68,27 @@ def remove_left(cache_dir: Path) -> None:
 
     Those whose lock is held are being built.
     """
-    for place in cache_dir.glob(f"{_BUILDING}*"):
-        with suppress(OSError), _open(cache_dir, place.name.removeprefix(_BUILDING)) as lock:
+    left = {
+        place: _lock_of(cache_dir, place.name.removeprefix(_BUILDING))
+        for place in cache_dir.glob(f"{_BUILDING}*")
+    }
+    if (place := cache_dir / _OLD_BUILDING).is_dir():
+        left[place] = cache_dir / _OLD_LOCK
+    for place, file in left.items():
+        with suppress(OSError), _open(file) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _open(cache_dir: Path, name: str) -> IO[bytes]:
-    """Open the lock of `name`, and keep what its holder has written there."""
-    directory = cache_dir / "locks"
-    directory.mkdir(parents=True, exist_ok=True)
-    return (directory / f"{name}.lock").open("a+b", buffering=0)
+def _lock_of(cache_dir: Path, name: str) -> Path:
+    """Return the file whose lock is held by who makes `name`."""
+    return cache_dir / "locks" / f"{name}.lock"
+
+
+def _open(lock: Path) -> IO[bytes]:
+    """Open the file of a lock, and keep what its holder has written there."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return lock.open("a+b", buffering=0)
 
 
 def _taken_soon(lock: IO[bytes]) -> bool:

@@ -124,7 +124,7 @@ def _later_misfit(values: Mapping[str, object]) -> str | None:
     if largest is not None and not (type(largest) is int and 0 <= largest < 2**31):
         return "largest_token is not a token"
     if not isinstance(left_out, dict) or not all(
-        isinstance(entry, list) and [type(item) for item in entry] == [int, str]
+        isinstance(entry, list) and [type(item) for item in entry] in ([int, str], [int, str, int])
         for entry in left_out.values()
     ):
         return "left_out is not what was left out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vp_train.config import ConfigError, DataConfig, RunConfig
+from vp_train.config.typed import shell_word
 from vp_train.data.corpus import Corpus, prepare_all
 from vp_train.data.tokenizer import tokenizer_hash
 from vp_train.durable import UnreadableError, checkpoints_in, homes
@@ -21,9 +22,11 @@ def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
     kept = None if origin is None else _find(origin, "tokenizer.json")
     wanted = "or data.other_tokenizer=true if another one is wanted"
     is_prepared = _is_prepared(config.data)
-    give = "give data.tokenizer="
+    give = "give "
     if is_prepared:  # its tokens cannot change
-        give = "give the text instead of the prepared corpus, with data.tokenizer="
+        give = "give the text instead of the prepared corpus, with "
+    if kept is not None:
+        give = f"{give}{shell_word('data.tokenizer', str(kept))}, {wanted}"
     if origin is not None and _find(origin, "model.yaml") and config.data.tokenizer is None:
         if kept is None:
             raise ConfigError(
@@ -33,13 +36,13 @@ def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
         if config.data.name != "blend" and not is_prepared:
             raise ConfigError(
                 f"the weights of run.init_from={origin} do not know a tokenizer that is trained "
-                f"on this text; add data.tokenizer={kept}, {wanted}"
+                f"on this text; add {shell_word('data.tokenizer', str(kept))}, {wanted}"
             )
     elif kept is not None and config.data.tokenizer is not None:
-        _require_same(Path(config.data.tokenizer).expanduser(), kept, f"{give}{kept}, {wanted}")
+        _require_same(Path(config.data.tokenizer).expanduser(), kept, give)
     corpora = prepare_all(config.data, config.model.vocab_size, progress)
     if kept is not None and corpora:
-        _require_same(corpora[0].tokenizer, kept, f"{give}{kept}, {wanted}")
+        _require_same(corpora[0].tokenizer, kept, give)
     return corpora
 
 

@@ -16,10 +16,13 @@ _LIVE_SECONDS = (0.25,)
 
 
 @contextmanager
-def reported(what: str, state: Callable[[float], str], shown: bool = True) -> Iterator[None]:
+def reported(
+    what: str, state: Callable[[float], str], shown: bool = True, *, at_once: bool = True
+) -> Iterator[None]:
     """Say what is done inside, and its state now and then; only if `shown`.
 
-    `state` gets the seconds since the beginning.  It is called in a thread.
+    `state` gets the seconds since the beginning.  It is called in a thread.  Without `at_once` a
+    plain line comes only where it takes 10 s.
     """
     if not shown:
         yield
@@ -36,7 +39,8 @@ def reported(what: str, state: Callable[[float], str], shown: bool = True) -> It
         with status, _repeated(_LIVE_SECONDS, show, state):
             yield
         return
-    _say(what)
+    if at_once:
+        _say(what)
     with _repeated(_PLAIN_SECONDS, lambda words: _say(f"{what}: {words}"), state):
         yield
 

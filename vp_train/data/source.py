@@ -32,6 +32,7 @@ from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
 from vp_train.data.origin import prepare_run
 from vp_train.data.synthetic import SyntheticText
 from vp_train.data.tokenizer import byte_lengths, load_tokenizer
+from vp_train.units import count_words
 
 _NO_LOSS = -100  # the output layer ignores this label
 
@@ -256,16 +257,16 @@ class _Text:
             hold_out(corpus.prefix, data.validation_fraction, data.seed, length)
             for corpus in corpora
         ]
-        lines = [
-            headline(corpus) + _end_words(validation)
-            for corpus, (_, validation) in zip(corpora, split, strict=True)
-        ]
-        if len(lines) > 1:
-            lines = [
-                f"{w / sum(turns.weights):.1%} {line}"
-                for w, line in zip(turns.weights, lines, strict=True)
+        names = [""]
+        if data.blend is not None:
+            names = [
+                f"{weight / sum(turns.weights):.1%} {entry.path or entry.name}"
+                for weight, entry in zip(turns.weights, data.blend, strict=True)
             ]
-        self.description = "; ".join(lines)
+        self.description = "; ".join(
+            headline(corpus, name) + _end_words(validation)
+            for corpus, name, (_, validation) in zip(corpora, names, split, strict=True)
+        )
         places = list(zip(corpora, corpus_names(data), strict=True))
         training = [
             self._windows(corpus, place, share, "training")
@@ -336,9 +337,9 @@ class _Text:
                 )
             raise ConfigError(
                 f"{place}: {purpose} gets {len(share.documents)} of "
-                f"{corpus.manifest.num_documents} documents with {share.num_tokens:,} tokens, "
-                f"too short for one sample of {length + 1:,}; give more text, lower {setting}, "
-                "or change "
+                f"{count_words(corpus.manifest.num_documents, 'document')} "
+                f"with {share.num_tokens:,} tokens, too short for one sample of {length + 1:,}; "
+                f"give more text, lower {setting}, or change "
                 f"data.validation_fraction={fraction} "
                 "(0 with run.eval_every=0 trains on everything)"
             )

@@ -39,12 +39,12 @@ def rows(path: Path, kind: str, field: str, left_out: LeftOut) -> Iterator[tuple
                     origin = f"{path}:{number}"
                     size = value.as_buffer().size if value.is_valid else 0
                     if size > LONGEST_VALUE:
-                        left_out.add(TOO_LONG, origin, f"{size:,} bytes")
+                        left_out.add(TOO_LONG, origin, f"{size:,} bytes", size)
                         continue
                     try:
                         yield origin, value.as_py().decode("utf-8") if value.is_valid else None
                     except UnicodeDecodeError:
-                        left_out.add(NOT_UTF8, origin)
+                        left_out.add(NOT_UTF8, origin, num_bytes=size)
     except UnreadableError as error:
         raise refused(error) from None
     except (pyarrow.ArrowException, OSError) as error:

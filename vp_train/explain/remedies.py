@@ -17,6 +17,7 @@ from schedules.ir import Kind, Pass
 from schedules.lower import Action
 from schedules.vocab import searched_algorithms
 from vp_train.config import ConfigError, RunConfig
+from vp_train.config.typed import shell_word
 from vp_train.explain.causes import SLOW, Explanation
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.profile.costs import measured_cost
@@ -227,7 +228,7 @@ def remedies(
     found: list[Remedy] = []
     base, trains = going_on.base, f"vp-train {going_on.words}"
     costs = cost_file or _COSTS
-    with_costs = shlex.quote(f"cost={costs}")
+    with_costs = shell_word("cost", str(costs))
 
     def add(name: str, words: str, command: str, seconds: float | None = None) -> None:
         if seconds is None and (what_if := explanation.what_if(name)) is not None:
@@ -241,7 +242,7 @@ def remedies(
         "processors",
         "other programs or other threads of the ranks used the processors; run on an idle machine"
         if enough
-        else f"{num_ranks} ranks need {num_ranks} processors; or use fewer ranks here",
+        else "every rank needs a processor of its own; or use fewer ranks here",
         "" if enough or cpus is None else f"{trains} parallel.pp={cpus} parallel.dp=1",
     )
     listed = ",".join(f"{factor:g}" for factor in explanation.slowness)

@@ -15,10 +15,10 @@ from vp_train.config import (
     ScheduleConfig,
     VocabConfig,
 )
+from vp_train.config.typed import override
 from vp_train.durable import homes, meant_run, other_place
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.settings import load_config
-from vp_train.settings.words import override
 
 _COUNTING = (
     *("parallel.pp", "parallel.dp", "parallel.tp"),

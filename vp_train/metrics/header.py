@@ -17,7 +17,7 @@ from vp_train.planning.degrees import Degrees
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import RunPlan, row_advice
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
-from vp_train.units import human_bytes, plural
+from vp_train.units import count_words, human_bytes, plural
 
 _MOST_RANKS = 6  # of which every number of rows is shown
 
@@ -75,7 +75,7 @@ def _mesh(degrees: Degrees) -> str:
     ranks = degrees.pp * degrees.tp
     first = "rank 0" if ranks == 1 else f"ranks 0-{ranks - 1}"
     replicas = f" (the first replica is {first})" if degrees.dp > 1 else ""
-    return f"{degrees.num_ranks} {plural(degrees.num_ranks, 'rank')} = {degrees}{replicas}"
+    return f"{count_words(degrees.num_ranks, 'rank')} = {degrees}{replicas}"
 
 
 def _batch(config: RunConfig, replicas: int) -> str:
@@ -84,8 +84,8 @@ def _batch(config: RunConfig, replicas: int) -> str:
     sequences = replicas * microbatches * config.micro_batch_size
     each = f", {replicas} replicas" if replicas > 1 else ""
     return (
-        f"{microbatches} {plural(microbatches, 'microbatch')} of {config.micro_batch_size} x "
-        f"{length} tokens{each}: {sequences:,} {plural(sequences, 'sequence')}, "
+        f"{count_words(microbatches, 'microbatch')} of {config.micro_batch_size} x "
+        f"{length} tokens{each}: {count_words(sequences, 'sequence')}, "
         f"{sequences * length:,} tokens a step"
     )
 

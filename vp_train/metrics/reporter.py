@@ -42,13 +42,13 @@ from vp_train.metrics.summary import (
 )
 from vp_train.metrics.trackers import trackers_of
 from vp_train.planning.plan import RunPlan
-from vp_train.units import loss_words
+from vp_train.units import count_words, loss_words
 
 
 def _ramp_words(config: RunConfig, first_step: int) -> str:
     """Return what is left of the batch-size ramp in words; empty if that is nothing."""
     ramp = [(step, count) for step, count in config.batch_ramp if step >= first_step]
-    parts = [f"{count:,} sequences until step {step:,}" for step, count in ramp]
+    parts = [f"{count_words(count, 'sequence')} until step {step:,}" for step, count in ramp]
     return ", ".join([*parts, "then all microbatches"]) if parts else ""
 
 

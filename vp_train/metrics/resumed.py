@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from vp_train.config import ConfigError, RunConfig
+from vp_train.config.typed import override
 from vp_train.optim.adamw import learning_rate
 from vp_train.settings import load_config
 from vp_train.settings.resume import changes
-from vp_train.settings.words import override
 
 
 def rate_words(config: RunConfig, done: int) -> str:

@@ -27,6 +27,7 @@ from vp_train.model import shape
 from vp_train.planning.degrees import Degrees, check_tensor_split, split_ranks
 from vp_train.planning.placement import offloaded_layers, redistribute, split_layers
 from vp_train.planning.plan import MOST_FORWARD_PASSES, SEQUENCE_DEVICES
+from vp_train.units import count_words
 
 # Those that divide the batch are tried; for larger ones see `with_larger_microbatches`.
 MICRO_BATCH_SIZES = tuple(range(1, 17))
@@ -387,7 +388,7 @@ def space_of(config: RunConfig, kept: Kept = ALL) -> Space:
         variants = list(_variants(config, degrees, kept))
         reason = _reason_against(config, degrees)
         if reason is None and batch % degrees.dp:
-            reason = f"the batch: dp must divide its {batch:,} sequences"
+            reason = f"the batch: dp must divide its {count_words(batch, 'sequence')}"
         if reason is not None:
             excluded[reason] += len(variants) * len(sizes)
             continue

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig
 from vp_train.model.shape import kv_size, query_size, tensor_share
+from vp_train.units import count_words
 
 _OTHER_NUMBER_STARTED = (
     "were started; start as many (--ranks or torchrun --nproc-per-node), or change a degree"
@@ -86,8 +87,8 @@ def split_ranks(
     is_open = None in degrees.values()
     if num_ranks % known or (not is_open and num_ranks != known):
         raise ConfigError(
-            f"{named} needs {'a multiple of ' if is_open else ''}{known} ranks, but {num_ranks} "
-            f"{otherwise}"
+            f"{named} needs {'a multiple of ' if is_open else ''}{count_words(known, 'rank')}, "
+            f"but {num_ranks} {otherwise}"
         )
     rest = num_ranks // known
     return Degrees(degrees["parallel.dp"] or rest, degrees["parallel.pp"] or rest, parallel.tp)

@@ -38,7 +38,7 @@ from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.workload import Workload
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES, rounded_up
-from vp_train.units import compared, is_as_fast, plural
+from vp_train.units import compared, count_words, is_as_fast
 from vp_train.vocab.chunks import CHUNKS
 
 _GIB = 2**30
@@ -108,7 +108,7 @@ class FsdpReport:
         words[0] += f" in {self.num_recomputed} of {self.num_layers} layers" if some else ""
         if self.num_offloaded:
             number = self.num_offloaded
-            words.append(f"activations of {number} {plural(number, 'layer')} offloaded")
+            words.append(f"activations of {count_words(number, 'layer')} offloaded")
         if self.offloads_optimizer:
             words.append("optimizer offloaded")
         return ", ".join(words)

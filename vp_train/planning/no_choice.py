@@ -11,6 +11,7 @@ from vp_train.planning.choice import (
     replicas_of,
     splits_of,
 )
+from vp_train.units import count_words
 
 
 def nothing_kept_words(config: RunConfig, space: Space) -> str:
@@ -29,8 +30,9 @@ def nothing_kept_words(config: RunConfig, space: Space) -> str:
     if not splits:
         typed = ", ".join(f"parallel.{name}={value}" for name, value in degrees.items())
         return (
-            f"--keep {','.join(values)}: no split of {config.cluster.num_gpus:,} GPUs into dp x pp "
-            f"x tp, with tp within a node, has {typed}; keep fewer degrees, or change them"
+            f"--keep {','.join(values)}: no split of {count_words(config.cluster.num_gpus, 'GPU')} "
+            f"into dp x pp x tp, with tp within a node, has {typed}; keep fewer degrees, or change "
+            "them"
         )
     chunks = values.get("schedule.num_chunks")
     pipelines = {split.pp for split in splits if split.pp > 1}
@@ -56,9 +58,12 @@ def no_choice_words(config: RunConfig) -> str:
     )
     ways = [f"a batch of {' or '.join(f'{size:,}' for size in batches)} sequences"]
     per_node = config.cluster.gpus_per_node
-    ways += [f"cluster.num_nodes={count} ({count * per_node:,} GPUs)" for count in nodes]
+    ways += [
+        f"cluster.num_nodes={count} ({count_words(count * per_node, 'GPU')})" for count in nodes
+    ]
     return (
-        f"a batch of {batch:,} sequences does not split over {num_gpus:,} GPUs: dp must divide it, "
-        f"and with pp of at most {config.model.num_layers} layers and tp within a node dp is one "
-        f"of {shown}; use {', or '.join(ways)}"
+        f"a batch of {count_words(batch, 'sequence')} does not split over "
+        f"{count_words(num_gpus, 'GPU')}: dp must divide it, and with pp of at most "
+        f"{count_words(config.model.num_layers, 'layer')} and tp within a node dp is one of "
+        f"{shown}; use {', or '.join(ways)}"
     )

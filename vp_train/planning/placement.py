@@ -15,6 +15,7 @@ from vp_train.config.data import exact
 from vp_train.model import shape
 from vp_train.planning.estimate import layer_pass_seconds, rank_slowness, row_seconds
 from vp_train.planning.workload import Workload
+from vp_train.units import count_words
 from vp_train.vocab.shard import Shard, split_rows
 
 
@@ -23,16 +24,18 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
     num_stages = layout.num_stages
     if parallel.recompute_per_stage is not None and len(parallel.recompute_per_stage) != num_stages:
         raise ConfigError(
-            f"parallel.recompute_per_stage has {len(parallel.recompute_per_stage)} values, "
-            f"but there are {num_stages} stages; "
+            f"parallel.recompute_per_stage has "
+            f"{count_words(len(parallel.recompute_per_stage), 'value')}, "
+            f"but the model has {count_words(num_stages, 'stage')}; "
             f"give {num_stages}, or one for all as parallel.recompute"
         )
     if parallel.layers_per_stage is not None:
         counts = parallel.layers_per_stage
         if len(counts) != num_stages or sum(counts) != model.num_layers or min(counts) < 0:
             raise ConfigError(
-                f"parallel.layers_per_stage={list(counts)} has {len(counts)} stages and "
-                f"{sum(counts)} layers; it needs {num_stages} counts of at least 0 that add up to "
+                f"parallel.layers_per_stage={list(counts)} has "
+                f"{count_words(len(counts), 'stage')} and {count_words(sum(counts), 'layer')}; it "
+                f"needs {count_words(num_stages, 'count')} of at least 0 that add up to "
                 f"model.num_layers={model.num_layers}"
             )
     elif parallel.placement == "redistribute":
@@ -41,7 +44,8 @@ def split_layers(model: ModelConfig, parallel: ParallelConfig, layout: Layout) -
         counts = balance(model.num_layers, layout)
     elif model.num_layers % num_stages:
         raise ConfigError(
-            f"model.num_layers={model.num_layers} does not split over {num_stages} stages; "
+            f"model.num_layers={model.num_layers} does not split over "
+            f"{count_words(num_stages, 'stage')}; "
             f"use {', '.join(_ways_to_split(model.num_layers, parallel, layout))}"
         )
     else:

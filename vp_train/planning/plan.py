@@ -49,7 +49,7 @@ from vp_train.planning.placement import (
 )
 from vp_train.planning.ramp import BatchRamp
 from vp_train.planning.workload import Workload
-from vp_train.units import human_bytes, plural
+from vp_train.units import count_words, human_bytes, plural
 from vp_train.vocab.shard import Shard, split_rows
 
 SEARCHING = "schedule=auto: searching for the fastest schedule"
@@ -197,7 +197,9 @@ def replan(config: RunConfig, plan: RunPlan, num_microbatches: int) -> RunPlan:
         resized = replace(config, num_microbatches=num_microbatches, batch_ramp=())
         step = plan_step(resized, plan.degrees.num_ranks)
     except ConfigError as error:
-        words = f"batch_ramp has steps of {num_microbatches} microbatches in each replica"
+        words = (
+            f"batch_ramp has steps of {count_words(num_microbatches, 'microbatch')} in each replica"
+        )
         raise ConfigError(f"{words}: {error}") from None
     ours, theirs = (
         (one.layers, one.recompute, one.shards, one.problem.layout) for one in (step, plan)
@@ -223,8 +225,9 @@ def check_ramp(config: RunConfig, plan: RunPlan) -> None:
             if count < before:
                 what, other = "fewer than", f"{before * unit} before"
             raise ConfigError(
-                f"batch_ramp: {count * unit} sequences until step {step} are {what} the {other}, "
-                "and a ramp rises; give smaller steps first, none above a full one, or drop it"
+                f"batch_ramp: {count_words(count * unit, 'sequence')} until step {step} are {what} "
+                f"the {other}, and a ramp rises; give smaller steps "
+                "first, none above a full one, or drop it"
             )
         before = count
     for num_microbatches in plan.ramp.sizes:
@@ -436,9 +439,9 @@ def _check_size(num_stages: int, num_microbatches: int, setting: str) -> None:
     """Raise ConfigError for a step with more passes than can be planned."""
     if num_stages * num_microbatches > MOST_FORWARD_PASSES:
         raise ConfigError(
-            f"{setting}: {num_microbatches:,} microbatches on {num_stages:,} stages are more than "
-            f"{MOST_FORWARD_PASSES:,} forward passes; lower {setting}, or set a smaller "
-            "parallel.pp or a larger parallel.dp"
+            f"{setting}: {count_words(num_microbatches, 'microbatch')} on "
+            f"{count_words(num_stages, 'stage')} are more than {MOST_FORWARD_PASSES:,} "
+            f"forward passes; lower {setting}, or set a smaller parallel.pp or a larger parallel.dp"
         )
 
 
@@ -550,7 +553,7 @@ def _require_microbatches(found: int, num_microbatches: int) -> None:
     fits = found * 2 <= MOST_FORWARD_PASSES
     way_out = f"use num_microbatches={found}" if fits else "that is more than can be planned"
     raise ValueError(
-        f"it is for {found:,} {plural(found, 'microbatch')}, not {num_microbatches:,}; {way_out}"
+        f"it is for {count_words(found, 'microbatch')}, not {num_microbatches:,}; {way_out}"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vp_train.config import ConfigError
+from vp_train.units import count_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class BatchRamp:
         for _, sequences in pairs:
             if sequences % unit:
                 raise ConfigError(
-                    f"batch_ramp: {sequences} sequences do not split into microbatches of "
-                    f"micro_batch_size={micro_batch_size} on {num_replicas} replicas; use a "
-                    f"multiple of {unit}"
+                    f"batch_ramp: {count_words(sequences, 'sequence')} cannot be split into "
+                    f"microbatches of micro_batch_size={micro_batch_size} on "
+                    f"{count_words(num_replicas, 'replica')}; use a multiple of {unit}"
                 )
         stages = tuple((step, sequences // unit) for step, sequences in pairs)
         return cls(stages, num_microbatches)

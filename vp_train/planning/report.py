@@ -43,7 +43,7 @@ from vp_train.planning.memory import (
 from vp_train.planning.overlap import ReplicaExchange, exchange
 from vp_train.planning.plan import StepPlan, plan_step, row_advice
 from vp_train.planning.workload import Workload
-from vp_train.units import human_bytes, plural
+from vp_train.units import count_words, human_bytes
 
 _GIB = 2**30
 _ROUNDING = 1e-9  # of sums of seconds, as a part
@@ -300,7 +300,7 @@ class PlanReport:
         match part:
             case "waiting":
                 count = self.work.num_microbatches
-                many = f"{count} {plural(count, 'microbatch')}"
+                many = count_words(count, "microbatch")
                 return f"more than {many}, or a smaller pp"
             case "optimizer":
                 without = ", or optim.offload=false where that fits"
@@ -377,7 +377,7 @@ def brief_report(config: RunConfig) -> PlanReport:
 def gpus_words(config: RunConfig) -> str:
     """Return the number of GPUs in words, or of the CPU ranks in their place."""
     count, name = config.cluster.num_gpus, {"cuda": "GPU", "cpu": "CPU rank"}[config.run.device]
-    return f"{count:,} {plural(count, name)}"
+    return count_words(count, name)
 
 
 def _planned(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vp_train.config import printable
-from vp_train.units import plural
+from vp_train.units import count_words, plural
 
 CLOCK_SECONDS = 5.0  # clocks that differ by less are equal
 SLOW = 3.0  # an all-reduce that takes so many times as long as planned is slow
@@ -171,7 +171,7 @@ def network_words(
     `expected_seconds` is what the plan assumes for this all-reduce.
     """
     rate = 2 * (num_ranks - 1) / num_ranks * num_bytes / seconds
-    ranks = f"{num_ranks} {plural(num_ranks, 'rank')}"
+    ranks = count_words(num_ranks, "rank")
     line = (
         f"all-reduce of {num_bytes / 2**20:.0f} MiB over {ranks}: {seconds * 1e3:.1f} ms, "
         f"{rate / 1e9:.2f} GB/s per rank"

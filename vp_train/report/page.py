@@ -17,12 +17,12 @@ from typing import Any
 from schedules.render import duration, facts, svg
 from schedules.timeline import Timeline
 from vp_train.config.figures import BITS, LOSS, name_of, set_of
+from vp_train.config.typed import shell_word
 from vp_train.durable import advising, replace, write_output
 from vp_train.report import draw
 from vp_train.report.curves import Curves, Point
 from vp_train.report.record import Events, RunRecord, read_run
-from vp_train.settings.words import typed
-from vp_train.units import clock, human_bytes, loss_words, plural
+from vp_train.units import clock, count_words, human_bytes, loss_words
 
 NAME = "report.html"  # in the directory of a run
 COMPARISON = "comparison.html"  # of several runs
@@ -263,7 +263,9 @@ def _warnings(run: RunRecord) -> list[str]:
     found += [_event_words(name, events) for name, events in run.metrics.events.items()]
     planned, done = run.planned_steps, run.metrics.curves.last
     if planned is not None and done < planned:
-        found.append(f"{done:,} of {planned:,} steps are recorded: it runs, or has ended early")
+        found.append(
+            f"{done:,} of {count_words(planned, 'step')} are recorded: it runs, or has ended early"
+        )
     if run.logs:
         names = ", ".join(log.name for log in run.logs)
         found.append(f"processes have failed and left a log, see below: {names}")
@@ -273,7 +275,7 @@ def _warnings(run: RunRecord) -> list[str]:
 def _event_words(name: str, events: Events) -> str:
     named = ", ".join(f"{step:,}" for step in events.steps[:_NAMED_STEPS])
     more = "" if len(events.steps) <= _NAMED_STEPS else " and later"
-    return f"{events.count:,} {plural(events.count, name)}, at step {named}{more}"
+    return f"{count_words(events.count, name)}, at step {named}{more}"
 
 
 # Curves
@@ -475,8 +477,8 @@ def _versions(run: RunRecord) -> list[tuple[str, str]]:
 def _commands(run: RunRecord) -> list[tuple[str, str]]:
     """Return how to go on with a run: what a command does, and the command."""
     place, done, planned = run.path, run.metrics.curves.last, run.planned_steps
-    where = [typed("run.name", place.name), typed("run.root", str(place.parent))]
-    words = ["vp-train", *map(shlex.quote, where), "run.resume=true"]
+    where = [shell_word("run.name", place.name), shell_word("run.root", str(place.parent))]
+    words = ["vp-train", *where, "run.resume=true"]
     path = shlex.quote(str(place))
     found = []
     if run.checkpoints:

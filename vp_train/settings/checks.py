@@ -46,7 +46,7 @@ def check_word(word: str) -> None:
         raise ConfigError(f"{key} is not a setting; see vp-train --help for all keys")
     for name, (_, example) in ENTRIES.items():
         if key.startswith(f"{name}."):
-            raise ConfigError(f"{word}: entries of {name} are not set one by one; {example}")
+            raise ConfigError(f"{word}: entries of {name} are not set one by one; write {example}")
     if "${" in word:
         raise ConfigError(f"{word}: ${{...}} is not expanded in settings; write the value itself")
     if key in sections() and value.lstrip().startswith(("[", "{")):

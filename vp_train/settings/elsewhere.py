@@ -52,7 +52,6 @@ NAMES = {
     "adam_beta2": "optim.beta2",
     "adam_eps": "optim.epsilon",
     "clip_grad": "optim.clip_grad_norm",
-    "eval_iters": "run.eval_microbatches",
     "exit_duration_in_mins": "run.max_minutes",
     "data_cache_path": "data.cache_dir",
     "window_size": "model.sliding_window",
@@ -60,6 +59,16 @@ NAMES = {
     "max_norm": "optim.clip_grad_norm",
     "log_freq": "run.log_every",
     "decay_type": "optim.schedule",
+    "checkpoint.interval": "run.checkpoint_every",
+    **dict.fromkeys(("checkpoint.folder", "job.dump_folder"), "run.root"),
+    "training.mixed_precision_param": "run.dtype",
+    "checkpoint.keep_latest_k": "run.keep_checkpoints",
+    "checkpoint.initial_load_path": "run.init_from",
+    **dict.fromkeys(("model.name", "model.flavor"), "model"),
+    "activation_checkpoint.mode": "parallel.recompute",
+    "validation.freq": "run.eval_every",
+    # A name alone is most often that of a run.
+    "name": "run.name",
 }
 _NO_CONTEXT = "vp_train has no context parallelism (docs/limits.md)"
 _NO_EXPERTS = "vp_train has no experts (docs/limits.md)"
@@ -68,6 +77,7 @@ _BATCH = "write num_microbatches=..., the global batch / (parallel.dp x micro_ba
 _DECAY = "the decay of the learning rate ends with the run: write run.steps=..."
 _TOKENIZER = "write data.tokenizer=..., the path of a tokenizer.json"
 _PACKING = "write data.packing=documents"
+_EVALUATION = "write run.eval_microbatches=..., the iterations x the microbatches of all replicas"
 # What to say of those that take other values here, or that are missing.  {} is the value as typed.
 WAYS = {
     **dict.fromkeys(("global_batch_size", "gbs"), _BATCH),
@@ -83,6 +93,14 @@ WAYS = {
     "seed": "write run.seed={} for the weights, data.seed={} for the order of samples",
     "load": "write run.init_from={} for the weights alone; to go on with a run write "
     "run.name=... run.resume=true",
+    **dict.fromkeys(("eval_iters", "validation.steps"), _EVALUATION),
+    "training.dataset": "corpora have no names here: write data=text data.path=..., a directory or "
+    "file of text",
+    "decay_ratio": "write optim=wsd optim.decay_fraction={}",
+    "min_lr_factor": "write optim.min_lr=..., the factor x optim.lr",
+    "checkpoint.enable": "write run.checkpoint_every=..., steps",
+    "metrics.enable_wandb": "write run.trackers=[wandb]",
+    "compile.enable": "write run.compile=on; auto, the default, compiles where that pays",
     "split": "write data.validation_fraction=..., a part as 0.05",
     "tensorboard_dir": "TensorBoard reads run.root/run.name/tensorboard; write run.root=...",
     "rampup_batch_size": "write batch_ramp=..., a list of [step,sequences]",

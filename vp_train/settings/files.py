@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig
-from vp_train.durable import UnreadableError, read_text
+from vp_train.config.typed import quoted_value, shell_word
+from vp_train.durable import UnreadableError, read_text, similar_names
 from vp_train.settings.checks import DEEPEST, check_size
 from vp_train.settings.messages import first_line
-from vp_train.settings.tree import SETS_TOO, group_choices, sections
-from vp_train.settings.words import quoted_value
+from vp_train.settings.tree import SETS_TOO, YAML_ENDINGS, group_choices, sections
 
 _MOST_NODES = 4_096  # values in a file
 _LARGEST_FILE = 1 << 18  # bytes
+_WHOLE = "give a file as --print-config prints it, or any part of that"
 
 
 def read_yaml(path: Path) -> object:
@@ -39,9 +41,7 @@ def read_yaml(path: Path) -> object:
     except UnreadableError:
         raise
     except (ValueError, TypeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)  # counts lines from 0
-        place = "" if mark is None else f"line {mark.line + 1}: "
-        raise UnreadableError(f"{path} is not YAML ({place}{first_line(error)})") from None
+        raise UnreadableError(f"{path} is not YAML ({_problem(error, text)})") from None
     if not isinstance(settings, DictConfig) or not settings:
         raise UnreadableError(f"{path} holds no settings, one `key: value` per line")
     return settings
@@ -53,6 +53,20 @@ def _parsed(text: str) -> bytes:
     from omegaconf import OmegaConf
 
     return pickle.dumps(OmegaConf.create(text))
+
+
+def _problem(error: Exception, text: str) -> str:
+    """Return what a YAML parser found wrong in a text, with its line."""
+    mark = getattr(error, "problem_mark", None)  # counts lines from 0
+    if mark is None:
+        return first_line(error)
+    words = getattr(error, "problem", None) or first_line(error)
+    if words.startswith("but "):
+        words = f"{getattr(error, 'context', '')} {words}"
+    lines = text.splitlines()
+    if mark.line < len(lines) and re.match(" *\t", lines[mark.line]):
+        words = "a tab begins it; indent with blanks"
+    return f"line {mark.line + 1}: {words}"
 
 
 def _refusal(text: str) -> str | None:
@@ -74,6 +88,12 @@ def _refusal(text: str) -> str | None:
             reason = "has the value ???; write the value itself"
         elif isinstance(event, yaml.NodeEvent) and event.tag not in (None, "!"):
             reason = f"has the tag {event.tag[:60]}; settings have none"
+        elif (
+            isinstance(event, yaml.NodeEvent)
+            and not nodes
+            and not (isinstance(event, yaml.MappingStartEvent))
+        ):
+            reason = "begins no setting; write one `key: value` per line"
         nodes += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -136,14 +156,23 @@ def _words_of_settings(word: str) -> list[str]:
     `model: NAME` in it is the choice model=NAME of a group, or the file of one.  Raises
     ConfigError if the file cannot be read.
     """
-    name, _, file = word.partition("=")
+    file = word.partition("=")[2]
+    path = Path(os.path.expanduser(file))
+    if not file:
+        raise ConfigError(f"{word} names no file; {_WHOLE}")
     try:
-        settings = read_yaml(Path(os.path.expanduser(file)))
+        settings = read_yaml(path)
     except UnreadableError as error:
-        raise ConfigError(
-            f"{name}={error}; give a file as --print-config prints it, or any part of that"
-        ) from None
+        if not path.exists():
+            raise ConfigError(f"settings={error}{_instead_of_file('settings', path)}") from None
+        raise ConfigError(f"settings={error}; {_WHOLE}") from None
     groups = group_choices()
+    assert isinstance(settings, Mapping)
+    if "defaults" in settings:
+        raise ConfigError(
+            f"{word}: it has `defaults`; write the choices of groups as `model: nano`, and all "
+            "else as values"
+        )
     words = [
         f"{key}={value}" if key in groups and isinstance(value, str) else _word_of(key, value)
         for key, value in leaves(settings)
@@ -151,37 +180,43 @@ def _words_of_settings(word: str) -> list[str]:
     try:
         check_size(words)
         for one in words:
-            _words_of_group(one)
+            _words_of_group(one, path.parent)
     except ConfigError as error:
         raise ConfigError(f"{word}: {error}") from None
     return words
 
 
-def _words_of_group(word: str) -> list[str] | None:
+def _words_of_group(word: str, beside: Path | None = None) -> list[str] | None:
     """Return `model=FILE.yaml`, or the file of another group, as overrides, one per setting.
 
     vp-import writes such files of models, vp-profile of costs.  The settings of the group stand
     there alone, or as in configs/cluster in sections.  Returns None for any other word.  Raises
-    ConfigError if the file cannot be read.
+    ConfigError if the file cannot be read, with a hint if it lies in the directory `beside`.
     """
     group, _, value = word.partition("=")
     path = Path(os.path.expanduser(value))
-    if path.suffix != ".yaml" or group not in group_choices():
+    if path.suffix not in YAML_ENDINGS or group not in group_choices():
         return None
     try:
         settings = read_yaml(path)
     except UnreadableError as error:
-        raise ConfigError(f"{group}={error}{'' if path.exists() else _made_by(group)}") from None
+        if beside is not None and not path.exists() and (beside / path).is_file():
+            way_out = f"; paths count from where the command runs: write {group}: {beside / path}"
+        elif path.exists():
+            way_out = "" if path.is_file() else _made_by(group)
+        else:
+            way_out = _instead_of_file(group, path)
+        raise ConfigError(f"{group}={error}{way_out}") from None
     assert isinstance(settings, Mapping)
     has_sections = any(isinstance(one, Mapping) for one in settings.values())
     found = dict(leaves(settings, "" if has_sections else f"{group}."))
     others = [name for name in found if not {group, *SETS_TOO.get(group, ())} & {*_names(name)}]
-    if "defaults" in others:
+    if {"defaults", f"{group}.defaults"} & found.keys():
         raise ConfigError(f"{word}: it has `defaults`; write the values themselves")
     if others:
         raise ConfigError(
-            f"{word}: {others[0]} is no setting of {group}; settings={value} takes those of all "
-            "groups"
+            f"{word}: {others[0]} is no setting of {group}; {shell_word('settings', value)} "
+            "takes those of all groups"
         )
     return [_word_of(name, setting) for name, setting in found.items()]
 
@@ -210,6 +245,18 @@ def has_settings(path: Path, group: str) -> bool:
         return False
     assert isinstance(settings, Mapping)
     return {str(key) for key in settings} <= {item.name for item in fields(sections()[group])}
+
+
+def _instead_of_file(name: str, path: Path) -> str:
+    """Return the way out for a file that is not there, one of `name=FILE`."""
+    parts = str(path).split(",")
+    if len(parts) > 1 and name == "settings":
+        words = " ".join(shell_word(name, part.strip("[] ")) for part in parts)
+        return f"; several files are several words: {words}"
+    places = {place.stem: place for place in path.parent.glob("*.y*ml")}
+    if close := similar_names(path.stem, places):
+        return f"; did you mean {shell_word(name, str(places[close[0]]))}?"
+    return f"; {_WHOLE}" if name == "settings" else _made_by(name)
 
 
 def _made_by(group: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 import typing
 from collections.abc import Iterable
@@ -23,6 +24,32 @@ def settings_help(config: RunConfig, names: Iterable[str]) -> str:
     ]
     width = min(44, max(len(word) for word, _ in words))
     return "\n".join(f"  {word:<{width}}  {_sentence(setting)}" for word, setting in words)
+
+
+def files_words(group: str) -> str:
+    """Return how settings are taken from files; `group` is the example of a group."""
+    return (
+        "settings=FILE.yaml takes what --print-config prints, or any part of it; other words win "
+        f"over it.\nA group takes a file of its own too: {group}=FILE.yaml."
+    )
+
+
+def all_settings_help(command: str) -> str:
+    """Return how settings are written, and which groups there are."""
+    purposes = {
+        name: re.split(r"[.;](?:\s|$)", _paragraphs(kind))[0] for name, kind in sections().items()
+    }
+    return "\n".join(
+        [
+            "A setting is written group.name=value, and a preset of a group group=choice.  The "
+            f"groups, each in full with {command} --help GROUP:",
+            *(f"  {name:<10}  {purpose}." for name, purpose in purposes.items()),
+            "and in no group:",
+            *(f"  {item.name}: {setting_of(item).meaning}" for item in own_fields()),
+            files_words("cluster"),
+            "vp-train --help has all settings in short, docs/settings.md in full.",
+        ]
+    )
 
 
 def section_help(name: str, config: RunConfig) -> str:
@@ -74,8 +101,7 @@ def _entry_words(name: str) -> str:
     ]
     width = max(len(word) for word, _ in items)
     lines = [f"    {word:<{width}}  {_sentence(setting)}" for word, setting in items]
-    quoted = f"'{example.removeprefix('write ')}'"  # the shell expands braces
-    return "\n".join(["", f"    for example {quoted}; an entry has", *lines])
+    return "\n".join(["", f"    for example {example}; an entry has", *lines])
 
 
 def settings_page() -> str:

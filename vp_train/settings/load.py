@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,9 @@ from vp_train.durable import checkpoints_in
 from vp_train.settings.checks import check_size, check_word, refuse_two_choices, refuse_unused
 from vp_train.settings.compose import Saved, composed_config
 from vp_train.settings.files import chosen_groups, expanded
-from vp_train.settings.meant import instead_of_option, instead_of_word
 from vp_train.settings.saved import NOT_SAVED, REPAIR, is_searched, sample_length, saved_settings
 from vp_train.settings.tree import sections, setting_names, values_of
+from vp_train.settings.unknown import refuse_unknown, refuse_unknown_settings
 from vp_train.settings.words import as_written, at_home, setting_words
 
 
@@ -25,20 +24,8 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
 
     Raises ConfigError with the offending override and the way out.
     """
-    for word, after in itertools.pairwise((*overrides, "")):
-        if word.startswith("-"):
-            known = ", ".join((*known_options, "--help"))
-            instead = instead_of_option(word, after, known_options)
-            raise ConfigError(
-                f"{word} is not an option; {instead}there are {known} and --print-config, all "
-                "else is key=value"
-            )
     check_size(overrides)
-    for before, word in itertools.pairwise(("", *overrides)):
-        if word.startswith("="):
-            raise ConfigError(f"{word!r} is not an override; write key=value without blanks")
-        if "=" not in word and not word.startswith(("+", "~")):
-            raise ConfigError(f"{word!r} is not an override; {instead_of_word(word, before)}")
+    refuse_unknown(overrides, known_options)
     refuse_two_choices(overrides)
     typed, chosen = overrides, chosen_groups(overrides)
     overrides = expanded(overrides)
@@ -46,6 +33,7 @@ def load_config(overrides: Sequence[str], known_options: Sequence[str] = ()) -> 
         overrides = [as_written(at_home(word)) for word in overrides]
         for word in overrides:
             check_word(word)
+        refuse_unknown_settings(overrides)
         if (saved := _saved_by_run(overrides)) is not None:
             return _resumed(saved, overrides, chosen)
         config = composed_config(overrides)
@@ -67,6 +55,7 @@ def _fails_alike(overrides: Sequence[str], error: ConfigError) -> bool:
     try:
         for word in overrides:
             check_word(word)
+        refuse_unknown_settings(overrides)
         composed_config(overrides)
     except ConfigError as other:
         return str(other) == str(error)

@@ -5,42 +5,66 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vp_train.config.setting import setting_of
+from vp_train.config.typed import for_shell, shell_word
 from vp_train.durable import similar_names
 from vp_train.settings.checks import LONGEST_KEY
 from vp_train.settings.elsewhere import NAMES, OPTIONS, WAYS
-from vp_train.settings.tree import field_of, group_choices, kind_of, sections, setting_names
+from vp_train.settings.tree import (
+    YAML_ENDINGS,
+    field_of,
+    group_choices,
+    kind_of,
+    sections,
+    setting_names,
+)
 
-_FILE = "a file of settings is written settings={}, in YAML as --print-config prints it"
+_FILE = "a file of settings is written {}, in YAML as --print-config prints it"
 
 
 def close_names(word: str) -> list[str]:
     """Return the settings that somebody may mean by `word`, the likeliest first, at most two."""
-    names, plain = setting_names(), word.lower().replace("-", "_")
+    names, plain = setting_names(), _plain(word)
     if plain in (*sections(), *names):
         return [plain]
-    last = plain.rpartition(".")[2]
+    if plain in NAMES:
+        return [NAMES[plain]]
+    section, dot, last = plain.rpartition(".")
+    groups = difflib.get_close_matches(section, sections(), n=1)
     same = [name for name in names if name.rpartition(".")[2] == last]
+    own = [name for name in same if dot and [name.rpartition(".")[0]] == groups]
+    if own or len(same) == 1 or (same and not dot):
+        return (own or same)[:2]
     if same:
-        return same[:2]
+        return []  # several: a guess would only look right
     if last in NAMES:
         return [NAMES[last]]
-    if (written := re.match(r"write ([a-z_.]+)=", WAYS.get(last, ""))) is not None:
+    if (written := re.match(r"write ([a-z_.]+)=", _of_table(WAYS, plain) or "")) is not None:
         return [written[1]]
-    section, dot, _ = plain.rpartition(".")
     if section in sections():
         lasts = [name.rpartition(".")[2] for name in names if name.startswith(f"{section}.")]
         return [f"{section}.{one}" for one in similar_names(last, lasts, 2)]
-    if dot and not difflib.get_close_matches(section, sections()):
-        return []  # of another framework: a guess would only look right
-    close = difflib.get_close_matches(word, names if dot else [*names, *sections()], n=2)
-    if close or dot:
+    if dot:  # of a section that is spelt alike, or of another framework
+        alike = [name for name in names if name.rpartition(".")[0] in groups]
+        of_last = {name.rpartition(".")[2]: name for name in alike}
+        return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
+    if close := difflib.get_close_matches(word, [*names, *sections()], n=2):
         return close
     of_last = {name.rpartition(".")[2]: name for name in reversed(names)}
     return [of_last[one] for one in difflib.get_close_matches(last, of_last, n=2, cutoff=0.75)]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _of_table(table: Mapping[str, str], name: str) -> str | None:
+    """Return what a table says of a name of another framework, with or without its section."""
+    plain = _plain(name)
+    return table.get(plain, table.get(plain.rpartition(".")[2]))
 
 
 def way_elsewhere(name: str, value: str) -> str | None:
@@ -50,61 +74,68 @@ def way_elsewhere(name: str, value: str) -> str | None:
     """
     if name.replace("-", "_") in setting_names():
         return None
-    way = WAYS.get(name.lower().replace("-", "_").rpartition(".")[2])
-    return None if way is None else way.replace("{}", value or "...")
+    way = _of_table(WAYS, name)
+    if way is None:
+        return None
+    return re.sub(r"\S*{}\S*", lambda word: _filled(word[0], value), way)
 
 
-def instead_of_option(word: str, after: str, known_options: Sequence[str]) -> str:
-    """Return what to write instead of an option that is none, and a semicolon; else nothing.
+def _filled(word: str, value: str) -> str:
+    """Return a word of the table with a value as one types it in a shell."""
+    end = "," if word.endswith(",") else ""
+    filled = word.removesuffix(",").replace("{}", value or "...")
+    return (for_shell(filled) if value else filled) + end
 
-    The word `after` it is its value if it has no other.
+
+def instead_of_option(word: str, name: str, value: str, known_options: Sequence[str]) -> str:
+    """Return what to write instead of an option that is none; empty if nothing is like it.
+
+    `word` begins as `--name`, and `value` is what stands behind it, if that is one.
     """
-    name, equals, value = word.lstrip("-").partition("=")
-    if not equals and after and "=" not in after and not re.match("-[^0-9.]", after):
-        value = after
-    option = OPTIONS.get(name.lower().replace("-", "_"))
+    option = OPTIONS.get(_plain(name))
     if option not in known_options and name not in sections():
         option = next(iter(difflib.get_close_matches(word, known_options, n=1, cutoff=0.75)), None)
     if option in known_options:
-        return f"did you mean {option}? "
-    if re.match(r"(config|cfg|conf|settings)\b|config_|config-", name):
-        return f"{_FILE.format(value or 'FILE.yaml')}; "
+        return f"did you mean {option}?"
+    if re.match(r"(config|cfg|conf|settings)\b|config_|config-", name.rpartition(".")[2]):
+        return _FILE.format(shell_word("settings", value or "FILE.yaml"))
     if difflib.get_close_matches(re.sub("[-_]", "", name.lower()), ["dryrun"], cutoff=0.8):
-        plan = "vp-plan with the same settings says what a run would do and starts nothing; "
-        stop = "--preflight stops before step 1; " if "--preflight" in known_options else ""
+        plan = "vp-plan with the same settings says what a run would do and starts nothing"
+        stop = "; --preflight stops before step 1" if "--preflight" in known_options else ""
         return plan + stop
     if (way := way_elsewhere(name, value)) is not None:
-        return f"{way}; "
+        return way
     names = close_names(name)
     if not names or len(name) == 1:
         return ""
-    return f"write {names[0]}={_value_here(names[0], value) or '...'}; "
+    return f"write {written(names[0], value)}"
 
 
-def _value_here(name: str, value: str) -> str:
-    """Return the value of another framework as the setting `name` takes it."""
-    if name not in setting_names():
-        return value
-    if not value and kind_of(name) is bool:
-        return "true"
-    is_choice = value.lower() in setting_of(field_of(name)[0]).choices
-    return value.lower() if is_choice else value
+def written(name: str, value: str) -> str:
+    """Return what sets `name` to a value of another framework, as one types it in a shell."""
+    if name in setting_names():
+        if not value and kind_of(name) is bool:
+            value = "true"
+        if value.lower() in setting_of(field_of(name)[0]).choices:
+            value = value.lower()
+    elif value not in group_choices().get(name, ()) and not value.endswith(YAML_ENDINGS):
+        value = ""
+    return for_shell(f"{name}={value}") if value else f"{name}=..."
 
 
-def instead_of_word(word: str, before: str) -> str:
-    """Return what to write instead of a word without `=` that stands behind the word `before`."""
-    if word and before.endswith("=") and before.count("=") == 1:
-        return f"write {before}{word} without a blank"
+def instead_of_word(word: str) -> str:
+    """Return what to write instead of a word without `=`."""
     if word in setting_names():
         return f"write key=value without blanks, here {word}=..."
     groups = [name for name, choices in group_choices().items() if word in choices]
     if groups and word != "default":
         return f"write {groups[0]}={word}"
     path = Path(os.path.expanduser(word))
-    if path.suffix in (".yaml", ".yml", ".toml"):
-        return _FILE.format("FILE.yaml" if path.suffix == ".toml" else word)
+    if path.suffix in (*YAML_ENDINGS, ".toml"):
+        file = "FILE.yaml" if path.suffix == ".toml" else word
+        return _FILE.format(shell_word("settings", file))
     if 0 < len(word) < LONGEST_KEY and path.exists():
-        return f"for text of your own write data=text data.path={word}"
+        return f"for text of your own write data=text {shell_word('data.path', word)}"
     if word in ("help", "version"):
         return f"write --{word}"
     return "write key=value, e.g. run.steps=100"

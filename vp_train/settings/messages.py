@@ -14,10 +14,10 @@ from typing import Any
 from vp_train.config import ConfigError
 from vp_train.config.errors import unknown
 from vp_train.config.setting import setting_of
+from vp_train.config.typed import shell_word
 from vp_train.config.whole import RAMP_WORDS
 from vp_train.settings.checks import LONGEST_KEY
-from vp_train.settings.meant import choice_of_group, close_names, way_elsewhere
-from vp_train.settings.tree import ENTRIES, field_of, kind_of, sections, setting_names
+from vp_train.settings.tree import ENTRIES, field_of, kind_of, setting_names
 from vp_train.settings.words import parsed_override, quoted_words, value_words
 
 
@@ -57,9 +57,11 @@ def unknown_choice(error: BaseException) -> str:
     if not choice:
         return f"{missing.removesuffix('/')}= names no preset; give one, or drop the word"
     if group == "data" and len(choice) < LONGEST_KEY and Path(os.path.expanduser(choice)).exists():
-        return f"data={choice} is not known; for text of your own: data=text data.path={choice}"
+        path = shell_word("data.path", choice)
+        return f"data={choice} is not known; for text of your own: data=text {path}"
     if group == "model" and (file := _model_file(choice)) is not None:
-        return f"{group}={choice} is a directory; give the file of settings in it: model={file}"
+        word = shell_word("model", str(file))
+        return f"{group}={choice} is a directory; give the file of settings in it: {word}"
     way_out = ", or give a file of settings whose name ends with .yaml" if "/" in choice else ""
     return unknown(f"{group}={choice}", choice, options) + way_out
 
@@ -80,7 +82,11 @@ def bad_override(error: BaseException, overrides: Sequence[str]) -> str:
     for name, (kind, example) in ENTRIES.items():
         if first.startswith((f"Could not override '{name}'", f"Error merging override {name}=")):
             given = [word for word in overrides if word.startswith(f"{name}=")]
-            return f"{_wrong_entry(given[-1], kind)}; {example}" if given else f"{name}{reason}"
+            if not given:
+                return f"{name}{reason}"
+            is_expanded = ":" in given[-1] and "{" not in given[-1]
+            lost = "the shell expands braces without quotes; " if is_expanded else ""
+            return f"{_wrong_entry(given[-1], kind)}; {lost}write {example}"
     if (other := re.match(r"In '(\w+)/(\w+)': Could not override '(\w+)'", first)) is not None:
         group, choice, chosen = other.groups()
         return (
@@ -93,18 +99,7 @@ def bad_override(error: BaseException, overrides: Sequence[str]) -> str:
         return f"{word}: one value is needed; {way_out}"
     if first.startswith("Could not override"):
         key = first.split("'")[1]
-        given = [word for word in overrides if word.startswith(f"{key}=")]
-        values = [word.partition("=")[2] for word in given]
-        if (way := way_elsewhere(key, "".join(values[-1:]))) is not None:
-            return f"{key} is not a setting; {way}"
-        meant = map(choice_of_group, given)
-        close = [*filter(None, meant)][:1] or close_names(key)
-        section = key.partition(".")[0]
-        where = f" {section} lists those of {section}"
-        if section not in sections():
-            where = f" lists all, and with a name those of {', '.join(sections())}"
-        hint = f"did you mean {' or '.join(close)}?" if close else f"vp-train --help{where}"
-        return f"{key} is not a setting; {hint}"
+        return f"{key} is not a setting; see vp-train --help for all keys"
     word = first.removeprefix("Error merging override ")
     if (words := _wrong_type(word)) is not None:
         return words

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig, RunSettings, printable
 from vp_train.config.resume import TEXT, keeps_on_resume, keeps_with_weights, permission_of
+from vp_train.config.typed import shell_word
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
 from vp_train.settings.saved import NOT_SAVED, is_searched, sample_length, saved_settings
@@ -168,9 +169,9 @@ def refuse_misspelt(settings: RunSettings, overrides: Sequence[str]) -> None:
     if not settings.resume or directory.exists() or says_more:
         return
     if (close := similar_run(directory)) is not None:
+        meant = shell_word("run.name", close.name)
         raise ConfigError(
-            f"{directory} holds no run; did you mean run.name={close.name}? run.resume=false "
-            "starts a new one"
+            f"{directory} holds no run; did you mean {meant}? run.resume=false starts a new one"
         )
 
 
@@ -193,7 +194,7 @@ def resume_words(
         )
     if not path.is_file():
         close = similar_run(config.run.directory)
-        hint = "" if close is None else f" (did you mean run.name={close.name}?)"
+        hint = "" if close is None else f" (did you mean {shell_word('run.name', close.name)}?)"
         if close is None and (names := runs_beside(config.run.directory, 3)):
             hint = f" (the newest runs there: {', '.join(names)})"
         return (
@@ -209,7 +210,7 @@ def resume_words(
         if one.name == "run.steps" and done is not None and config.run.steps < done:
             verdict = f"refused, step {done} is done"
         elif config.run.steps == done and verdict == "allowed":
-            verdict = f"unused, all {done} steps are done"
+            verdict = f"unused, step {done} is done"
         rows.append((one.name, one.before, one.now, verdict))
     if not rows:
         return f"settings of {path}{begins}"

@@ -10,16 +10,18 @@ from types import MappingProxyType
 from typing import Any
 
 from vp_train.config import BlendEntry, RunConfig, ValidationEntry
+from vp_train.config.data import BLEND_EXAMPLE
 from vp_train.config.setting import setting_of
 
-# Settings that are lists of sections: the type of an entry, and how a list is written.
+# Settings that are lists of sections: the type of an entry, and a list as typed in a shell.
 ENTRIES = {
-    "data.blend": (BlendEntry, "write data.blend=[{path:DIR,weight:3},{name:pystdlib,weight:1}]"),
+    "data.blend": (BlendEntry, BLEND_EXAMPLE),
     "data.validation": (
         ValidationEntry,
-        "write data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]",
+        "'data.validation=[{name:wiki,path:DIR},{name:code,path:FILE}]'",
     ),
 }
+YAML_ENDINGS = (".yaml", ".yml")  # of the file of a group, by which it is no choice
 # What the choices of a group set in other groups.
 SETS_TOO = {"cluster": ("run.device", "run.dtype")}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from vp_train.config import printable
+from vp_train.config.typed import MEANT_FOR_HYDRA, for_shell, override, quoted_value
 from vp_train.settings.tree import ENTRIES, is_text
 
 
@@ -32,43 +32,6 @@ def setting_words(value: object) -> str:
     return printable(value_words(value))
 
 
-def override(name: str, value: str) -> str:
-    """Return the override that sets a text, whatever characters it has."""
-    return f"{name}={quoted_value(value)}"
-
-
-_MEANT_FOR_HYDRA = re.compile(r"""\s*(?:['"\[{].*|null\s*)|.*[,\\].*|""", re.I | re.S)
-
-
-def typed(name: str, value: str) -> str:
-    """Return the override that sets a text as one types it: in quotes only where it needs them."""
-    is_plain = not _MEANT_FOR_HYDRA.fullmatch(value) and "~" not in value
-    return f"{name}={value}" if is_plain else override(name, value)
-
-
-def for_shell(word: str) -> str:
-    """Return a word of a command as one types it: in quotes where it needs them, double if able."""
-    plain = shlex.quote(word)
-    return plain if plain == word or re.search(r'["$`\\!]', word) else f'"{word}"'
-
-
-def quoted_value(setting: object) -> str:
-    """Return a value of a file as hydra reads it after `key=`."""
-    if isinstance(setting, str):
-        # A backslash counts as one unless it stands before a quote.
-        return "'" + re.sub(r"(\\*)('|$)", _escaped, setting) + "'"
-    if isinstance(setting, Mapping):
-        pairs = (f"{key}:{quoted_value(value)}" for key, value in setting.items())
-        return f"{{{','.join(pairs)}}}"
-    if isinstance(setting, Sequence):
-        return f"[{','.join(map(quoted_value, setting))}]"
-    return "null" if setting is None else str(setting)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return found[1] * 2 + ("\\'" if found[2] else "")
-
-
 _QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 _QUOTED_OR_HOME = re.compile(rf"{_QUOTED}|(?<=[=:,\[])\s*(~[^,\]}}]*)")
 
@@ -89,16 +52,25 @@ def as_written(word: str) -> str:
     comma, which separates several, or a backslash, which escapes.
     """
     name, equals, value = word.partition("=")
-    if not equals or not is_text(name) or _MEANT_FOR_HYDRA.fullmatch(value):
+    if not equals or not is_text(name) or MEANT_FOR_HYDRA.fullmatch(value):
         return word
     return override(name, value)
+
+
+_PATH_OF_ENTRY = re.compile(rf"{_QUOTED}|(?<=path:)([^'\"\[\]{{}},]+)")
+
+
+def _quoted_path(found: re.Match[str]) -> str:
+    return found[0] if found[1] is None else quoted_value(found[1])
 
 
 def quoted_words(word: str) -> str:
     """Return the way out for a text that hydra takes for something else; empty for other words."""
     name, _, value = word.partition("=")
     if name in ENTRIES:
-        return "quote a path with other signs than letters, digits and /-_.: {path:'/data/a=b'}"
+        quoted = re.sub(_PATH_OF_ENTRY, _quoted_path, word)
+        example = ENTRIES[name][1] if quoted == word else for_shell(quoted)
+        return f"quote a path with other signs than letters, digits and /-_.: {example}"
     if not is_text(name) or re.fullmatch(_QUOTED, value):
         return ""
     typed = override(name, value.replace("'", ""))

@@ -1,0 +1,39 @@
+"""A number of things is one thing or several."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vp_train.commands.simulate import headline
+from vp_train.config import ConfigError
+from vp_train.planning.degrees import split_ranks
+from vp_train.settings import load_config
+from vp_train.units import count_words
+
+# One thing that is said as if it were several.
+_ONE_OF_SEVERAL = re.compile(r"(?<![\w.,/])1 (?:ranks|microbatches|layers|steps|GPUs|replicas)\b")
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "words"),
+    [
+        (1, "rank", "1 rank"),
+        (0, "microbatch", "0 microbatches"),
+        (1_024, "microbatch", "1,024 microbatches"),
+        (2, "more rank", "2 more ranks"),
+    ],
+)
+def test_a_number_of_things_is_one_thing_or_several(count, name, words):
+    assert count_words(count, name) == words
+
+
+def test_one_rank_is_no_ranks():
+    config = load_config(["model.num_layers=1", "num_microbatches=1", "parallel.pp=1"])
+    words = headline(config)
+    with pytest.raises(ConfigError) as caught:
+        split_ranks(load_config(["parallel.pp=1", "parallel.dp=1"]).parallel, 2)
+    for said in (words, str(caught.value)):
+        assert re.search("1 (rank|layer)", said)
+        assert not _ONE_OF_SEVERAL.search(said)
