@@ -259,6 +259,23 @@ def test_no_rank_begins_before_all_have_loaded(ranks, whole_run, tmp_path, origi
     assert ranks(2).run(who_loaded, replace(config, run=run), str(tmp_path)) == [["0", "1"]] * 2
 
 
+def test_weights_from_elsewhere_are_validated_once_before_the_first_step(
+    ranks, whole_run, tmp_path
+):
+    whole = whole_run("float32")
+    config = replace(whole, run=config_of(tmp_path, steps=4, checkpoint_every=2).run)
+    config = replace(config, run=replace(config.run, init_from=str(whole.run.directory)))
+    again = replace(config, run=replace(config.run, resume=True))
+    for start, stop_after, first in ((config, 1, 1), (again, 3, 1), (again, None, 3)):
+        assert ranks(2).run(uncompiled, train, start, stop_after) == [first] * 2
+        ranks(2).run(release_locks)
+    records = metrics_of(config)
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+    assert records[0]["validation_loss"] == metrics_of(whole)[-1]["validation_loss"]
+    assert "loss" not in records[0]
+    assert records[1]["seconds/validation"] == 0.0, "it is no part of the first step"
+
+
 def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp_path):
     config = config_of(tmp_path, eval_every=0, trace_step=0)
     write_letters(tmp_path / "text", [200] * 10)

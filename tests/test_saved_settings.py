@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vp_train.config.cost import CPU_COSTS
 from vp_train.config.resume import keeps_on_resume
 from vp_train.settings import load_config
 from vp_train.settings.files import config_text
-from vp_train.settings.resume import check_start, resume_words
+from vp_train.settings.resume import check_start, resume_words, weight_words
 
 
 @pytest.fixture
@@ -384,6 +385,46 @@ def test_weights_of_another_model_are_refused_before_data_is_prepared(started, t
         check_start(load_config([*given, "model.vocab_size=500", "model.seq_length=64"]))
         with pytest.raises(ConfigError, match=r"is with model.vocab_size=500, this command line"):
             check_start(load_config(given))
+
+
+@pytest.mark.parametrize("place", ["config.yaml", "model.yaml"])
+def test_each_setting_by_which_weights_compute_otherwise_is_said(started, tmp_path, place):
+    was = ["model.rope_scaling=llama3", "model.rope_factor=8", "model.norm_epsilon=1e-6"]
+    was += ["model.sliding_window=64", "model.full_attention_every=2", "model.logit_softcap=30"]
+    config = started(*was)
+    origin = config.run.directory
+    if place == "model.yaml":
+        (origin / "config.yaml").unlink()
+        lines = (f"{key}: {json.dumps(value)}\n" for key, value in asdict(config.model).items())
+        (origin / place).write_text("".join(lines))
+    given = ["run.init_from=runs/one", "run.name=two"]
+    assert weight_words(load_config([*given, *was])) == []
+    harmless = ["model.seq_length=64", "model.init_std=0.1", "model.head_size=32"]
+    harmless += ["model.attention_divisor=32"]
+    same = load_config([*given, *was, *harmless])
+    check_start(same)
+    assert weight_words(same) == []
+    other = load_config([*given, "model.rope_base=500000"])
+    check_start(other)
+    assert sorted(weight_words(other)) == [
+        "model.full_attention_every: the weights have 2, this run null",
+        "model.logit_softcap: the weights have 30.0, this run null",
+        "model.norm_epsilon: the weights have 1e-06, this run 1e-05",
+        "model.rope_base: the weights have 10000.0, this run 500000.0",
+        "model.rope_factor: the weights have 8.0, this run 1.0",
+        "model.rope_scaling: the weights have llama3, this run none",
+        "model.sliding_window: the weights have 64, this run null",
+    ]
+    resumed = replace(other, run=replace(other.run, resume=True))
+    checkpointed(resumed)
+    assert weight_words(resumed) == [], "the run has begun already"
+
+
+def test_another_width_of_heads_is_another_model(started):
+    started()
+    given = ["run.init_from=runs/one", "run.name=two"]
+    with pytest.raises(ConfigError, match=r"is with model.head_size=null, this command line"):
+        check_start(load_config([*given, "model.head_size=64"]))
 
 
 def test_weights_with_learned_positions_fix_the_sequence(started, tmp_path):

@@ -93,6 +93,7 @@ def train(rank, num_ranks, config, stop_after=None):
     """
     run = begin(rank, num_ranks, config)
     try:
+        run.validate_weights()
         for step in run.steps():
             run.train_step(step)
             if step == stop_after:

@@ -126,6 +126,7 @@ def run_rank(
         if directory is not None:
             run.reporter = _begin_report(run, directory, config_yaml, warnings)
         try:
+            run.validate_weights()
             for step in run.steps():
                 run.train_step(step)
             run.finish()
@@ -199,12 +200,24 @@ class Run:
         """Return the notices about checkpoints that were passed over, and forget them."""
         return self._checkpoints.take_notices()
 
+    def validate_weights(self) -> None:
+        """Validate the weights of run.init_from before the first step, to compare with later ones.
+
+        The record is that of step 0.  A resumed run has it already.
+        """
+        settings = self.config.run
+        if settings.init_from is None or not settings.eval_every or self.first_step > 1:
+            return
+        validation = self._validate()
+        if self.reporter is not None:
+            self.reporter.validation(0, validation)
+
     def steps(self) -> Iterator[int]:
         """Yield the steps that remain, counted from 1, until the run is asked to leave.
 
         A run that goes back to a checkpoint repeats steps.
         """
-        self._stopwatch.restart()  # to connect and to load is no part of the first step
+        self._stopwatch.restart()  # what comes before the first step is no part of it
         while self.step < self.config.run.steps and self._interruption is None:
             self.step += 1
             self._doing = "beginning"

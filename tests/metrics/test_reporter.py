@@ -429,6 +429,22 @@ def test_the_loss_of_a_validation_is_the_mean_of_its_sets(started, capsys):
     assert "step 1  validation loss a 1.0000 (0.500 bits/byte)  b 4.0000" in capsys.readouterr().out
 
 
+def test_the_record_of_step_0_is_written_with_that_of_step_1(started, capsys):
+    _, _, directory, reporter = started()
+    reporter.validation(0, [Validation("", 1.5)])
+    assert "step 0  validation loss 1.5000" in capsys.readouterr().out
+    assert records(directory) == [], "a directory with metrics holds a run that has done a step"
+    for step in (1, 2):
+        reporter.step(report(step))
+        reporter.record()
+    zero, *others = records(directory)
+    assert zero == {"step": 0, "validation_loss": 1.5}
+    assert [(record["step"], "validation_loss" in record) for record in others] == [
+        (1, False),
+        (2, False),
+    ]
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_the_traced_step_keeps_its_words_and_one_far_from_its_plan_is_explained(
     started, capsys, monkeypatch, factor

@@ -25,6 +25,7 @@ from vp_train.checkpoint.saver import Saver
 from vp_train.checkpoint.store import CheckpointTensor, Damage, load, newest
 from vp_train.communication.control import ControlGroup
 from vp_train.config import ConfigError, LossConfig, RunConfig
+from vp_train.config.canonical import model_changes
 from vp_train.config.resume import (
     KEPT_SECTIONS,
     keeps_on_resume,
@@ -233,7 +234,9 @@ def load_parameters(path: Path, config: RunConfig, model: EvaluationModel) -> No
 def _opened_weights(path: Path, config: RunConfig) -> Manifest:
     """Return the manifest of checkpoint `path`.  Raises ConfigError if it is of another model."""
     manifest, saved = _opened(path, saved_settings)
-    _require_same(saved, {"model": asdict(config.model)}, path, config, keeps_with_weights)
+    theirs = asdict(_DEFAULTS["model"]) | dict(saved.get("model", {}))
+    changed = {name: getattr(config.model, name) for name in model_changes(theirs, config.model)}
+    _require_same(saved, {"model": changed}, path, config, keeps_with_weights)
     return manifest
 
 

@@ -13,18 +13,19 @@ TEXT = (
     "data.jsonl_field",
 )
 FREE_DATA = (*TEXT, "data.other_tokenizer", "data.cache_dir", "data.workers", "data.validation")
-# Model settings that may change when a run starts from another run's weights.  Any other setting
-# would give the same tensors another meaning.
-_FREE_MODEL = (
-    *("seq_length", "init_std", "norm_epsilon", "sliding_window", "full_attention_every"),
-    *("logit_softcap", "rope_base", "rope_local_base", "rope_scaling", "rope_factor"),
-    *("rope_low_frequency", "rope_high_frequency", "rope_original_length"),
-    "rope_attention_factor",
+# Model settings that a run may have otherwise than the weights that it starts from.  The second
+# kind changes what the weights compute, and a line says so.  Any other setting would give the same
+# tensors another place or another use.
+_FREE_MODEL = ("seq_length", "init_std")
+_NEW_MEANING = (
+    *("norm_epsilon", "sliding_window", "full_attention_every", "logit_softcap"),
+    *("rope_base", "rope_local_base", "rope_scaling", "rope_factor", "rope_low_frequency"),
+    *("rope_high_frequency", "rope_original_length", "rope_attention_factor"),
 )
 # Model settings that may change within a run, with run.allow=[sequence].
 _SEQUENCE = (
     *("seq_length", "sliding_window", "full_attention_every"),
-    *(name for name in _FREE_MODEL if name.startswith("rope_")),
+    *(name for name in _NEW_MEANING if name.startswith("rope_")),
 )
 
 
@@ -50,7 +51,13 @@ def keeps_on_resume(name: str, config: RunConfig) -> bool:
 def keeps_with_weights(name: str, config: RunConfig) -> bool:
     """Return whether a run that starts from other weights must have this setting as they do."""
     section, _, key = name.partition(".")
-    return section == "model" and (key not in _FREE_MODEL or _counts_weights(name, config))
+    is_free = key in (*_FREE_MODEL, *_NEW_MEANING) and not _counts_weights(name, config)
+    return section == "model" and not is_free
+
+
+def means_another_model(name: str) -> bool:
+    """Return whether weights may be used with another value of this setting, but differently."""
+    return name.removeprefix("model.") in _NEW_MEANING
 
 
 def _counts_weights(name: str, config: RunConfig) -> bool:

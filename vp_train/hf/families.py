@@ -6,12 +6,12 @@ does not give the same model, the family cannot express the model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vp_train.config import ConfigError, ModelConfig
+from vp_train.config.canonical import canonical, yarn_factor
 from vp_train.hf.names import GPT2, LLAMA, PHI3, Names
 from vp_train.hf.values import check
 from vp_train.model.shape import head_size
@@ -150,45 +150,17 @@ def _common(model: ModelConfig) -> Settings:
 
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """Return the settings by which two models compute differently, with values of the first."""
-    ours, theirs = asdict(_canonical(model)), asdict(_canonical(other))
+    ours, theirs = asdict(_comparable(model)), asdict(_comparable(other))
     names = [name for name, value in ours.items() if value != theirs[name]]
     # Settings that are None follow from the others.
     explicit = [name for name in names if getattr(model, name) is not None]
     return [f"model.{name}={getattr(model, name)}" for name in explicit or names]
 
 
-def _canonical(model: ModelConfig) -> ModelConfig:
-    """Return settings that are equal for models that compute the same.
-
-    Implied values are written out, and settings without effect get their default.
-    """
+def _comparable(model: ModelConfig) -> ModelConfig:
+    """Return the canonical settings of a model, without those that a config.json need not have."""
     plain = ModelConfig()
-    local = [model.is_local(layer) for layer in range(model.num_layers)]
-    same = {name: getattr(plain, name) for name in ("seq_length", "init_std")}
-    if model.linear_bias:
-        same |= {"qkv_bias": False}
-    if model.rope_scaling == "none":
-        same |= {"rope_factor": 1.0}
-    if model.rope_scaling not in ("llama3", "yarn"):
-        same |= {
-            name: getattr(plain, name)
-            for name in ("rope_low_frequency", "rope_high_frequency", "rope_original_length")
-        }
-    if not any(local):
-        same |= {"sliding_window": None, "full_attention_every": None, "rope_local_base": None}
-    else:
-        base = (
-            model.rope_base if model.rope_scaling == "none" and model.positions == "rope" else None
-        )
-        same |= {
-            "full_attention_every": _every(local),
-            "rope_local_base": model.rope_local_base or base,
-        }
-    if model.rope_scaling == "yarn" and model.rope_attention_factor is None:
-        same |= {"rope_attention_factor": _attention_factor(model.rope_factor)}
-    size = head_size(model)
-    divisor = float(size) if model.attention_divisor is None else model.attention_divisor
-    return replace(model, head_size=size, attention_divisor=divisor, **same)
+    return replace(canonical(model), seq_length=plain.seq_length, init_std=plain.init_std)
 
 
 def _every(local: list[bool]) -> int | None:
@@ -269,7 +241,7 @@ def _yarn(values: Mapping[str, Any]) -> Settings:
         (values.get("mscale"), values.get("mscale_all_dim")),
     )
     if given is None and all(mscales):
-        above, below = (_attention_factor(factor, mscale) for mscale in mscales if mscale)
+        above, below = (yarn_factor(factor, mscale) for mscale in mscales if mscale)
         given = above / below
     return {
         "rope_scaling": "yarn",
@@ -279,11 +251,6 @@ def _yarn(values: Mapping[str, Any]) -> Settings:
         "rope_original_length": values["original_max_position_embeddings"],
         "rope_attention_factor": None if given is None else float(given),
     }
-
-
-def _attention_factor(factor: float, mscale: float = 1.0) -> float:
-    """Return what YaRN multiplies queries and keys by (arXiv 2309.00071)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _rope_written(model: ModelConfig) -> Settings:
@@ -470,7 +437,7 @@ def _read_gemma3(config: Mapping[str, Any]) -> Settings:
 
 
 def _write_gemma3(model: ModelConfig) -> Settings:
-    local = _canonical(model).rope_local_base
+    local = canonical(model).rope_local_base
     own = {} if local is None else {"rope_local_base_freq": local}
     return (
         _write_gemma(model)

@@ -16,6 +16,7 @@ from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import RunPlan, row_advice
+from vp_train.settings.resume import weight_words
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES
 from vp_train.units import count_words, human_bytes, plural
 
@@ -51,10 +52,10 @@ def header(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
 
 
 def warnings_of(config: RunConfig, plan: RunPlan, source: Source) -> list[str]:
-    """Return what is doubtful about data, learning rate and disk of a run, one sentence each."""
+    """Return what is doubtful about data, weights, learning rate and disk, one sentence each."""
     advice = rate_advice(config.optim, num_parameters(config.model))
     room = disk_warning(config.run, _checkpoint_bytes(plan))
-    return [*source.warnings, *filter(None, (advice, room))]
+    return [*source.warnings, *weight_words(config), *filter(None, (advice, room))]
 
 
 def _checkpoint_bytes(plan: RunPlan) -> int:

@@ -53,7 +53,7 @@ class MetricsLog:
     def __init__(
         self, jsonl: Path, tensorboard: Path, last_step: int, others: Iterable[Writer] = ()
     ) -> None:
-        """Open the log after `last_step`, the step of the checkpoint; 0 for a new run.
+        """Open the log after `last_step`, the step of the checkpoint; -1 drops step 0 too.
 
         Raises OSError that names metrics.jsonl if that cannot be opened.
         """

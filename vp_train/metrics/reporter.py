@@ -110,7 +110,9 @@ class Reporter:
         self._config, self._plan, self._directory = config, plan, directory
         self._console = _Console(width=None if sys.stdout.isatty() else 110)
         trackers = trackers_of(config, directory.path)
-        self._log = MetricsLog(directory.metrics, directory.tensorboard, first_step - 1, trackers)
+        # A run that begins anew has no record yet, not even that of step 0.
+        last_step = first_step - 1 if first_step > 1 else -1
+        self._log = MetricsLog(directory.metrics, directory.tensorboard, last_step, trackers)
         self._first_step = first_step
         # The last steps, and when they ended.
         self._ended: deque[tuple[int, float]] = deque(maxlen=config.run.log_every + 1)
@@ -120,6 +122,7 @@ class Reporter:
         self._parameters: Sequence[int] = ()
         self._has_warned = False
         self._pending: tuple[StepReport, dict[str, float]] | None = None
+        self._baseline: dict[str, float] = {}  # the record of step 0, until that of step 1
 
     def start(
         self, config_yaml: str, notices: Sequence[str] = (), warnings: Sequence[str] = ()
@@ -210,10 +213,15 @@ class Reporter:
     def validation(self, step: int, found: Sequence[Validation]) -> None:
         """Show the validation after `step`, and add its figures to the step's record.
 
-        Where nothing is held out of training, validation_loss is the mean of the named sets.
+        Step 0 is before the first one.  Its record is written with that of step 1: a directory with
+        metrics holds a run that has done a step.  Where nothing is held out of training,
+        validation_loss is the mean of the named sets.
         """
-        assert self._pending is not None
-        values = self._pending[1]
+        if step == 0:
+            values = self._baseline
+        else:
+            assert self._pending is not None
+            values = self._pending[1]
         values["validation_loss"] = sum(each.loss for each in found) / len(found)
         for each in found:
             values.update(each.values())
@@ -276,6 +284,9 @@ class Reporter:
         assert self._pending is not None
         report, values = self._pending
         self._hold(report.step - 1)
+        if self._baseline:
+            self._log.record(0, self._baseline)
+            self._baseline = {}
         self._log.record(report.step, values)
         self._pending = None
 

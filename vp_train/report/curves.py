@@ -62,8 +62,8 @@ class Curves:
 
     Steps are gathered in buckets.  Where there are too many, neighbours are joined.
 
-    num_steps: the steps that were added.
-    first, last: their numbers, 0 without any.
+    num_steps: the optimizer steps that were added; step 0 is before the first one.
+    first, last: the numbers of the first and the last step, 0 without any.
     """
 
     def __init__(self, most_buckets: int = _MOST_BUCKETS) -> None:
@@ -74,10 +74,10 @@ class Curves:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add the finite `values` of a step; steps that do not come in order are left out."""
-        if self.num_steps and step <= self.last:
+        if self._buckets and step <= self.last:
             return
-        self.first = self.first if self.num_steps else step
-        self.num_steps, self.last = self.num_steps + 1, step
+        self.first = self.first if self._buckets else step
+        self.num_steps, self.last = self.num_steps + (step > 0), step
         self._latest.update(values)
         place = step // self._width
         if not self._buckets or self._buckets[-1].place != place:

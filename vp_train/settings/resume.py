@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vp_train.config import ConfigError, RunConfig, RunSettings, printable
-from vp_train.config.resume import TEXT, keeps_on_resume, keeps_with_weights, permission_of
+from vp_train.config.canonical import model_changes
+from vp_train.config.resume import (
+    TEXT,
+    keeps_on_resume,
+    keeps_with_weights,
+    means_another_model,
+    permission_of,
+)
 from vp_train.config.typed import shell_word
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
@@ -99,10 +106,44 @@ def check_start(config: RunConfig, batch: BatchChange = None) -> None:
                 "from its own checkpoint; drop run.init_from, or choose another run.name"
             )
     elif run.init_from is not None:
-        place = Path(os.path.expanduser(run.init_from)).absolute()
-        origin_settings, now = _model_of(place), values_of(config)
-        for name in (name for name in now if keeps_with_weights(name, config)):
-            _require_same(name, origin_settings, now, f"run.init_from={run.init_from} is")
+        for name, was, now in _changes_of_weights(config):
+            if keeps_with_weights(name, config):
+                raise ConfigError(
+                    f"run.init_from={run.init_from} is with {name}={was}, this command line has "
+                    f"{now}; use the same value"
+                )
+
+
+def weight_words(config: RunConfig) -> list[str]:
+    """Return a line for each setting by which the weights of run.init_from compute otherwise.
+
+    A run may change these on purpose, as for longer sequences.  A resumed run has begun already.
+    """
+    run = config.run
+    if run.init_from is None or (run.resume and checkpoints_in(run.checkpoints)):
+        return []
+    return [
+        f"{name}: the weights have {was}, this run {now}"
+        for name, was, now in _changes_of_weights(config)
+        if means_another_model(name)
+    ]
+
+
+def _changes_of_weights(config: RunConfig) -> list[tuple[str, str, str]]:
+    """Return the model settings that are not those of the weights of run.init_from.
+
+    Each is a name, the value of the weights and that of `config`.
+    """
+    assert config.run.init_from is not None
+    before = _model_of(Path(os.path.expanduser(config.run.init_from)).absolute())
+    return [
+        (
+            f"model.{name}",
+            printable(value_words(before[name])),
+            value_words(getattr(config.model, name)),
+        )
+        for name in model_changes(before, config.model)
+    ]
 
 
 def _refuse(refused: Sequence[Change], directory: Path) -> None:
@@ -124,17 +165,6 @@ def _refuse(refused: Sequence[Change], directory: Path) -> None:
     )
 
 
-def _require_same(
-    name: str, before: Mapping[str, object], now: Mapping[str, object], what: str
-) -> None:
-    """Raise ConfigError if a setting has changed; one of another version is not compared."""
-    if name in before and value_words(before[name]) != value_words(now[name]):
-        raise ConfigError(
-            f"{what} with {name}={value_words(before[name])}, this command line has "
-            f"{value_words(now[name])}; use the same value"
-        )
-
-
 def _is_same_place(ours: str, theirs: object) -> bool:
     """Return whether two origins are the same directory, or the other one is gone and has moved."""
     if not isinstance(theirs, str):
@@ -151,10 +181,11 @@ def _model_of(place: Path) -> Mapping[str, object]:
     for directory in homes(place):
         with contextlib.suppress(ConfigError, UnreadableError):
             if (directory / "config.yaml").is_file():
-                return saved_settings(directory / "config.yaml")
+                saved = saved_settings(directory / "config.yaml").items()
+                own = (item for item in saved if item[0].startswith("model."))
+                return {name.removeprefix("model."): value for name, value in own}
             if (directory / "model.yaml").is_file():
-                settings = leaves(read_yaml(directory / "model.yaml"))
-                return {f"model.{name}": value for name, value in settings}
+                return dict(leaves(read_yaml(directory / "model.yaml")))
     return {}
 
 
