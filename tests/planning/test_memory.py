@@ -216,26 +216,35 @@ def moments(step, optim, rank):
     of_layer = shape.layer_matrix_parameters(work.share)
     layers = sum(len(one) for one in step.layers_of_ranks[rank])
     weights = 2 * layers * of_layer * (work.linear_dtype == "float8")
-    order, alive, held, sends = step.schedule.ranks[rank], {}, 0, []
+    order, alive, held, sent = step.schedule.ranks[rank], {}, 0, 0
     most = max(
         sum((one.kind is Kind.S) - (one.kind is Kind.T) for one in order[:end])
         for end in range(len(order) + 1)
     )
     pool = 0 if on_cuda else exponentials * most
+    layout = step.problem.layout
+
+    def is_hop(stage, other):
+        return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
+
+    def sent_by(one):
+        """The bytes of a hop, or of a term of a sum that another rank receives."""
+        if one.kind is Kind.E and sharded and rank != root(End.INPUT):
+            return message * step.shards[End.INPUT][rank].num_rows / model.vocab_size
+        if one.kind is Kind.S and sharded and rank != root(End.OUTPUT):
+            return message if work.vocab.sum_dtype == "compute" else message // item * precise
+        way = {Kind.F: 1, Kind.B: -1, Kind.I: -1}.get(one.kind, 0)
+        return message * (way != 0 and is_hop(one.stage, one.stage + way))
+
     # The host is eight passes ahead of a GPU, of any kinds.
     first = [one for one in order if one.microbatch == 0]
-    sent = sum(memory_module._sent_bytes(one, step, rank) for one in first)
-    ahead = math.ceil(8 * sent / len(first))
+    ahead = math.ceil(8 * sum(map(sent_by, first)) / len(first))
     always = batch + 4 * message + weights + ahead * on_cuda
     yield 0, pool, always
     gradients = precise * rank_parameters(step, rank)
     yield 0, pool, batch + (min(gradients, 64 << 20) if optim.offload else 0)
-    layout = step.problem.layout
     offloads = [one for one in step.schedule.offloads if one.item.stage in layout.stages_of(rank)]
     away = {}
-
-    def is_hop(stage, other):
-        return 0 <= other < layout.num_stages and layout.rank_of(other) != layout.rank_of(stage)
 
     for one in order:
         stage, kind, key = one.stage, one.kind, (one.stage, one.microbatch)
@@ -252,14 +261,7 @@ def moments(step, optim, rank):
             del alive[key]
         held += shard * ((kind is Kind.S) - (kind is Kind.T))
         after = sum(alive.values())
-        sends.append(0.0)
-        if kind is Kind.E and sharded and rank != root(End.INPUT):
-            sends[-1] = message * step.shards[End.INPUT][rank].num_rows / model.vocab_size
-        if kind is Kind.S and sharded and rank != root(End.OUTPUT):
-            sends[-1] = message if work.vocab.sum_dtype == "compute" else message // item * precise
-        way = {Kind.F: 1, Kind.B: -1, Kind.I: -1}.get(kind, 0)
-        sends[-1] += message * (way != 0 and is_hop(stage, stage + way))
-        sent = 0 if on_cuda else sum(sends)
+        sent += 0 if on_cuda else sent_by(one)
         if kind is Kind.F:
             beside = 2 * message
         elif kind in (Kind.B, Kind.I):

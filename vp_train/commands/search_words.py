@@ -168,7 +168,7 @@ def _unfinished_lines(limits: Limits, result: SearchResult, *, is_stopped: bool)
 
 def _choices(count: int) -> str:
     """Return a number of choices in words."""
-    return f"{count_words(count, 'choice')}"
+    return count_words(count, "choice")
 
 
 def _vocabulary_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from vp_train.config import OptimConfig
 from vp_train.planning.choice import Choice, Kept
 from vp_train.planning.cluster import MARGIN
+from vp_train.planning.plan import digits_behind
 from vp_train.planning.report import PlanReport
 from vp_train.planning.weigh import Candidate
 
@@ -205,7 +206,7 @@ def rounded(seconds: float) -> float:
 
 def rounded_down(value: float) -> float:
     """Return the largest number of four digits that is not above `value`, which is positive."""
-    digits = 3 - math.floor(math.log10(value))
+    digits = digits_behind(value)
     return math.floor(value * 10.0**digits) / 10.0**digits
 
 

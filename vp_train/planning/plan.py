@@ -648,7 +648,12 @@ def _cap_words(error: CapError, config: RunConfig, unit: float) -> str:
     )
 
 
+def digits_behind(value: float) -> int:
+    """Return how many of the first four digits of a positive value stand behind its point."""
+    return 3 - math.floor(math.log10(value))
+
+
 def _rounded_up(value: float) -> str:
     """Return the least number of four digits that is not below `value`, which is positive."""
-    digits = 3 - math.floor(math.log10(value))
+    digits = digits_behind(value)
     return f"{math.ceil(value * 10.0**digits) / 10.0**digits:.{max(0, digits)}f}"

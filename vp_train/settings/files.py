@@ -91,7 +91,7 @@ def _refusal(text: str) -> str | None:
         elif (
             isinstance(event, yaml.NodeEvent)
             and not nodes
-            and not (isinstance(event, yaml.MappingStartEvent))
+            and not isinstance(event, yaml.MappingStartEvent)
         ):
             reason = "begins no setting; write one `key: value` per line"
         nodes += isinstance(event, yaml.NodeEvent)
