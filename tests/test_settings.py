@@ -309,7 +309,7 @@ def test_a_setting_of_data_that_is_used_or_left_as_it_is_passes():
         ("parallel.layers_per_stage=2", r"is not a list; write parallel\.layers_per_stage=\[2\]$"),
         ("parallel.recompute_per_stage=full", r"write parallel\.recompute_per_stage=\[full\]$"),
         ("cluster=h100", r"did you mean h100_80g_node\?"),
-        ("schedule=zb", r"did you mean zb_h1 or zb_v\?"),
+        ("schedule=zb", r"did you mean zb_h1 or zb_h2 or zb_v\?"),
     ],
 )
 def test_a_wrong_setting_is_answered_in_our_words(word, said):

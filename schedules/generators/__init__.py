@@ -29,7 +29,7 @@ from schedules.generators.weave import (
     preferences_of,
     weave,
 )
-from schedules.generators.zero_bubble import zb_h1, zb_v
+from schedules.generators.zero_bubble import zb_h1, zb_h2, zb_v
 from schedules.graph import DeadlockError
 from schedules.ir import Kind, Pass, Schedule
 from schedules.layout import Layout
@@ -76,6 +76,7 @@ GENERATORS: dict[str, BaseSchedule] = {
     "interleaved": BaseSchedule(interleaved, "loop", 2, searched=True),
     "interlaced": BaseSchedule(interlaced),  # not searched: it serves as a comparison
     "zb_h1": BaseSchedule(zb_h1, split_backward=True, searched=True),
+    "zb_h2": BaseSchedule(zb_h2, split_backward=True, searched=True),
     "zb_v": BaseSchedule(zb_v, "v", 2, split_backward=True, searched=True),
     "v_half": BaseSchedule(v_half, "v", 2, split_backward=True, searched=True),
     "v_min": BaseSchedule(v_min, "v", 2, split_backward=True, searched=True),

@@ -1,8 +1,11 @@
-"""ZB-H1 and ZB-V (arXiv 2401.10241): split backward, so that W fills the gaps of the cool-down.
+"""ZB-H1, ZB-H2 and ZB-V (arXiv 2401.10241): split backward, so that W fills gaps.
 
 ZB-H1 is 1F1B with a split backward. A rank needs fewer warm-up forwards than rank 0. It may delay
 its weight gradients until it has as many microbatches in flight as rank 0. W is placed just before
 the forward that would exceed this number. It may still move within this limit (see `weave`).
+
+ZB-H2 has up to 2p - 1 microbatches in flight. Rank r runs 2r forwards fewer than rank 0 before its
+first I, so that a microbatch may go to the last rank and back while others fill the time.
 
 ZB-V lays the stages out as a V, so that rank 0 owns the first and the last stage. The first chunk
 of a rank runs ahead until the microbatches come back to its second chunk. From then on the rank
@@ -22,18 +25,34 @@ def zb_h1(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
 
     Raises ValueError unless each rank owns one stage and the backward is split.
     """
+    return _horizontal(problem, problem.layout.num_ranks, fewer=1)
+
+
+def zb_h2(problem: Problem) -> tuple[tuple[Pass, ...], ...]:
+    """Return the stage passes of every rank.  Raises ValueError like `zb_h1`."""
+    return _horizontal(problem, 2 * problem.layout.num_ranks - 1, fewer=2)
+
+
+def _horizontal(problem: Problem, most: int, *, fewer: int) -> tuple[tuple[Pass, ...], ...]:
+    """Return the orders with at most `most` microbatches in flight, and some for the barriers.
+
+    The warm-up of a rank has `fewer` forwards less than that of the rank before it.
+    """
     if problem.layout.num_chunks != 1 or not problem.split_backward:
         raise ValueError(
-            "zb_h1 has one stage per rank and splits B into I and W; "
+            "zb_h1 and zb_h2 have one stage per rank and split B into I and W; "
             "use layout 'linear' and split_backward"
         )
-    return tuple(_rank_order(rank, problem) for rank in range(problem.layout.num_ranks))
+    most += problem.algorithm.extra_in_flight
+    return tuple(
+        _rank_order(rank, problem, most, most - fewer * rank)
+        for rank in range(problem.layout.num_ranks)
+    )
 
 
-def _rank_order(rank: int, problem: Problem) -> tuple[Pass, ...]:
+def _rank_order(rank: int, problem: Problem, most_in_flight: int, warmup: int) -> tuple[Pass, ...]:
     m = problem.num_microbatches
-    most_in_flight = problem.layout.num_ranks + problem.algorithm.extra_in_flight
-    warmup = min(m, most_in_flight - rank)
+    warmup = min(m, warmup)
     order = [Pass(rank, Kind.F, i) for i in range(warmup)]
     weights: deque[Pass] = deque()  # delayed weight gradients; their microbatches are in flight
     in_flight = warmup

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from schedules.generators import GENERATORS, searched_schedules
+from schedules.layout import Layout
 from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config import ConfigError
 from vp_train.config.parallel import RECOMPUTE
@@ -246,7 +247,7 @@ def test_chunks_are_tried_where_stages_shrink_and_where_all_are_alike():
         largest = {
             count: -(-layers // (pp * count))
             if head is None
-            else max(redistribute(layers, pp * count, head))
+            else max(redistribute(layers, Layout("loop", pp, count), head))
             for count in counts
         }
         tried = counts_of_chunks(pp, layers, head)

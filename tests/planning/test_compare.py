@@ -272,7 +272,7 @@ def test_searches_that_share_what_they_know_simulate_no_step_twice(part, recompu
     simulated = []
 
     def counted(draft, name):
-        simulated.append((draft.problem, draft.cost))
+        simulated.append((name, draft.problem, draft.cost))
         return short_step(draft, name)
 
     monkeypatch.setattr(shared_module, "short_step", counted)

@@ -30,20 +30,22 @@ from vp_train.planning.plan import make_plan, plan_step
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "num_stages", "head", "expected"),
+    ("num_layers", "layout", "head", "expected"),
     [
-        (32, 8, 0.0, (4,) * 8),  # nothing to make room for
-        (32, 8, 6.25, (4, 4, 4, 5, 5, 5, 5, 0)),  # what the published comparison runs at V = 256k
-        (32, 8, 1.5625, (4, 4, 4, 4, 4, 4, 5, 3)),  # and at V = 64k
-        (8, 4, 2.0, (2, 2, 3, 1)),
-        (6, 3, 100.0, (3, 3, 0)),
-        (5, 1, 2.0, (5,)),
+        (32, Layout("linear", 8), 0.0, (4,) * 8),  # nothing to make room for
+        (32, Layout("linear", 8), 6.25, (4, 5, 5, 5, 5, 4, 4, 0)),
+        (32, Layout("v", 4, 2), 6.25, (4, 5, 5, 5, 5, 4, 4, 0)),
+        (32, Layout("loop", 4, 2), 6.25, (4, 4, 4, 5, 5, 5, 5, 0)),
+        (32, Layout("loop", 2, 4), 1.5625, (4, 4, 4, 4, 4, 4, 5, 3)),
+        (8, Layout("linear", 4), 2.0, (2, 3, 2, 1)),
+        (6, Layout("linear", 3), 100.0, (3, 3, 0)),
+        (5, Layout("linear", 1), 2.0, (5,)),
     ],
 )
 def test_redistribution_makes_the_slowest_stage_as_fast_as_possible(
-    num_layers, num_stages, head, expected
+    num_layers, layout, head, expected
 ):
-    counts = redistribute(num_layers, num_stages, head)
+    counts, num_stages = redistribute(num_layers, layout, head), layout.num_stages
     assert sum(counts) == num_layers
     slowest = max(*counts[:-1], counts[-1] + head) if num_stages > 1 else counts[0]
     best = min(

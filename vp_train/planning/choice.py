@@ -742,7 +742,7 @@ def counts_of_chunks(pp: int, num_layers: int, head_in_layers: float | None) -> 
         most = (
             -(-num_layers // num_stages)
             if head_in_layers is None
-            else max(redistribute(num_layers, num_stages, head_in_layers))
+            else max(redistribute(num_layers, Layout("loop", pp, count), head_in_layers))
         )
         if most < largest or num_layers % num_stages == 0:
             found.append(count)

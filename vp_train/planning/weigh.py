@@ -702,7 +702,7 @@ class _Placed:
     def of(cls, config: RunConfig, placement: str, layout: Layout) -> _Placed:
         model = config.model
         counts = (
-            redistribute(model.num_layers, layout.num_stages, shape.head_in_layers(model))
+            redistribute(model.num_layers, layout, shape.head_in_layers(model))
             if placement == "redistribute"
             else balance(model.num_layers, layout)
         )
