@@ -21,6 +21,7 @@ from vp_train.commands.plan_words import plan_lines, short_words, text_of, witho
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning.choice import Kept, batch_of
+from vp_train.planning.compare import report_as_typed
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.report import make_report
@@ -425,6 +426,28 @@ def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
     assert len(others) == 2
     assert all("~" in row for row in others)
     assert "\n~ estimated from short steps, not planned whole\n" in out
+
+
+def test_a_search_says_when_a_run_that_it_does_not_try_is_faster_as_it_was_typed():
+    config, limits = load_config(NANO), Limits(top=1, effort=6_000)
+    result = search(config, limits, lambda: True, lambda words: None)
+    first = result.best[0].report
+    assert report_as_typed(config, 0.0) is None, "a search makes it"
+    counts = ",".join(map(str, [config.model.num_layers, 0, 0, 0]))
+    config = load_config([*NANO, "parallel.pp=4", f"parallel.layers_per_stage=[{counts}]"])
+    typed = report_as_typed(config, 0.0)
+    assert typed == make_report(config)
+    faster = replace(typed, passes=0.0)
+    assert faster.step_seconds < first.step_seconds < typed.step_seconds
+    for report, is_said in ((faster, True), (typed, False), (None, False)):
+        lines = search_lines(config, limits, result, report)
+        said = [line for line in lines if line.startswith("as typed: ")]
+        assert len(said) == is_said
+        assert all(line.endswith("not try parallel.layers_per_stage as given") for line in said)
+    nothing = replace(result, best=(), with_vocabulary=None, without_vocabulary=None, leanest=None)
+    assert any(line.startswith("as typed") for line in search_lines(config, limits, nothing, typed))
+    small = replace(config, cluster=replace(config.cluster, memory_gib=1e-6))
+    assert report_as_typed(small, 0.0) is None, "it does not fit"
 
 
 def test_rows_are_in_the_order_of_their_times_also_where_an_estimate_is_the_fastest():

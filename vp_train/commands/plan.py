@@ -48,7 +48,14 @@ from vp_train.planning.choice import (
     with_replicas,
 )
 from vp_train.planning.cluster import MARGIN, limit_of
-from vp_train.planning.compare import Help, for_another_plan, helps_of, larger_batch_of, rivals_of
+from vp_train.planning.compare import (
+    Help,
+    for_another_plan,
+    helps_of,
+    larger_batch_of,
+    report_as_typed,
+    rivals_of,
+)
 from vp_train.planning.found import Estimate, Limits, SearchResult
 from vp_train.planning.fsdp import Rivals
 from vp_train.planning.plan import SEARCHING, read_schedule
@@ -265,16 +272,19 @@ def show_search(config: RunConfig, limits: Limits, path: Path | None, kept: Kept
             searching.work_on(f"{time.process_time() - started:.0f} s of CPU, {words}")
 
         result = search(config, limits, in_time, show, space_of(config, kept))
-    lines = search_lines(config, limits, result, is_stopped=searching.is_stopped)
+        typed = report_as_typed(config, limits.margin, searching.watch) if in_time() else None
+    lines = search_lines(config, limits, result, typed, is_stopped=searching.is_stopped)
     print(text_of(lines), flush=True)
-    _write(path, search_record(config, limits, result))
+    _write(path, search_record(config, limits, result, typed))
     if searching.is_stopped or result.best:
         return searching.exit_code
     return EXIT_TIME if result.num_open else EXIT_CONFIG
 
 
-def search_record(config: RunConfig, limits: Limits, result: SearchResult) -> dict[str, Any]:
-    """Return the result of a search for JSON, in bytes and seconds."""
+def search_record(
+    config: RunConfig, limits: Limits, result: SearchResult, typed: PlanReport | None = None
+) -> dict[str, Any]:
+    """Return the result of a search for JSON, in bytes and seconds; typed: see `search_lines`."""
     rivals = None
     if result.best and has_fsdp(config):
         rivals = rivals_of(config, result.best[0].report, limits.margin, result.kept).record()
@@ -290,6 +300,7 @@ def search_record(config: RunConfig, limits: Limits, result: SearchResult) -> di
             for plan in result.best
         ],
         "estimated": [_estimate_record(config, estimate) for estimate in result.estimated],
+        "as_typed": None if typed is None else typed.record(),
         **{
             name: None if first is None else _estimate_record(config, first)
             for name, first in firsts.items()

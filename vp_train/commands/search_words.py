@@ -18,7 +18,7 @@ from vp_train.commands.plan_words import (
 )
 from vp_train.config import ConfigError, RunConfig
 from vp_train.config.parallel import recompute_words
-from vp_train.planning.choice import TOO_LONG, Choice, Kept
+from vp_train.planning.choice import TOO_LONG, Choice, Kept, unsearched
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
 from vp_train.planning.found import (
@@ -36,7 +36,7 @@ from vp_train.planning.fsdp import Rivals
 from vp_train.planning.report import PlanReport
 from vp_train.planning.search import fits_on
 from vp_train.planning.slow_link import SlowLink, link_of
-from vp_train.units import compared, count_words, large_bytes
+from vp_train.units import compared, count_words, human_bytes, large_bytes
 
 _SHOWN_REFUSALS = 3
 _HALVINGS = 3  # of the numbers of nodes that are tried where nothing fits
@@ -49,13 +49,22 @@ _HOST_MEMORY = "host RAM"
 
 
 def search_lines(
-    config: RunConfig, limits: Limits, result: SearchResult, *, is_stopped: bool = False
+    config: RunConfig,
+    limits: Limits,
+    result: SearchResult,
+    typed: PlanReport | None = None,
+    *,
+    is_stopped: bool = False,
 ) -> list[str]:
-    """Return the best plans in lines, and why others are not among them."""
+    """Return the best plans in lines, and why others are not among them.
+
+    typed: the run as it was typed, if it fits and no search makes it.
+    """
     lines = _unfinished_lines(limits, result, is_stopped=is_stopped)
     if result.best:
         first, rows = result.best[0], _rows(result)
         lines += [*_table_lines(config, result, rows), "", *_override_lines(config, first, rows)]
+        lines += _typed_lines(config, typed, first.report)
         lines += [f"binds: {first.report.binds}"]
         lines += _host_memory_lines(first, rows, limits)
         lines += _slow_link_lines(config, limits, result, rows)
@@ -79,8 +88,20 @@ def search_lines(
     summary += "; none of the others that were weighed seems faster" if is_whole else ""
     lines += [summary, *_excluded_lines(result)]
     if not result.best:
-        lines += _misses(config, limits, result)
+        lines += _misses(config, limits, result) + _typed_lines(config, typed)
     return lines
+
+
+def _typed_lines(
+    config: RunConfig, typed: PlanReport | None, first: PlanReport | None = None
+) -> list[str]:
+    """Return what a run takes that no search makes, unless the `first` plan is as fast."""
+    if typed is None or (first is not None and first.step_seconds <= typed.step_seconds):
+        return []
+    needs = human_bytes(typed.ranks[typed.worst].memory.total)
+    words = f"as typed: {duration(typed.step_seconds)}, {needs}"
+    words += f", {compared(typed.step_seconds, first.step_seconds)} than plan 1" if first else ""
+    return [f"{words}; a search does not try {' and '.join(unsearched(config))} as given"]
 
 
 @dataclass(frozen=True, slots=True)

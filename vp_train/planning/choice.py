@@ -674,18 +674,32 @@ def choice_of(config: RunConfig, degrees: Degrees) -> Choice:
     )
 
 
+def unsearched(config: RunConfig) -> list[str]:
+    """Return the settings of `config` whose values no search tries."""
+    parallel = config.parallel
+    is_given = {
+        "schedule.name": config.schedule.name not in GENERATORS,
+        "schedule.file": config.schedule.file is not None,
+        "vocab.algorithm": config.vocab.algorithm not in VOCAB_ALGORITHMS,
+        "vocab.shards": config.vocab.shards is not None,
+        "parallel.layers_per_stage": parallel.layers_per_stage is not None,
+        "parallel.recompute_per_stage": parallel.recompute_per_stage is not None,
+    }
+    return [name for name, given in is_given.items() if given]
+
+
 def as_typed(config: RunConfig) -> Choice | None:
     """Return the choice that a search makes if it leaves the run of `config` as it is.
 
-    None if no search makes it, as with layers given per stage, an order that is searched for or
-    from a file, or degrees that do not fit the cluster or the batch.
+    None if no search makes it: see `unsearched`, or its degrees do not fit the cluster or the
+    batch.
     """
-    if config.vocab.algorithm not in VOCAB_ALGORITHMS:
+    if unsearched(config):
         return None
     try:
         degrees = split_ranks(config.parallel, config.cluster.num_gpus)
         layout = GENERATORS[config.schedule.name].layout_of(degrees.pp, config.schedule.num_chunks)
-    except (ConfigError, KeyError, ValueError):
+    except (ConfigError, ValueError):
         return None
     count, rest = divmod(batch_of(config), degrees.dp * config.micro_batch_size)
     if rest:
@@ -698,13 +712,7 @@ def as_typed(config: RunConfig) -> Choice | None:
         num_chunks=layout.num_chunks if layout.name == "loop" else None,
         placement=placement if placement == "redistribute" else even,
     )
-    if degrees.pp == 1:
-        choice = replace(choice, vocab="none", balance=False)
-    given = (
-        *(config.parallel.layers_per_stage, config.parallel.recompute_per_stage),
-        *(config.schedule.file, config.vocab.shards),
-    )
-    return choice if given == (None,) * len(given) else None
+    return replace(choice, vocab="none", balance=False) if degrees.pp == 1 else choice
 
 
 def _chunks(

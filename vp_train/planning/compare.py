@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from schedules.generators import GENERATORS
+from schedules.generators.auto import Watch
 from schedules.render import duration
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ConfigError, OptimConfig, RunConfig
@@ -23,6 +24,7 @@ from vp_train.planning.choice import (
     offloading,
     optimizers_of,
     space_of,
+    unsearched,
     with_larger_microbatches,
 )
 from vp_train.planning.cluster import limit_of, with_margin
@@ -39,7 +41,7 @@ from vp_train.planning.outlook import (
 )
 from vp_train.planning.peaks import keeps_all
 from vp_train.planning.plan import draft_step
-from vp_train.planning.report import PlanReport, brief_report
+from vp_train.planning.report import PlanReport, brief_report, make_report
 from vp_train.planning.search import simulated
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
@@ -329,6 +331,23 @@ def helps_of(
     of_two = [choice for choice in of_two if not choice.recompute_where_needed]
     look([(of_two, typed), (of_one, None)])
     return found
+
+
+def report_as_typed(
+    config: RunConfig, margin: float, watch: Watch | None = None
+) -> PlanReport | None:
+    """Return the report of a run that no search makes, if it fits with the margin of the search.
+
+    None if a search makes it, or if it cannot be run.  `watch`: see `make_report`.
+    """
+    if not unsearched(config):
+        return None
+    try:
+        report = make_report(config, watch)
+    except ConfigError:
+        return None
+    needs = report.ranks[report.worst].memory.total
+    return report if report.fits and needs <= limit_of(config.cluster, margin) else None
 
 
 def proposing(config: RunConfig) -> RunConfig:
