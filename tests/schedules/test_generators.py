@@ -48,8 +48,27 @@ def test_1f1b_keeps_p_microbatches_in_flight_and_one_more_for_each_barrier(algor
     assert timeline.peak_in_flight == tuple(min(m, p - rank + extra) for rank in range(p))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "extra"), [("none", 0), ("one_barrier", 1), ("two_barrier", 2)]
+)
+@pytest.mark.parametrize("p", [2, 3, 4, 8])
+def test_zb_h2_keeps_2p_minus_1_microbatches_in_flight_which_hides_hops(algorithm, extra, p):
+    m = 8 * p
+    case = Problem(Layout("linear", p), m, VOCAB_ALGORITHMS[algorithm], split_backward=True)
+    seconds = {}
+    for hop in (0.0, 2.0):
+        times = {"F": 1.0, "I": 1.0, "W": 1.0, "S": 0.2, "T": 0.1, "E": 0.01, "G": 0.01}
+        costs = CostModel.uniform(p, p, hop=hop, barrier=0.01, **times)
+        for name, most in (("zb_h1", p), ("zb_h2", 2 * p - 1)):
+            timeline = simulate(generate(name, case, costs), case, costs)
+            assert max(timeline.peak_in_flight) <= most + extra
+            seconds[name, hop] = timeline.makespan
+    assert seconds["zb_h2", 2.0] < 0.98 * seconds["zb_h1", 2.0]
+    assert seconds["zb_h2", 0.0] <= 1.01 * seconds["zb_h1", 0.0]
+
+
 @pytest.mark.parametrize("algorithm", ["none", "one_barrier", "two_barrier"])
-@pytest.mark.parametrize("name", ["zb_h1", "zb_v", "v_half", "v_min"])
+@pytest.mark.parametrize("name", ["zb_h1", "zb_h2", "zb_v", "v_half", "v_min"])
 def test_where_stages_recompute_at_most_one_waits_for_its_weight_gradient(name, algorithm):
     """I computes their activations again, so what waits for W keeps four times what F does."""
     for p, m in ((2, 7), (3, 9), (4, 4), (4, 16)):
