@@ -179,13 +179,25 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     warm.stop()
 
 
+@pytest.fixture(scope="session")
+def little_effort() -> Callable[[pytest.MonkeyPatch], None]:
+    """`little_effort(patch)`: search with little effort, for laws that hold at any."""
+
+    def spare(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(generators, "_EFFORT", 5_000)
+        patch.setattr(auto, "_FIRST", 1_000)
+        patch.setattr(auto, "_TIGHTENED", 500)
+        patch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))
+
+    return spare
+
+
 @pytest.fixture
-def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_search(
+    monkeypatch: pytest.MonkeyPatch, little_effort: Callable[[pytest.MonkeyPatch], None]
+) -> None:
     """Search with little effort, for laws of schedule=auto that hold at any."""
-    monkeypatch.setattr(generators, "_EFFORT", 5_000)
-    monkeypatch.setattr(auto, "_FIRST", 1_000)
-    monkeypatch.setattr(auto, "_TIGHTENED", 500)
-    monkeypatch.setattr(auto, "_ROUNDS", ((2, 15_000), (1, 30_000)))
+    little_effort(monkeypatch)
 
 
 @pytest.fixture

@@ -323,6 +323,7 @@ STUBBORN = [
 ]
 
 
+@pytest.mark.usefixtures("quick_search")
 @pytest.mark.parametrize("typed", STUBBORN, ids=lambda typed: typed[0])
 def test_what_a_plan_proposes_can_be_appended_and_gives_what_is_said(vp_plan, typed):
     draw, tried = random.Random(len(typed[0])), 0
@@ -387,6 +388,7 @@ def test_the_gpus_that_a_plan_lacks_come_with_a_split_that_fits(vp_plan):
         assert (again.fits, duration(again.step_seconds)) == (True, found[2])
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     code, out, _ = vp_plan("--search", "--top", 3, *NANO, "--json", tmp_path / "found.json")
     record = json.loads((tmp_path / "found.json").read_text())
@@ -543,6 +545,7 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(
     assert again.step_seconds == pytest.approx(first["step_seconds"])
 
 
+@pytest.mark.usefixtures("quick_search")
 def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
     typed = ["parallel.pp=2", "schedule=gpipe", "vocab=none"]
     code, out, _ = vp_plan(

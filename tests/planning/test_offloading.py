@@ -16,6 +16,7 @@ from vp_train.commands.search_words import search_lines
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
+from vp_train.planning import short
 from vp_train.planning.choice import Choice, Kept, changes_of, choice_of, offloading, space_of
 from vp_train.planning.cluster import MARGIN, host_bytes_per_second, limit_of, with_margin
 from vp_train.planning.compare import helps_of
@@ -45,6 +46,12 @@ LLAMA = [
     *("model=llama3_8b", "cluster=h100_80g_node", "parallel.pp=8", "num_microbatches=12"),
     *("schedule=1f1b", "vocab=one_barrier"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def quick(quick_search, monkeypatch):
+    """Generate schedules with little effort, in plans and in searches."""
+    monkeypatch.setattr(short, "WHOLE_EFFORT", 5_000)
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from random import Random
 
 import pytest
 
-from schedules import generators
 from vp_train.config import ConfigError
 from vp_train.config.parallel import RECOMPUTE
 from vp_train.planning import search as search_module
@@ -48,10 +47,10 @@ def searched(config, top=1, in_time=lambda: True, **limits):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
+def quick(little_effort):
     """Generate schedules with little effort, in the search and in what it is compared with."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(generators, "_EFFORT", 5_000)
+        little_effort(patched)
         patched.setattr(short, "WHOLE_EFFORT", 5_000)
         yield
 
