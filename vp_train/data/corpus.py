@@ -32,12 +32,13 @@ from vp_train.config import (
     ValidationEntry,
     printable,
 )
-from vp_train.data.documents import LONGEST_LINE, Reading, read_documents
+from vp_train.data.documents import Reading, read_documents
 from vp_train.data.encoding import Encoded, encoded
-from vp_train.data.files import INDEX, content_hash, find_files, hash_of_file, kind_of
+from vp_train.data.files import INDEX, content_hash, find_files, hash_of_file, kind_of, kind_to_read
 from vp_train.data.indexed import check_index, check_tokens, largest_token, write_dataset
 from vp_train.data.integrity import block_hashes, check_blocks, check_once
-from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, words_of
+from vp_train.data.json_lines import LONGEST_LINE
+from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, outweighed, words_of
 from vp_train.data.locks import alone, building_place, remove_left
 from vp_train.data.manifest import (
     FILES,
@@ -121,12 +122,19 @@ def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
 def left_out_warnings(
     config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
 ) -> list[str]:
-    """Return a line for each corpus, or named validation set, that leaves many documents out."""
+    """Return what is left out of each corpus, or named validation set, where that is much."""
     return [
         f"{name}: {words}"
         for name, corpus in with_names(config, corpora, named)
-        if (words := much_left_out(corpus.manifest.left_out, corpus.manifest.num_documents))
+        for words in _much(corpus.manifest)
     ]
+
+
+def _much(manifest: Manifest) -> Iterator[str]:
+    """Yield a warning each for many documents, and for large files, that are left out."""
+    yield from filter(None, [much_left_out(manifest.left_out, manifest.num_documents)])
+    if manifest.text_bytes is not None:
+        yield from filter(None, [outweighed(manifest.left_out, manifest.text_bytes)])
 
 
 def with_names(
@@ -407,7 +415,7 @@ class _Found:
 def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     """Find the corpus in the cache without a lock, or build it alone."""
     found = _Found.of(config)
-    settings = [_recipe(), config.name, config.end_token, config.jsonl_field]
+    settings = [_recipe(), config.name, config.end_token, *_reading(found)]
     cache_dir = Path(config.cache_dir).expanduser()
     if config.tokenizer is None:
         tokenizer = _trained(cache_dir, [found], vocab_size, progress)
@@ -461,10 +469,7 @@ def _trained(cache_dir: Path, found: Sequence[_Found], vocab_size: int, progress
     """
     _require_text(chain.from_iterable(each.files for each in found))
     require_bytes(vocab_size)
-    keys = [
-        _content_key(cache_dir, each.files, None, [each.config.jsonl_field], progress)
-        for each in found
-    ]
+    keys = [_content_key(cache_dir, each.files, None, _reading(each), progress) for each in found]
     own, complete = (
         cache_dir / f"tokenizer-{_digest([_recipe(), size, keys])}.json"
         for size in (vocab_size, None)
@@ -547,6 +552,14 @@ def _recipe() -> list[int]:
     """Return what decides the tokens of a text beside the settings."""
     longest = [_LONGEST_WORD, _LONGEST_TRAINED_WORD, LONGEST_PIECE, _TRAINED_PIECE, LONGEST_LINE]
     return [_FORMAT, *longest, _TRAINING_CHARACTERS]
+
+
+def _reading(found: _Found) -> list[str]:
+    """Return what decides how the files are read.  Earlier versions read lines of .json as text."""
+    field = found.config.jsonl_field
+    json_files = (path for path in found.files if kind_of(path) == "json")
+    has_lines = any(kind_to_read(path, field) == "lines" for path in json_files)
+    return [field, "lines of .json"] if has_lines else [field]
 
 
 def _content_key(
@@ -692,6 +705,7 @@ class _Work:
             seconds=time.perf_counter() - started,
             largest_token=largest_token(directory / "tokens", size),
             left_out=self.left_out.as_dict(),
+            text_bytes=total,
         )
 
     def _checked(self, found: Iterator[Encoded]) -> Iterator[tuple[np.ndarray, bool]]:
