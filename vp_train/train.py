@@ -21,6 +21,7 @@ from vp_train.assembly import RankModel, build_rank, compiled_parts, rank_device
 from vp_train.batches import Batches
 from vp_train.checkpoint.run import RunCheckpoints
 from vp_train.checkpoint.saver import CheckpointError
+from vp_train.checkpoint.text import advising_kept_text
 from vp_train.communication.nccl import require_gpu
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
@@ -98,7 +99,8 @@ def run_rank(
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
         watcher.note("opening the data")
-        source = open_source(config, progress=rank == 0)  # all ranks wait for who prepares it
+        with advising_kept_text(config):
+            source = open_source(config, progress=rank == 0)  # all ranks wait for who prepares it
         watcher.note("preparing to connect")
         if rank == 0:
             require_trackers(config.run)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.cases import VOCAB_SIZE, text_config
+from vp_train.commands.score import documents_of
 from vp_train.config import ConfigError, DataConfig
 from vp_train.data import describe, prepare, prepare_all
 from vp_train.data.corpus import left_out_warnings
@@ -100,6 +101,16 @@ def test_the_command_of_the_message_makes_lines(
     expected = [record["text"] for record in RECORDS]
     found = texts(one(tmp_path / "x.jsonl"))
     assert found == (expected if is_array or indent is not None else expected[:1])
+
+
+@pytest.mark.parametrize("field", ["text", "words"])
+def test_vp_score_reads_lines_by_its_own_field(tmp_path: Path, field: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({field: "one"}) + "\n")
+    (tmp_path / "y.json").write_text("first\nsecond\n")
+    found = documents_of(tmp_path, field, by_line=True, warn=False)
+    assert [document.text for document in found] == ["one"]
+    found = documents_of(tmp_path / "y.json", field, by_line=True, warn=False)
+    assert [document.text for document in found] == ["first", "second"]
 
 
 @pytest.mark.parametrize("content", ["some words", "1\n2\n", '"text": "x"'])

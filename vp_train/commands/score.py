@@ -89,7 +89,7 @@ def _score(arguments: Sequence[str]) -> int:
         next(documents_of(options.file, options.field, by_line=options.lines, warn=True), None)
         is None
     ):
-        raise ConfigError(f"{options.file} holds no text{_way_out(options.file)}")
+        raise ConfigError(f"{options.file} holds no text{_way_out(options.file, options.field)}")
 
     def body(run: OpenRun, is_first: bool) -> None:
         documents = documents_of(options.file, options.field, by_line=options.lines, warn=is_first)
@@ -102,11 +102,11 @@ def _score(arguments: Sequence[str]) -> int:
     return run_opened(RunCommand("vp-score", __name__, body, hint, check=check), options, arguments)
 
 
-def _way_out(path: Path) -> str:
+def _way_out(path: Path, field: str) -> str:
     """Return what helps where a file holds no text: a field has it, or the text is not UTF-8."""
-    from vp_train.data.files import kind_of
+    from vp_train.data.files import kind_to_read
 
-    if path.is_file() and kind_of(path) == "text":
+    if path.is_file() and kind_to_read(path, field) == "text":
         return "; give a text in UTF-8"
     return "; --field names the field that has it"
 
@@ -166,15 +166,15 @@ def documents_of(path: Path, field: str, *, by_line: bool, warn: bool) -> Iterat
     """Return the documents of a file or a directory; `warn` says what is left out."""
     from vp_train.config import DataConfig
     from vp_train.data.documents import Reading, read_documents
-    from vp_train.data.files import find_files, kind_of
+    from vp_train.data.files import find_files, kind_to_read
     from vp_train.data.left_out import LeftOut
 
     left_out = LeftOut()
-    config = DataConfig(name="text", path=str(path))
+    config = DataConfig(name="text", path=str(path), jsonl_field=field)
     files = [path] if path.is_file() else find_files(config, left_out)
     for document in read_documents(files, field, warn=warn, reading=Reading(left_out)):
         origin = Path(document.origin)
-        if by_line and origin in files and kind_of(origin) == "text":
+        if by_line and origin in files and kind_to_read(origin, field) == "text":
             yield from _lines(document)
         else:
             yield document

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -72,8 +73,9 @@ def one_value_words(path: Path, kind: str) -> str:
     chosen, more = "'.[]'", ""
     if kind == "object":
         chosen, more = ".", " ('.NAME[]' instead of . takes the entries of its list NAME)"
+    source, target = (shlex.quote(str(one)) for one in (path, path.with_suffix(".jsonl")))
     return (
         f"{path} holds one JSON {kind}, not lines of JSON, so its names and brackets would be "
-        f"text; give each document a line: jq -c {chosen} {path} > {path.with_suffix('.jsonl')}"
-        f"{more}; or name it .txt if all of it is meant"
+        f"text; give each document a line: jq -c {chosen} {source} > {target}{more}; "
+        "or name it .txt if all of it is meant"
     )
