@@ -501,6 +501,7 @@ def _begin_report(
         words = tokenizer_config(
             source.tokenizer,
             source.end_token,
+            begin=source.begin_token,
             longest=config.model.seq_length,
             after_end=config.data.packing == "none",
         )

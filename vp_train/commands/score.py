@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Score:
     """The score of one document, or of all.
 
-    tokens, bytes: what was predicted: everything but the first token of each document.
+    tokens, bytes: what was predicted: everything but the first token of each document, or
+        everything where a token was put in front of it (data.begin_token).
     logprob: the sum of the log-probabilities of these tokens, in nats.
     """
 
@@ -138,7 +139,8 @@ def _parser() -> Parser:
     parser = parser_of(
         "vp-score",
         "scores text with the model and the tokenizer of a run, on any layout\n\n"
-        "Every token but the first of a document is scored once.  A document of more than\n"
+        "Every token but the first of a document is scored once; the first one too if the run has\n"
+        "data.begin_token, which is put in front of each document.  A document of more than\n"
         "model.seq_length tokens is scored in windows; with --context 1 a window begins with the\n"
         "last token of the one before, with more it begins earlier.",
         ("FILE", "text, .jsonl or a table, as vp-prepare reads them; or a directory of them"),
@@ -209,12 +211,12 @@ def score_documents(
     wanted, rest = sequences_of(run), iter(documents)
     while taken := list(islice(rest, wanted)):
         texts = [document.text for document in taken]
-        encodings = [encode(run, text) for text in texts]
-        found = score(
-            run, [torch.tensor(each.ids, dtype=torch.int64) for each in encodings], context=context
-        )
+        encodings, begin = [encode(run, text) for text in texts], run.begin_ids
+        ids = [torch.tensor([*begin, *each.ids], dtype=torch.int64) for each in encodings]
+        found = score(run, ids, context=context)
         for document, text, encoding, logprobs in zip(taken, texts, encodings, found, strict=True):
-            predicted = text[encoding.offsets[0][1] :] if len(logprobs) else ""
+            first = 0 if begin or not len(logprobs) else encoding.offsets[0][1]
+            predicted = text[first:] if len(logprobs) else ""
             total = float(logprobs.to(torch.float64).sum())
             yield Score(document.origin, len(logprobs), len(predicted.encode()), total)
 

@@ -92,6 +92,9 @@ class DataConfig:
     end_token: str | None = setting(
         None, "Token of that tokenizer that ends a document; null tries the usual names."
     )
+    begin_token: str | None = setting(
+        None, "Token of that tokenizer in front of every document; null: none."
+    )
     jsonl_field: str = setting(
         "text", "Field of a .jsonl line, or column of a table, that holds the text."
     )

@@ -63,6 +63,7 @@ class Source(Protocol):
     contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
     tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
     end_token: int | None  # the id that ends every document; None if nothing was tokenized
+    begin_token: int | None  # the id in front of every document; None if there is none
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -193,6 +194,7 @@ class _Synthetic:
         self.contents: tuple[str, ...] = ()
         self.tokenizer: Path | None = None
         self.end_token: int | None = None
+        self.begin_token: int | None = None
         self.validation_sets: tuple[str, ...] = ("",)
         self.byte_lengths: Tensor | None = None
         self.warnings: tuple[str, ...] = ()
@@ -251,6 +253,7 @@ class _Text:
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
         self.tokenizer: Path | None = corpora[0].tokenizer
         self.end_token: int | None = corpora[0].manifest.end_token
+        self.begin_token = corpora[0].manifest.begin_token
         turns = Turns.of(config.data.weights)
         data, length = config.data, config.sample_length
         split = [
