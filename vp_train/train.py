@@ -188,6 +188,14 @@ class Run:
         )
         self._bits_per_byte = BitsPerByte(source, mesh)
 
+    def text_words(self) -> str:
+        """Return how much text the run uses until its last step, and what of it is done."""
+        whole, done = (self._batches.trained(n) for n in (self.config.run.steps, self.step))
+        words = f"{int(whole['tokens']):,} by step {self.config.run.steps}"
+        if "passes" in whole:
+            words += f", {whole['passes']:.3g} passes over the text"
+        return f"{words}; {int(done['tokens']):,} of them are done" if self.step else words
+
     def load(self) -> None:
         """Resume from the newest checkpoint, or start from the weights of run.init_from."""
         settings = self.config.run
@@ -238,7 +246,10 @@ class Run:
             if self.reporter is not None:
                 tokens = self.mesh.degrees.dp * batch.tokens.numel()
                 speed = tokens / (time.perf_counter() - started)
-                report = self._meter.report(step, health, self._judge, rate=rate, speed=speed)
+                trained = self._batches.trained(step)
+                report = self._meter.report(
+                    step, health, self._judge, rate=rate, speed=speed, trained=trained
+                )
                 self.reporter.step(report)
             if recorder is not None:
                 plan = self._batches.plan_of(step)
@@ -496,7 +507,7 @@ def _begin_report(
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, run.take_notices(), warnings)
+    reporter.start(config_yaml, run.take_notices(), warnings, text=run.text_words())
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,

@@ -64,6 +64,7 @@ class Source(Protocol):
     tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
     end_token: int | None  # the id that ends every document; None if nothing was tokenized
     begin_token: int | None  # the id in front of every document; None if there is none
+    tokens_of_pass: int | None  # of all training samples; None of a blend and of synthetic text
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -195,6 +196,7 @@ class _Synthetic:
         self.tokenizer: Path | None = None
         self.end_token: int | None = None
         self.begin_token: int | None = None
+        self.tokens_of_pass: int | None = None
         self.validation_sets: tuple[str, ...] = ("",)
         self.byte_lengths: Tensor | None = None
         self.warnings: tuple[str, ...] = ()
@@ -228,14 +230,17 @@ def _stream_of(config: RunConfig, windows: list[Windows], turns: Turns, purpose:
     return _Stream(config, read)
 
 
-def _end_words(validation: Share) -> str:
-    """Say that no whole documents are held out but the end of the text, if that is so."""
-    if not validation.start:
+def _split_words(training: Share, validation: Share) -> str:
+    """Say how many tokens are trained on and held out; nothing if all are trained on."""
+    if not validation.num_tokens:
         return ""
-    return (
-        f", the last {validation.num_tokens:,} for validation (there are too few documents to hold "
-        "whole ones out)"
-    )
+    held_out = f"{validation.num_tokens:,} of {count_words(len(validation.documents), 'document')}"
+    if validation.start:
+        held_out = (
+            f"the last {validation.num_tokens:,} (there are too few documents to hold whole ones "
+            "out)"
+        )
+    return f": {training.num_tokens:,} to train on, held out {held_out}"
 
 
 class _Text:
@@ -267,8 +272,8 @@ class _Text:
                 for weight, entry in zip(turns.weights, data.blend, strict=True)
             ]
         self.description = "; ".join(
-            headline(corpus, name) + _end_words(validation)
-            for corpus, name, (_, validation) in zip(corpora, names, split, strict=True)
+            headline(corpus, name) + _split_words(own, held_out)
+            for corpus, name, (own, held_out) in zip(corpora, names, split, strict=True)
         )
         places = list(zip(corpora, corpus_names(data), strict=True))
         training = [
@@ -276,6 +281,9 @@ class _Text:
             for (corpus, place), (share, _) in zip(places, split, strict=True)
         ]
         self._train = _stream_of(config, training, turns, "training")
+        self.tokens_of_pass: int | None = None
+        if len(training) == 1:
+            self.tokens_of_pass = len(training[0]) * length
         self._validation: dict[str, _Stream] = {}
         # Without a fraction nothing is held out: an error, unless there are named sets.
         if config.run.eval_every and (config.data.validation_fraction > 0 or not named):
