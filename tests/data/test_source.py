@@ -162,6 +162,21 @@ def test_documents_that_are_enough_stay_whole(letters: RunConfig, tmp_path: Path
             assert np.array_equal(share.documents, expected.documents)
 
 
+def test_runs_of_one_split_seed_are_validated_on_the_same_text(letters: RunConfig) -> None:
+    """Law: it alone decides what is held out, and data.seed decides it where it is not set."""
+
+    def seen(seed: int, split_seed: int | None) -> tuple[list[int], list[int]]:
+        data = replace(letters.data, seed=seed, split_seed=split_seed)
+        source = open_source(replace(letters, data=data))
+        batches = source.validation_batch(), source.train_batch(0, 4)
+        return tuple(batch.tokens.flatten().tolist() for batch in batches)  # type: ignore[return-value]
+
+    assert seen(1, 7)[0] == seen(2, 7)[0] == seen(7, None)[0]
+    assert seen(1, 7)[1] != seen(2, 7)[1]
+    assert seen(1, None) == seen(1, 1)
+    assert seen(1, None)[0] != seen(2, None)[0]
+
+
 def test_every_pass_has_the_same_sequences_in_another_order(letters: RunConfig) -> None:
     source = open_source(replace(letters, micro_batch_size=1))
     length, whole = letters.model.seq_length, source.tokens_of_pass

@@ -35,6 +35,7 @@ from vp_train.data.tokenizer import byte_lengths, load_tokenizer
 from vp_train.units import count_words
 
 _NO_LOSS = -100  # the output layer ignores this label
+_TRAINING = "training"  # the purpose of the samples that are trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,8 @@ class _Synthetic:
 
 def _stream_of(config: RunConfig, windows: list[Windows], turns: Turns, purpose: str) -> _Stream:
     """Return the training samples or the validation samples of all corpora, in their order."""
-    order = SampleOrder(tuple(map(len, windows)), turns, config.data.seed, purpose)
+    seed = config.data.seed if purpose == _TRAINING else config.data.validation_seed
+    order = SampleOrder(tuple(map(len, windows)), turns, seed, purpose)
 
     def read(position: int) -> tuple[np.ndarray, np.ndarray]:
         corpus, sample = order[position]
@@ -262,7 +264,7 @@ class _Text:
         turns = Turns.of(config.data.weights)
         data, length = config.data, config.sample_length
         split = [
-            hold_out(corpus.prefix, data.validation_fraction, data.seed, length)
+            hold_out(corpus.prefix, data.validation_fraction, data.validation_seed, length)
             for corpus in corpora
         ]
         names = [""]
@@ -277,10 +279,10 @@ class _Text:
         )
         places = list(zip(corpora, corpus_names(data), strict=True))
         training = [
-            self._windows(corpus, place, share, "training")
+            self._windows(corpus, place, share, _TRAINING)
             for (corpus, place), (share, _) in zip(places, split, strict=True)
         ]
-        self._train = _stream_of(config, training, turns, "training")
+        self._train = _stream_of(config, training, turns, _TRAINING)
         self.tokens_of_pass: int | None = None
         if len(training) == 1:
             self.tokens_of_pass = len(training[0]) * length
@@ -305,7 +307,7 @@ class _Text:
 
     def _named_stream(self, name: str, corpus: Corpus, path: str | None) -> _Stream:
         """Return the samples of all documents of a named set, whose text is at `path`."""
-        everything, _ = split_documents(corpus.prefix, 0.0, self._config.data.seed)
+        everything, _ = split_documents(corpus.prefix, 0.0, self._config.data.validation_seed)
         length = self._config.sample_length
         if everything.num_tokens <= length:
             raise ConfigError(

@@ -85,7 +85,7 @@ def refuse_two_choices(overrides: Sequence[str]) -> None:
 _UNUSED_DATA = {
     "synthetic": (
         *("tokenizer", "other_tokenizer", "end_token", "begin_token", "jsonl_field"),
-        *("cache_dir", "workers", "validation_fraction"),
+        *("cache_dir", "workers", "validation_fraction", "split_seed"),
     ),
     "pystdlib": ("jsonl_field",),
 }
