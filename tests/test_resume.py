@@ -295,12 +295,13 @@ def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp
     (tmp_path / "moved" / "more.txt").write_text("another document")
     for message in ranks(2).run(refused, moved):
         assert "the text or its tokenizer is not what" in message
+        assert f"add data.path={tmp_path}/cache/text-" in message
         assert "run.init_from=" in message
     with pytest.raises(
         ConfigError,
         match=r"the text or tokenizer of data.blend\[1\] is not what there was trained on",
     ):
-        _require_same_text(["a", "b"], ["a", "c"], "there")
+        _require_same_text(["a", "b"], ["a", "c"], "there", config.data)
 
 
 def test_a_checkpoint_of_another_model_is_refused(ranks, tmp_path):

@@ -18,6 +18,7 @@ import vp_train.train as train_module
 from schedules.ir import Kind, Pass, Schedule
 from schedules.lower import Action, Op
 from schedules.problem import Collective
+from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
 from tests.programs import finished
 from tests.training import (
@@ -380,6 +381,23 @@ def test_a_nan_names_the_replica_that_made_it_before_the_sum(ranks, tmp_path, op
     config = replace(config, parallel=replace(config.parallel, dp=2, pp=1), num_microbatches=2)
     for said in ranks(2).run(replicas_with_a_nan, config, optimizer):
         assert said.startswith("step 1: non-finite gradient on rank 1 (replica 1); ")
+
+
+def test_metrics_say_how_much_text_was_used_over_all_starts(ranks, tmp_path):
+    """Law: tokens grow by those of a step, and passes by their share of the training samples."""
+    config = config_of(tmp_path, eval_every=0, trace_step=0)
+    write_letters(tmp_path / "text", [200] * 10)
+    config = replace(
+        config, data=text_config(tmp_path), model=replace(config.model, vocab_size=300)
+    )
+    ranks(2).run(train, config, 3)
+    ranks(2).run(release_locks)
+    ranks(2).run(train, replace(config, run=replace(config.run, resume=True)), 5)
+    records = metrics_of(config)
+    of_step = config.num_microbatches * config.micro_batch_size * config.model.seq_length
+    assert [record["tokens"] for record in records] == [of_step * step for step in range(1, 6)]
+    one = open_source(config).tokens_of_pass
+    assert [record["passes"] for record in records] == [n["tokens"] / one for n in records]
 
 
 def with_a_spike(rank, num_ranks, config, spikes):

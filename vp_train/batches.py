@@ -56,6 +56,14 @@ class Batches:
         microbatches = self._mesh.degrees.dp * (ramp.until(step) - ramp.until(done))
         return tokens + microbatches * work.num_tokens
 
+    def trained(self, step: int) -> dict[str, float]:
+        """Return how much text the steps up to `step` have used, by key of metrics.jsonl.
+
+        A pass is one time through the text, of which every corpus of a blend makes another number.
+        """
+        tokens, one = self.tokens_until(step), self._source.tokens_of_pass
+        return {"tokens": tokens} | ({} if one is None else {"passes": tokens / one})
+
     def seek(self, step: int, tokens: int) -> None:
         """Let the steps after `step` take what follows the first `tokens` tokens."""
         self._used = step, tokens

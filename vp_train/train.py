@@ -21,6 +21,7 @@ from vp_train.assembly import RankModel, build_rank, compiled_parts, rank_device
 from vp_train.batches import Batches
 from vp_train.checkpoint.run import RunCheckpoints
 from vp_train.checkpoint.saver import CheckpointError
+from vp_train.checkpoint.text import advising_kept_text
 from vp_train.communication.nccl import require_gpu
 from vp_train.config import ConfigError, RunConfig, RunSettings
 from vp_train.data import Batch, Source, open_source
@@ -98,7 +99,8 @@ def run_rank(
         plan = make_plan(config, num_ranks)
         require_gpu(config.run)  # before minutes are spent on the data
         watcher.note("opening the data")
-        source = open_source(config, progress=rank == 0)  # all ranks wait for who prepares it
+        with advising_kept_text(config):
+            source = open_source(config, progress=rank == 0)  # all ranks wait for who prepares it
         watcher.note("preparing to connect")
         if rank == 0:
             require_trackers(config.run)
@@ -186,6 +188,14 @@ class Run:
         )
         self._bits_per_byte = BitsPerByte(source, mesh)
 
+    def text_words(self) -> str:
+        """Return how much text the run uses until its last step, and what of it is done."""
+        whole, done = (self._batches.trained(n) for n in (self.config.run.steps, self.step))
+        words = f"{int(whole['tokens']):,} by step {self.config.run.steps}"
+        if "passes" in whole:
+            words += f", {whole['passes']:.3g} passes over the text"
+        return f"{words}; {int(done['tokens']):,} of them are done" if self.step else words
+
     def load(self) -> None:
         """Resume from the newest checkpoint, or start from the weights of run.init_from."""
         settings = self.config.run
@@ -236,7 +246,10 @@ class Run:
             if self.reporter is not None:
                 tokens = self.mesh.degrees.dp * batch.tokens.numel()
                 speed = tokens / (time.perf_counter() - started)
-                report = self._meter.report(step, health, self._judge, rate=rate, speed=speed)
+                trained = self._batches.trained(step)
+                report = self._meter.report(
+                    step, health, self._judge, rate=rate, speed=speed, trained=trained
+                )
                 self.reporter.step(report)
             if recorder is not None:
                 plan = self._batches.plan_of(step)
@@ -494,11 +507,12 @@ def _begin_report(
     """Return the reporter of a run; its directory then has what is known before the first step."""
     config, source = run.config, run.source
     reporter = Reporter(config, run.plan, directory, run.first_step)
-    reporter.start(config_yaml, run.take_notices(), warnings)
+    reporter.start(config_yaml, run.take_notices(), warnings, text=run.text_words())
     if source.tokenizer is not None and source.end_token is not None:
         words = tokenizer_config(
             source.tokenizer,
             source.end_token,
+            begin=source.begin_token,
             longest=config.model.seq_length,
             after_end=config.data.packing == "none",
         )

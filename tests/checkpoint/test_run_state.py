@@ -263,8 +263,8 @@ def test_an_earlier_version_had_a_plain_loss_samples_of_a_sequence_and_no_ramp()
     ],
 )
 def test_another_text_is_refused_by_the_corpora_that_changed(saved, ours, which):
-    training._require_same_text(saved, tuple(saved), PATH)
+    training._require_same_text(saved, tuple(saved), PATH, DataConfig())
     with pytest.raises(ConfigError) as caught:
-        training._require_same_text(saved, ours, PATH)
+        training._require_same_text(saved, ours, PATH, DataConfig())
     assert str(caught.value).startswith(f"{which} not what runs/x was trained on; bring that back")
     assert "run.init_from=runs/x run.name=NAME" in str(caught.value)

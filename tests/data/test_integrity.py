@@ -217,6 +217,7 @@ ENTRIES = {  # values of a manifest that are taken, and others that are not
     "name": (("a_B1", "a" * 64), ("", "a/b", "a" * 65, 1, None)),
     "seconds": ((0, 0.5), ("1", True, None)),
     "largest_token": ((None, 0, 2**31 - 1), (-1, 2**31, True, 1.0, "1")),
+    "begin_token": ((None, 0, VOCAB_SIZE - 1), (VOCAB_SIZE, -1, True, 1.0, "1")),
     "left_out": (
         ({}, {"a": [1, "b"]}, {"a": [1, "b", 2]}),
         ([], {"a": 1}, {"a": [1]}, {"a": ["b", 1]}, {"a": [1, "b", "c"]}),

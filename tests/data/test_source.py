@@ -140,7 +140,9 @@ def test_where_documents_are_too_few_the_end_of_the_text_is_validated(
         assert np.array_equal(found, part[: len(found)])
         assert len(part) - 8 <= len(found) + 1
     source = open_source(run_config(data))
-    assert f"tokens, the last {held_out} for validation (there are too few" in source.description
+    train = len(tokens) - held_out
+    words = f"tokens: {train:,} to train on, held out the last {held_out} (there are too few"
+    assert words in source.description
     seen = source.validation_batch()
     assert (seen.labels >= 0).any()
 
@@ -148,13 +150,42 @@ def test_where_documents_are_too_few_the_end_of_the_text_is_validated(
 def test_documents_that_are_enough_stay_whole(letters: RunConfig, tmp_path: Path) -> None:
     prefix = prepare(letters.data, VOCAB_SIZE, progress=False).prefix
     described = open_source(letters).description
-    assert "validation" not in described
+    trained, held_out = hold_out(prefix, letters.data.validation_fraction, letters.data.seed, 8)
+    words = f": {trained.num_tokens:,} to train on, held out {held_out.num_tokens:,} of "
+    assert words in described
+    assert "the last" not in described
     assert "%" not in described, "one corpus is all of the text"
     for fraction, length in ((0.2, 8), (0.0, 8), (0.2, 2000)):
         whole = split_documents(prefix, fraction, 1)
         for share, expected in zip(hold_out(prefix, fraction, 1, length), whole, strict=True):
             assert share.start == 0
             assert np.array_equal(share.documents, expected.documents)
+
+
+def test_runs_of_one_split_seed_are_validated_on_the_same_text(letters: RunConfig) -> None:
+    """Law: it alone decides what is held out, and data.seed decides it where it is not set."""
+
+    def seen(seed: int, split_seed: int | None) -> tuple[list[int], list[int]]:
+        data = replace(letters.data, seed=seed, split_seed=split_seed)
+        source = open_source(replace(letters, data=data))
+        batches = source.validation_batch(), source.train_batch(0, 4)
+        return tuple(batch.tokens.flatten().tolist() for batch in batches)  # type: ignore[return-value]
+
+    assert seen(1, 7)[0] == seen(2, 7)[0] == seen(7, None)[0]
+    assert seen(1, 7)[1] != seen(2, 7)[1]
+    assert seen(1, None) == seen(1, 1)
+    assert seen(1, None)[0] != seen(2, None)[0]
+
+
+def test_every_pass_has_the_same_sequences_in_another_order(letters: RunConfig) -> None:
+    source = open_source(replace(letters, micro_batch_size=1))
+    length, whole = letters.model.seq_length, source.tokens_of_pass
+    assert whole is not None
+    first, second = (
+        source.train_batch(start, whole // length).tokens[:, 0].tolist() for start in (0, whole)
+    )
+    assert sorted(first) == sorted(second)
+    assert first != second
 
 
 @pytest.mark.parametrize("purpose", ["train", "validation"])

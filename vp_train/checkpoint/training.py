@@ -23,8 +23,9 @@ from vp_train.checkpoint.manifest import (
 )
 from vp_train.checkpoint.saver import Saver
 from vp_train.checkpoint.store import CheckpointTensor, Damage, load, newest
+from vp_train.checkpoint.text import kept_corpora, kept_words
 from vp_train.communication.control import ControlGroup
-from vp_train.config import ConfigError, LossConfig, RunConfig
+from vp_train.config import ConfigError, DataConfig, LossConfig, RunConfig
 from vp_train.config.canonical import model_changes
 from vp_train.config.resume import (
     KEPT_SECTIONS,
@@ -200,7 +201,7 @@ def restore_run(
     manifest, state = _opened(path, _RunState.of)
     ours = _settings(config, mesh.degrees.dp)
     _require_same(_completed(state.config), ours, path, config, keeps_on_resume)
-    _require_same_text(state.contents, contents, path)
+    _require_same_text(state.contents, contents, path, config.data)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = state.updates
     model.loss_scale.value, model.loss_scale.finite_steps = state.loss_scale
@@ -308,7 +309,9 @@ def _completed(saved: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[s
     }
 
 
-def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) -> None:
+def _require_same_text(
+    saved: Sequence[str], ours: Sequence[str], path: Path, data: DataConfig
+) -> None:
     if list(saved) == list(ours):
         return
     which = "the text or its tokenizer is"
@@ -319,9 +322,9 @@ def _require_same_text(saved: Sequence[str], ours: Sequence[str], path: Path) ->
             if len(set(pair)) > 1
         ]
         which = f"the text or tokenizer of {', '.join(changed)} is"
-    raise ConfigError(
-        f"{which} not what {path} was trained on; bring that back, or {_as_another_run(path)}"
-    )
+    kept = kept_corpora(data, saved)
+    ways = [*([kept_words(data, kept)] if kept else []), "bring that back", _as_another_run(path)]
+    raise ConfigError(f"{which} not what {path} was trained on; {'; or '.join(ways)}")
 
 
 def _as_another_run(path: Path) -> str:

@@ -149,7 +149,7 @@ def _continue(
     start = shown = run.tokenizer.decode(begun, skip_special_tokens=False)
     if is_first and not options.json:
         print(start, end="", flush=True)
-    ids = torch.tensor(begun, dtype=torch.int64)
+    ids = torch.tensor([*run.begin_ids, *begun], dtype=torch.int64)
     sampled = {name: getattr(options, name) for name in ("temperature", "top_k", "seed")}
     for token in generate(run, ids, num_tokens, **sampled):
         chosen.append(token)

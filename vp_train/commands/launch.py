@@ -453,11 +453,13 @@ def _searched(config: RunConfig, num_ranks: int) -> RunPlan:
 
 def _prepare_data(config: RunConfig, plan: RunPlan | None) -> None:
     """Prepare and open the data, and with a `plan` print the first lines of the run."""
+    from vp_train.checkpoint.text import advising_kept_text
     from vp_train.data import open_source
     from vp_train.metrics.header import introduce
 
     entitle("vp data")
-    source = open_source(config, progress=True)
+    with advising_kept_text(config):
+        source = open_source(config, progress=True)
     if plan is not None:
         introduce(config, plan, source)
 

@@ -16,7 +16,8 @@ _EXAMPLES = """\
 
 _READS = (
     *("data.name", "data.path", "data.blend", "data.jsonl_field", "data.validation"),
-    *("data.tokenizer", "data.end_token", "data.cache_dir", "data.workers", "model.vocab_size"),
+    *("data.tokenizer", "data.end_token", "data.begin_token"),
+    *("data.cache_dir", "data.workers", "model.vocab_size"),
 )
 
 

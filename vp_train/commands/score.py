@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Score:
     """The score of one document, or of all.
 
-    tokens, bytes: what was predicted: everything but the first token of each document.
+    tokens, bytes: what was predicted: everything but the first token of each document, or
+        everything where a token was put in front of it (data.begin_token).
     logprob: the sum of the log-probabilities of these tokens, in nats.
     """
 
@@ -89,7 +90,7 @@ def _score(arguments: Sequence[str]) -> int:
         next(documents_of(options.file, options.field, by_line=options.lines, warn=True), None)
         is None
     ):
-        raise ConfigError(f"{options.file} holds no text{_way_out(options.file)}")
+        raise ConfigError(f"{options.file} holds no text{_way_out(options.file, options.field)}")
 
     def body(run: OpenRun, is_first: bool) -> None:
         documents = documents_of(options.file, options.field, by_line=options.lines, warn=is_first)
@@ -102,11 +103,11 @@ def _score(arguments: Sequence[str]) -> int:
     return run_opened(RunCommand("vp-score", __name__, body, hint, check=check), options, arguments)
 
 
-def _way_out(path: Path) -> str:
+def _way_out(path: Path, field: str) -> str:
     """Return what helps where a file holds no text: a field has it, or the text is not UTF-8."""
-    from vp_train.data.files import kind_of
+    from vp_train.data.files import kind_to_read
 
-    if path.is_file() and kind_of(path) == "text":
+    if path.is_file() and kind_to_read(path, field) == "text":
         return "; give a text in UTF-8"
     return "; --field names the field that has it"
 
@@ -138,7 +139,8 @@ def _parser() -> Parser:
     parser = parser_of(
         "vp-score",
         "scores text with the model and the tokenizer of a run, on any layout\n\n"
-        "Every token but the first of a document is scored once.  A document of more than\n"
+        "Every token but the first of a document is scored once; the first one too if the run has\n"
+        "data.begin_token, which is put in front of each document.  A document of more than\n"
         "model.seq_length tokens is scored in windows; with --context 1 a window begins with the\n"
         "last token of the one before, with more it begins earlier.",
         ("FILE", "text, .jsonl or a table, as vp-prepare reads them; or a directory of them"),
@@ -166,15 +168,15 @@ def documents_of(path: Path, field: str, *, by_line: bool, warn: bool) -> Iterat
     """Return the documents of a file or a directory; `warn` says what is left out."""
     from vp_train.config import DataConfig
     from vp_train.data.documents import Reading, read_documents
-    from vp_train.data.files import find_files, kind_of
+    from vp_train.data.files import find_files, kind_to_read
     from vp_train.data.left_out import LeftOut
 
     left_out = LeftOut()
-    config = DataConfig(name="text", path=str(path))
+    config = DataConfig(name="text", path=str(path), jsonl_field=field)
     files = [path] if path.is_file() else find_files(config, left_out)
     for document in read_documents(files, field, warn=warn, reading=Reading(left_out)):
         origin = Path(document.origin)
-        if by_line and origin in files and kind_of(origin) == "text":
+        if by_line and origin in files and kind_to_read(origin, field) == "text":
             yield from _lines(document)
         else:
             yield document
@@ -209,12 +211,12 @@ def score_documents(
     wanted, rest = sequences_of(run), iter(documents)
     while taken := list(islice(rest, wanted)):
         texts = [document.text for document in taken]
-        encodings = [encode(run, text) for text in texts]
-        found = score(
-            run, [torch.tensor(each.ids, dtype=torch.int64) for each in encodings], context=context
-        )
+        encodings, begin = [encode(run, text) for text in texts], run.begin_ids
+        ids = [torch.tensor([*begin, *each.ids], dtype=torch.int64) for each in encodings]
+        found = score(run, ids, context=context)
         for document, text, encoding, logprobs in zip(taken, texts, encodings, found, strict=True):
-            predicted = text[encoding.offsets[0][1] :] if len(logprobs) else ""
+            first = 0 if begin or not len(logprobs) else encoding.offsets[0][1]
+            predicted = text[first:] if len(logprobs) else ""
             total = float(logprobs.to(torch.float64).sum())
             yield Score(document.origin, len(logprobs), len(predicted.encode()), total)
 

@@ -92,6 +92,9 @@ class DataConfig:
     end_token: str | None = setting(
         None, "Token of that tokenizer that ends a document; null tries the usual names."
     )
+    begin_token: str | None = setting(
+        None, "Token of that tokenizer in front of every document; null: none."
+    )
     jsonl_field: str = setting(
         "text", "Field of a .jsonl line, or column of a table, that holds the text."
     )
@@ -110,6 +113,12 @@ class DataConfig:
         None, "Named validation sets, beside the text that is held out: names and paths."
     )
     seed: int = setting(1234, "Seed of the order of samples.", least=0)
+    split_seed: int | None = setting(
+        None,
+        "Seed of what is held out, and of its order; null: data.seed. With the same one, runs of "
+        "several data.seed are validated on the same text.",
+        least=0,
+    )
     sample_length: int | None = setting(
         None,
         "Length of the samples that are shuffled; sequences are pieces of them or several. null: "
@@ -118,6 +127,11 @@ class DataConfig:
         least=1,
         most=MOST_TOKENS,
     )
+
+    @property
+    def validation_seed(self) -> int:
+        """The seed of what is held out, and of the order of validation samples."""
+        return self.seed if self.split_seed is None else self.split_seed
 
     def __post_init__(self) -> None:
         check_section("data.", self)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # Figures that a line of progress may show: keys of metrics.jsonl, and the time that is left.
 PROGRESS = (
-    *("loss", "grad_norm", "learning_rate", "left"),
+    *("loss", "grad_norm", "learning_rate", "left", "tokens", "passes"),
     *("tokens_per_second", "interval_tokens_per_second", "mfu", "bubble_mean", "bubble_worst"),
     *("seconds/step", "seconds/data", "seconds/forward_backward", "seconds/vocabulary"),
     *("seconds/waiting_mean", "seconds/waiting_worst", "seconds/gradient_sum"),

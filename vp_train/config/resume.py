@@ -10,7 +10,7 @@ KEPT_SECTIONS = ("model", "data", "loss")
 # read them, it compares them by the hashes in `Source.contents`.
 TEXT = (
     *("data.name", "data.path", "data.blend", "data.tokenizer", "data.end_token"),
-    "data.jsonl_field",
+    *("data.begin_token", "data.jsonl_field"),
 )
 FREE_DATA = (*TEXT, "data.other_tokenizer", "data.cache_dir", "data.workers", "data.validation")
 # Model settings that a run may have otherwise than the weights that it starts from.  The second

@@ -32,12 +32,13 @@ from vp_train.config import (
     ValidationEntry,
     printable,
 )
-from vp_train.data.documents import LONGEST_LINE, Reading, read_documents
+from vp_train.data.documents import Reading, read_documents
 from vp_train.data.encoding import Encoded, encoded
-from vp_train.data.files import INDEX, content_hash, find_files, hash_of_file, kind_of
+from vp_train.data.files import INDEX, content_hash, find_files, hash_of_file, kind_of, kind_to_read
 from vp_train.data.indexed import check_index, check_tokens, largest_token, write_dataset
 from vp_train.data.integrity import block_hashes, check_blocks, check_once
-from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, words_of
+from vp_train.data.json_lines import LONGEST_LINE
+from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, outweighed, words_of
 from vp_train.data.locks import alone, building_place, remove_left
 from vp_train.data.manifest import (
     FILES,
@@ -52,6 +53,7 @@ from vp_train.data.megatron import stored_documents
 from vp_train.data.pieces import LONGEST_PIECE, pieces
 from vp_train.data.progress import far, reported
 from vp_train.data.tokenizer import (
+    begin_token_id,
     beyond,
     end_token_id,
     load_tokenizer,
@@ -121,12 +123,19 @@ def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
 def left_out_warnings(
     config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
 ) -> list[str]:
-    """Return a line for each corpus, or named validation set, that leaves many documents out."""
+    """Return what is left out of each corpus, or named validation set, where that is much."""
     return [
         f"{name}: {words}"
         for name, corpus in with_names(config, corpora, named)
-        if (words := much_left_out(corpus.manifest.left_out, corpus.manifest.num_documents))
+        for words in _much(corpus.manifest)
     ]
+
+
+def _much(manifest: Manifest) -> Iterator[str]:
+    """Yield a warning each for many documents, and for large files, that are left out."""
+    yield from filter(None, [much_left_out(manifest.left_out, manifest.num_documents)])
+    if manifest.text_bytes is not None:
+        yield from filter(None, [outweighed(manifest.left_out, manifest.text_bytes)])
 
 
 def with_names(
@@ -144,11 +153,15 @@ def describe(corpus: Corpus, name: str = "") -> str:
     The first line begins with `name` if one is given.
     """
     m = corpus.manifest
-    end = load_tokenizer(corpus.tokenizer, m.vocab_size).id_to_token(m.end_token)
+    tokenizer = load_tokenizer(corpus.tokenizer, m.vocab_size)
+    ends = f"end with {tokenizer.id_to_token(m.end_token)!r}, token {m.end_token}"
+    if m.begin_token is not None:
+        begin = tokenizer.id_to_token(m.begin_token)
+        ends = f"begin with {begin!r}, token {m.begin_token}, and {ends}"
     state = f"built in {m.seconds:.1f} s" if corpus.fresh else "already there"
     lines = [
         f"{headline(corpus, name)} ({state})",
-        f"tokenizer: {m.num_token_ids:,} tokens; documents end with {end!r}, token {m.end_token}",
+        f"tokenizer: {m.num_token_ids:,} tokens; documents {ends}",
         f"stored in {corpus.path}",
     ]
     return printable_lines([*lines, *words_of(m.left_out)])
@@ -195,12 +208,14 @@ def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Co
             corpora.append(prepare(part, vocab_size, progress))
     first, names = corpora[0], corpus_names(config)
     for name, corpus in zip(names, corpora, strict=True):
-        same = corpus.manifest.end_token == first.manifest.end_token
-        if not same or corpus.tokenizer.read_bytes() != first.tokenizer.read_bytes():
+        if (
+            _bounds(corpus) != _bounds(first)
+            or corpus.tokenizer.read_bytes() != first.tokenizer.read_bytes()
+        ):
             raise ConfigError(
-                f"{name} has another tokenizer than {names[0]}; give the text of one of them "
-                "instead, "
-                "or prepare both with the same data.tokenizer"
+                f"{name} has another tokenizer than {names[0]}, or other tokens that begin and end "
+                "its documents; give the text of one of them instead, or prepare both with the "
+                "same data.tokenizer, data.begin_token and data.end_token"
             )
     return tuple(corpora)
 
@@ -218,13 +233,18 @@ def prepare_validation(
         own = replace(_part(config, entry), tokenizer=str(corpora[0].tokenizer))
         with _naming_set(entry):
             corpus = found[entry.name] = prepare(own, vocab_size, progress)
-        if corpus.manifest.end_token != corpora[0].manifest.end_token:
+        if _bounds(corpus) != _bounds(corpora[0]):
             raise ConfigError(
-                f"data.validation, {entry.name}: documents of {entry.path} end with another token "
-                f"than those of {corpus_names(config)[0]}; give the text instead, or set "
-                "data.end_token"
+                f"data.validation, {entry.name}: documents of {entry.path} begin or end with "
+                f"another token than those of {corpus_names(config)[0]}; give the text instead, or "
+                "set data.begin_token and data.end_token"
             )
     return found
+
+
+def _bounds(corpus: Corpus) -> tuple[int | None, int]:
+    """Return the tokens that begin and end each document."""
+    return corpus.manifest.begin_token, corpus.manifest.end_token
 
 
 def corpus_names(config: DataConfig) -> list[str]:
@@ -365,7 +385,7 @@ def _check_contents(corpus: Corpus) -> None:
 def _open(path: Path, config: DataConfig) -> Corpus:
     """Open a stored corpus.  Raises ConfigError for settings that would have made other tokens."""
     corpus = Corpus(path, read_manifest(path), fresh=False)
-    if config.tokenizer is None and config.end_token is None:
+    if (config.tokenizer, config.end_token, config.begin_token) == (None, None, None):
         return corpus
     tokenizer = load_tokenizer(corpus.tokenizer, corpus.manifest.vocab_size)
     wanted = corpus.tokenizer if config.tokenizer is None else _given_tokenizer(config.tokenizer)
@@ -381,6 +401,13 @@ def _open(path: Path, config: DataConfig) -> Corpus:
         raise ConfigError(
             f"documents of {path} end with {tokenizer.id_to_token(corpus.manifest.end_token)!r}, "
             f"not with data.end_token={config.end_token}; drop that, or give the text instead"
+        )
+    begin = corpus.manifest.begin_token
+    if config.begin_token is not None and begin_token_id(tokenizer, config.begin_token) != begin:
+        words = "no token" if begin is None else repr(tokenizer.id_to_token(begin))
+        raise ConfigError(
+            f"documents of {path} begin with {words}, not with "
+            f"data.begin_token={config.begin_token}; drop that, or give the text instead"
         )
     return corpus
 
@@ -407,7 +434,9 @@ class _Found:
 def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     """Find the corpus in the cache without a lock, or build it alone."""
     found = _Found.of(config)
-    settings = [_recipe(), config.name, config.end_token, config.jsonl_field]
+    settings = [_recipe(), config.name, config.end_token, *_reading(found)]
+    if config.begin_token is not None:
+        settings += ["begin_token", config.begin_token]
     cache_dir = Path(config.cache_dir).expanduser()
     if config.tokenizer is None:
         tokenizer = _trained(cache_dir, [found], vocab_size, progress)
@@ -461,10 +490,7 @@ def _trained(cache_dir: Path, found: Sequence[_Found], vocab_size: int, progress
     """
     _require_text(chain.from_iterable(each.files for each in found))
     require_bytes(vocab_size)
-    keys = [
-        _content_key(cache_dir, each.files, None, [each.config.jsonl_field], progress)
-        for each in found
-    ]
+    keys = [_content_key(cache_dir, each.files, None, _reading(each), progress) for each in found]
     own, complete = (
         cache_dir / f"tokenizer-{_digest([_recipe(), size, keys])}.json"
         for size in (vocab_size, None)
@@ -547,6 +573,14 @@ def _recipe() -> list[int]:
     """Return what decides the tokens of a text beside the settings."""
     longest = [_LONGEST_WORD, _LONGEST_TRAINED_WORD, LONGEST_PIECE, _TRAINED_PIECE, LONGEST_LINE]
     return [_FORMAT, *longest, _TRAINING_CHARACTERS]
+
+
+def _reading(found: _Found) -> list[str]:
+    """Return what decides how the files are read.  Earlier versions read lines of .json as text."""
+    field = found.config.jsonl_field
+    json_files = (path for path in found.files if kind_of(path) == "json")
+    has_lines = any(kind_to_read(path, field) == "lines" for path in json_files)
+    return [field, "lines of .json"] if has_lines else [field]
 
 
 def _content_key(
@@ -650,6 +684,9 @@ class _Work:
         started, config = time.perf_counter(), self.config
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
         end = end_token_id(tokenizer, config.end_token, self.vocab_size)
+        begin = None
+        if config.begin_token is not None:
+            begin = begin_token_id(tokenizer, config.begin_token, self.vocab_size)
         save_tokenizer(tokenizer, directory / "tokenizer.json")
         size, reading = num_ids(tokenizer), Reading(self.left_out)
         indexes = [path for path in self.files if path.suffix == INDEX]
@@ -673,7 +710,7 @@ class _Work:
         what = f"{verb} {printable(source)}"
         with closing(found), reported(what, state, self.progress):
             num_documents, num_tokens = write_dataset(
-                directory / "tokens", self._checked(found), end, size
+                directory / "tokens", self._checked(found, begin), end, size
             )
         if num_documents == 0:
             raise ConfigError(_nothing_words(self.files, self.left_out))
@@ -692,16 +729,25 @@ class _Work:
             seconds=time.perf_counter() - started,
             largest_token=largest_token(directory / "tokens", size),
             left_out=self.left_out.as_dict(),
+            text_bytes=total,
+            begin_token=begin,
         )
 
-    def _checked(self, found: Iterator[Encoded]) -> Iterator[tuple[np.ndarray, bool]]:
+    def _checked(
+        self, found: Iterator[Encoded], begin: int | None = None
+    ) -> Iterator[tuple[np.ndarray, bool]]:
         """Yield ids and whether a document ends with them; what has no token is left out.
+
+        The token `begin` comes first in each document, once where Megatron-LM has put it there.
 
         Raises ConfigError for the first token that the model does not have.
         """
-        is_empty = True
+        is_empty, is_stored = True, any(kind_of(path) == "tokens" for path in self.files[:1])
         for piece in found:
-            if len(piece.ids):
+            ids = piece.ids
+            if len(ids):
+                if is_empty and begin is not None and not (is_stored and ids[0] == begin):
+                    ids = np.concatenate([np.array([begin], dtype=ids.dtype), ids])
                 is_empty = False
                 if (largest := int(piece.ids.max())) >= self.vocab_size:
                     words = f"{piece.origin} has a token of {self.tokenizer}"
@@ -709,7 +755,7 @@ class _Work:
             if piece.is_last and is_empty:
                 self.left_out.add(EMPTY, piece.origin)
                 continue
-            yield piece.ids, piece.is_last
+            yield ids, piece.is_last
             is_empty = is_empty or piece.is_last
 
 

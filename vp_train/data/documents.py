@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vp_train.config import ConfigError
-from vp_train.data.files import kind_of, open_unpacked
+from vp_train.data.files import kind_to_read, open_unpacked
+from vp_train.data.json_lines import LONGEST_LINE
 from vp_train.data.left_out import (
     EMPTY,
     NO_FIELD,
@@ -31,7 +32,6 @@ from vp_train.data.left_out import (
 )
 from vp_train.durable import shown
 
-LONGEST_LINE = 1 << 26  # bytes of a JSON line; one of small values takes 25 times as much memory
 _CHUNK = 1 << 22  # bytes of a text file that are read together
 
 
@@ -78,7 +78,7 @@ def read_documents(
     state = Reading(LeftOut()) if reading is None else reading
     done = state.num_bytes
     for path in files:
-        kind = kind_of(path)
+        kind = kind_to_read(path, field)
         if kind == "lines":
             yield from _lines(path, field, state)
         elif kind == "text":

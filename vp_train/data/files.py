@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,17 @@ from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
 from vp_train.config.typed import shell_word
+from vp_train.data.json_lines import JsonContent, json_content, one_value_words
 from vp_train.data.left_out import (
+    ABOUT,
     HIDDEN,
+    JSON_RECORDS,
     LINK_TO_NOTHING,
     LINKED_DIRECTORY,
     NO_FILE,
     OTHER_ENDING,
     LeftOut,
+    words_of,
 )
 from vp_train.data.manifest import MANIFEST
 from vp_train.durable import PointerError, UnreadableError, open_regular, read_json
@@ -34,26 +39,60 @@ _TEXTS = frozenset(
     | {".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs"}
 )
 _LINES = frozenset({".jsonl", ".ndjson"})
+_JSON = ".json"
 _TABLES = frozenset({".parquet", ".arrow"})
 INDEX, TOKENS = ".idx", ".bin"  # the files of a pair that Megatron-LM has tokenized
 _PACKED = frozenset({".gz", ".zst"})
+# What tells about a data set, also in another language: README, README.md, README_zh-CN.md
+_ABOUT = re.compile(
+    "(readme|licen[cs]e|copying|notice|authors|citation|contributing|change(s|log)"
+    "|code_of_conduct|security)([-_.][a-z]{2,4}){0,2}",
+    re.IGNORECASE,
+)
 INSTALL = "pip install 'vp_train[data]'"
 _BUFFER = 1 << 20  # bytes
 _LARGEST_STATE = 1 << 26  # bytes of a JSON file that describes a data set
 
 
 def kind_of(path: Path) -> str:
-    """Return how a file is read: `lines`, `parquet`, `arrow` or `tokens`, else `text`.
+    """Return how a file is read: `lines`, `json`, `parquet`, `arrow` or `tokens`, else `text`.
 
-    A file named .json is one text, but .json.gz and .json.zst hold one document a line, as
-    published data sets do.
+    What `json` holds is known when its beginning is read; see `kind_to_read`.  But .json.gz and
+    .json.zst hold one document a line, as published data sets do.
     """
     suffix, packed = _suffixes(path)
     if suffix in _TABLES and not packed:
         return suffix[1:]
     if suffix in (INDEX, TOKENS) and not packed:
         return "tokens"
-    return "lines" if suffix in _LINES or (packed and suffix == ".json") else "text"
+    if suffix == _JSON:
+        return "lines" if packed else "json"
+    return "lines" if suffix in _LINES else "text"
+
+
+def kind_to_read(path: Path, field: str) -> str:
+    """Return `kind_of` a file, of .json `lines` or `text`, as it begins.
+
+    field: of a line of JSON, that holds the text.
+
+    Raises ConfigError for a .json that holds one JSON value, which is no text.
+    """
+    kind = kind_of(path)
+    if kind != "json":
+        return kind
+    content = content_of_json(path, field)
+    if content.kind in ("array", "object"):
+        raise ConfigError(one_value_words(path, content.kind))
+    return content.kind
+
+
+def content_of_json(path: Path, field: str) -> JsonContent:
+    """Return what a .json holds.  Raises ConfigError if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return json_content(file, field)
+    except UnreadableError as error:
+        raise refused(error) from None
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -64,7 +103,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 def _is_known(path: Path) -> bool:
     suffix, packed = _suffixes(path)
-    known = suffix in _TEXTS | _LINES or (bool(packed) and suffix == ".json")
+    known = suffix in _TEXTS | _LINES or (bool(packed) and suffix == _JSON)
     return known or (suffix in _TABLES and not packed)
 
 
@@ -72,9 +111,11 @@ def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Pat
     """Return the files of the corpus, sorted by path.  Raises ConfigError if there are none.
 
     Files of a directory whose endings are not known are counted in `left_out`, and what is no file:
-    links that lead to a directory or to nothing, pipes, devices; and what is hidden.  Either all
-    files are text, or all belong to pairs of .bin and .idx, both of which are returned.
+    links that lead to a directory or to nothing, pipes, devices; what is hidden; and what tells
+    about the tables beside it.  Either all files are text, or all belong to pairs of .bin and .idx,
+    both of which are returned.
     """
+    left_out = LeftOut() if left_out is None else left_out
     if config.name == "pystdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = _modules_of(root)
@@ -90,16 +131,18 @@ def find_files(config: DataConfig, left_out: LeftOut | None = None) -> tuple[Pat
                 "give a directory of text files, or one file"
             )
         if not root.is_file():
-            files = _files_of(root, left_out or LeftOut())
+            files = _files_of(root, config.jsonl_field, left_out)
         else:
-            files = _pair(root) if kind_of(root) == "tokens" else [root]
+            is_pair = kind_to_read(root, config.jsonl_field) == "tokens"
+            files = _pair(root) if is_pair else [root]
     files = sorted(path for path in files if path.is_file())
     if not files:
-        known = " ".join(sorted(_TEXTS | _LINES | _TABLES))
+        known = " ".join(sorted(_TEXTS | _LINES | {_JSON} | _TABLES))
+        found = "; ".join(words_of(left_out.as_dict()))
         raise ConfigError(
-            f"data.path={root} holds no text file; known endings are {known}, "
-            "and all but the last two with .gz or .zst behind them; or pairs of .bin and .idx of "
-            "Megatron-LM"
+            f"data.path={root} holds no text file{found and f' ({found})'}; known endings are "
+            f"{known}, and all but .arrow and .parquet with .gz or .zst behind them; or pairs of "
+            ".bin and .idx of Megatron-LM"
         )
     return tuple(files)
 
@@ -119,12 +162,12 @@ def _modules_of(root: Path) -> list[Path]:
     return found
 
 
-def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
+def _files_of(root: Path, field: str, left_out: LeftOut) -> list[Path]:
     if not root.is_dir():
         raise ConfigError(
             f"data.path={root} is a device, a pipe or a socket; give a directory or a file"
         )
-    found, halves = [], []
+    found, halves, tables = [], [], []
     shards: dict[Path, frozenset[str] | None] = {}
     for path in sorted(_below(root, left_out)):
         folder = path.parent
@@ -146,10 +189,20 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
                 left_out.add(NO_FILE, str(path))
         elif _is_known(path):
             found.append(path)
+        elif kind_of(path) == "json":
+            content = content_of_json(path, field)
+            if content.kind == "lines":
+                found.append(path)
+            else:
+                kind = JSON_RECORDS if content.has_records else OTHER_ENDING
+                left_out.add(kind, str(path), num_bytes=path.stat().st_size)
+                tables += [path] if content.has_records else []
         elif kind_of(path) == "tokens" and not _is_ours(path):
             halves.append(path)
         else:
             left_out.add(OTHER_ENDING, str(path), num_bytes=path.stat().st_size)
+    found = _without_words_about([*found, *tables], left_out)
+    found = [path for path in found if path not in tables]
     if not {path.with_suffix("") for path in halves if path.suffix == INDEX}.intersection(
         path.with_suffix("") for path in halves if path.suffix == TOKENS
     ):
@@ -162,6 +215,19 @@ def _files_of(root: Path, left_out: LeftOut) -> list[Path]:
             "which may be the same text; give one of them, or both with data.blend"
         )
     return sorted({path for half in halves for path in _pair(half)})
+
+
+def _without_words_about(found: Sequence[Path], left_out: LeftOut) -> list[Path]:
+    """Return the files without those that tell about tables which lie in their folder or below."""
+    tables = (path for path in found if kind_of(path) != "text")
+    folders = {folder for path in tables for folder in path.parents}
+    kept = []
+    for path in found:
+        if kind_of(path) == "text" and path.parent in folders and _ABOUT.fullmatch(path.stem):
+            left_out.add(ABOUT, str(path))
+        else:
+            kept.append(path)
+    return kept
 
 
 def _is_ours(path: Path) -> bool:

@@ -18,12 +18,15 @@ NOT_TEXT = "text fields that hold no text"
 EMPTY = "empty documents"
 HIDDEN = "hidden files and directories"
 OTHER_ENDING = "files with other endings"
+JSON_RECORDS = "JSON files with records that are not on lines (jq -c '.[]' FILE > FILE.jsonl)"
+ABOUT = "files about the data beside it (README, LICENSE and the like)"
 NO_FILE = "pipes, sockets and devices"
 LINKED_DIRECTORY = "links to directories (name them in data.path or data.blend)"
 LINK_TO_NOTHING = "links to nothing"
 
 _OF_DOCUMENTS = (NOT_UTF8, NOT_JSON, TOO_LONG, NO_FIELD, NULL, NOT_TEXT, EMPTY)
 _OF_FIELDS = (NO_FIELD, NULL, NOT_TEXT)
+_OF_FILES = (JSON_RECORDS, OTHER_ENDING)
 _MUCH = 0.1  # of the documents
 
 
@@ -85,4 +88,18 @@ def much_left_out(left_out: Mapping[str, list[int | str]], num_documents: int) -
     return (
         f"{number:,} of {count_words(total, 'document')} were left out{size}: {mostly}{most}, "
         f"first {printable(str(left_out[most][1]))}{way_out}"
+    )
+
+
+def outweighed(left_out: Mapping[str, list[int | str]], kept_bytes: int) -> str:
+    """Return a warning if left-out files are larger than those that were read, else nothing.
+
+    kept_bytes: of the files that were read.
+    """
+    kinds = {kind: left_out[kind] for kind in _OF_FILES if kind in left_out}
+    if sum(int(number) for entry in kinds.values() for number in entry[2:]) <= kept_bytes:
+        return ""
+    return (
+        f"files that were left out are larger than the {human_bytes(kept_bytes)} that were read: "
+        f"{'; '.join(words_of(kinds))}"
     )

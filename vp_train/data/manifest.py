@@ -20,7 +20,8 @@ MANIFEST = "manifest.json"
 FILES = ("tokenizer.json", "tokens.bin", "tokens.idx")
 _OWN_HASH = "manifest_hash"
 _LARGEST_MANIFEST = 1 << 26  # bytes; the hashes of a terabyte take 9 MB
-_LATER = {"largest_token", "left_out"}  # entries that corpora of earlier versions do not have
+# Entries that corpora of earlier versions do not have.
+_LATER = {"largest_token", "left_out", "text_bytes", "begin_token"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Manifest:
     seconds: float  # that the build took
     largest_token: int | None = None  # in the text or at its ends; None if not known
     left_out: dict[str, list[int | str]] = field(default_factory=dict)  # see `left_out`
+    text_bytes: int | None = None  # of the files that were read; None if not known
+    begin_token: int | None = None  # in front of every document; None if there is none
 
 
 def is_outdated(path: Path) -> bool:
@@ -115,6 +118,8 @@ def _misfit(values: object) -> str | None:
         return "it has no documents, or fewer tokens than documents"
     if not values["end_token"] < values["vocab_size"]:
         return "its end token is outside the vocabulary"
+    if (values.get("begin_token") or 0) >= values["vocab_size"]:
+        return "its begin token is outside the vocabulary"
     return None
 
 
@@ -123,6 +128,12 @@ def _later_misfit(values: Mapping[str, object]) -> str | None:
     largest, left_out = values.get("largest_token"), values.get("left_out", {})
     if largest is not None and not (type(largest) is int and 0 <= largest < 2**31):
         return "largest_token is not a token"
+    size = values.get("text_bytes")
+    if size is not None and not (type(size) is int and 0 <= size < 2**63):
+        return "text_bytes is not a number of bytes"
+    begin = values.get("begin_token")
+    if begin is not None and not (type(begin) is int and 0 <= begin < 2**31):
+        return "begin_token is not a token"
     if not isinstance(left_out, dict) or not all(
         isinstance(entry, list) and [type(item) for item in entry] in ([int, str], [int, str, int])
         for entry in left_out.values()

@@ -35,6 +35,7 @@ from vp_train.data.tokenizer import byte_lengths, load_tokenizer
 from vp_train.units import count_words
 
 _NO_LOSS = -100  # the output layer ignores this label
+_TRAINING = "training"  # the purpose of the samples that are trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Source(Protocol):
     contents: tuple[str, ...]  # one hash per corpus, of text, tokenizer and settings
     tokenizer: Path | None  # the tokenizer.json of the text; None if nothing was tokenized
     end_token: int | None  # the id that ends every document; None if nothing was tokenized
+    begin_token: int | None  # the id in front of every document; None if there is none
+    tokens_of_pass: int | None  # of all training samples; None of a blend and of synthetic text
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -193,6 +196,8 @@ class _Synthetic:
         self.contents: tuple[str, ...] = ()
         self.tokenizer: Path | None = None
         self.end_token: int | None = None
+        self.begin_token: int | None = None
+        self.tokens_of_pass: int | None = None
         self.validation_sets: tuple[str, ...] = ("",)
         self.byte_lengths: Tensor | None = None
         self.warnings: tuple[str, ...] = ()
@@ -217,7 +222,8 @@ class _Synthetic:
 
 def _stream_of(config: RunConfig, windows: list[Windows], turns: Turns, purpose: str) -> _Stream:
     """Return the training samples or the validation samples of all corpora, in their order."""
-    order = SampleOrder(tuple(map(len, windows)), turns, config.data.seed, purpose)
+    seed = config.data.seed if purpose == _TRAINING else config.data.validation_seed
+    order = SampleOrder(tuple(map(len, windows)), turns, seed, purpose)
 
     def read(position: int) -> tuple[np.ndarray, np.ndarray]:
         corpus, sample = order[position]
@@ -226,14 +232,17 @@ def _stream_of(config: RunConfig, windows: list[Windows], turns: Turns, purpose:
     return _Stream(config, read)
 
 
-def _end_words(validation: Share) -> str:
-    """Say that no whole documents are held out but the end of the text, if that is so."""
-    if not validation.start:
+def _split_words(training: Share, validation: Share) -> str:
+    """Say how many tokens are trained on and held out; nothing if all are trained on."""
+    if not validation.num_tokens:
         return ""
-    return (
-        f", the last {validation.num_tokens:,} for validation (there are too few documents to hold "
-        "whole ones out)"
-    )
+    held_out = f"{validation.num_tokens:,} of {count_words(len(validation.documents), 'document')}"
+    if validation.start:
+        held_out = (
+            f"the last {validation.num_tokens:,} (there are too few documents to hold whole ones "
+            "out)"
+        )
+    return f": {training.num_tokens:,} to train on, held out {held_out}"
 
 
 class _Text:
@@ -251,10 +260,11 @@ class _Text:
         self.contents = tuple(corpus.manifest.content_hash for corpus in corpora)
         self.tokenizer: Path | None = corpora[0].tokenizer
         self.end_token: int | None = corpora[0].manifest.end_token
+        self.begin_token = corpora[0].manifest.begin_token
         turns = Turns.of(config.data.weights)
         data, length = config.data, config.sample_length
         split = [
-            hold_out(corpus.prefix, data.validation_fraction, data.seed, length)
+            hold_out(corpus.prefix, data.validation_fraction, data.validation_seed, length)
             for corpus in corpora
         ]
         names = [""]
@@ -264,15 +274,18 @@ class _Text:
                 for weight, entry in zip(turns.weights, data.blend, strict=True)
             ]
         self.description = "; ".join(
-            headline(corpus, name) + _end_words(validation)
-            for corpus, name, (_, validation) in zip(corpora, names, split, strict=True)
+            headline(corpus, name) + _split_words(own, held_out)
+            for corpus, name, (own, held_out) in zip(corpora, names, split, strict=True)
         )
         places = list(zip(corpora, corpus_names(data), strict=True))
         training = [
-            self._windows(corpus, place, share, "training")
+            self._windows(corpus, place, share, _TRAINING)
             for (corpus, place), (share, _) in zip(places, split, strict=True)
         ]
-        self._train = _stream_of(config, training, turns, "training")
+        self._train = _stream_of(config, training, turns, _TRAINING)
+        self.tokens_of_pass: int | None = None
+        if len(training) == 1:
+            self.tokens_of_pass = len(training[0]) * length
         self._validation: dict[str, _Stream] = {}
         # Without a fraction nothing is held out: an error, unless there are named sets.
         if config.run.eval_every and (config.data.validation_fraction > 0 or not named):
@@ -294,7 +307,7 @@ class _Text:
 
     def _named_stream(self, name: str, corpus: Corpus, path: str | None) -> _Stream:
         """Return the samples of all documents of a named set, whose text is at `path`."""
-        everything, _ = split_documents(corpus.prefix, 0.0, self._config.data.seed)
+        everything, _ = split_documents(corpus.prefix, 0.0, self._config.data.validation_seed)
         length = self._config.sample_length
         if everything.num_tokens <= length:
             raise ConfigError(

@@ -106,6 +106,14 @@ def end_of(path: Path, name: str | None) -> int | None:
         return None
 
 
+def begin_of(path: Path, name: str | None) -> int | None:
+    """Return the id of the token `name`, None for a broken file or no such token."""
+    try:
+        return None if name is None else begin_token_id(_read(path), name)
+    except ConfigError:
+        return None
+
+
 def token_of(path: Path, token_id: int) -> str | None:
     """Return the text of a token, None for an id or a file that has none."""
     try:
@@ -115,18 +123,24 @@ def token_of(path: Path, token_id: int) -> str | None:
     return token
 
 
-def tokenizer_config(path: Path, end: int, *, longest: int, after_end: bool) -> dict[str, object]:
+def tokenizer_config(
+    path: Path, end: int, *, begin: int | None = None, longest: int, after_end: bool
+) -> dict[str, object]:
     """Return what transformers needs beside a tokenizer.json, for its tokenizer_config.json.
 
     end: the id of the token that ends every document of the training text; it pads too.
+    begin: that of the token that was put in front of every document, None if there was none.
     longest: tokens of a sequence.
     after_end: whether documents were trained with the end of the one before in sight; then that
         token also begins a text.
     """
-    token = _read(path).id_to_token(end)
+    tokenizer = _read(path)
+    token = tokenizer.id_to_token(end)
+    first = None if begin is None else tokenizer.id_to_token(begin)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token if after_end else None,
+        "bos_token": first or (token if after_end else None),
+        **({"add_bos_token": True} if first else {}),
         "eos_token": token,
         "pad_token": token,
         "clean_up_tokenization_spaces": False,
@@ -167,6 +181,23 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """Return the special tokens and their texts."""
     added = tokenizer.get_added_tokens_decoder()
     return {number: token.content for number, token in added.items() if token.special}
+
+
+def begin_token_id(tokenizer: Tokenizer, name: str, vocab_size: int | None = None) -> int:
+    """Return the id of the token `name`, which begins a document.
+
+    Raises ConfigError if the tokenizer has none, and if its id is `vocab_size` or above.
+    """
+    found = tokenizer.token_to_id(name)
+    if found is None:
+        known = ", ".join(list(special_tokens(tokenizer).values())[:8])
+        raise ConfigError(
+            f"the tokenizer has no token data.begin_token={name}; its special tokens are "
+            f"{known or 'none'}; set one of its tokens, or data.begin_token=null"
+        )
+    if vocab_size is not None and found >= vocab_size:
+        raise ConfigError(beyond(f"data.begin_token={name} is token {found},", found, vocab_size))
+    return int(found)
 
 
 def beyond(words: str, largest: int, vocab_size: int) -> str:

@@ -563,9 +563,13 @@ def _text_of(settings: Mapping[str, Mapping[str, Any]], model: ModelConfig) -> R
     data = settings.get("data")
     if data is None or data.get("synthetic"):
         return None
-    end = data.get("end_token")
-    after_end = data.get("packing", "none") == "none"
-    return RunText(end if isinstance(end, str) else None, after_end, model.seq_length)
+    end, begin = data.get("end_token"), data.get("begin_token")
+    return RunText(
+        end_token=end if isinstance(end, str) else None,
+        after_end=data.get("packing", "none") == "none",
+        longest=model.seq_length,
+        begin_token=begin if isinstance(begin, str) else None,
+    )
 
 
 def _model_type(directories: Sequence[Path]) -> str | None:

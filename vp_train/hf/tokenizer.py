@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.config import ConfigError
-from vp_train.data.tokenizer import end_of, token_of, tokenizer_config, tokenizer_hash
+from vp_train.data.tokenizer import begin_of, end_of, token_of, tokenizer_config, tokenizer_hash
 from vp_train.durable import UnreadableError
 from vp_train.hf.files import copy, existing, file_in, read_object
 
@@ -32,13 +32,15 @@ _JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 class RunText:
     """What the settings of a run say about its text.
 
-    end_token: data.end_token.  after_end: whether a document sees the end of the one before it.
+    end_token, begin_token: data.end_token and data.begin_token.
+    after_end: whether a document sees the end of the one before it.
     longest: tokens of a sequence.
     """
 
     end_token: str | None
     after_end: bool
     longest: int
+    begin_token: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +100,18 @@ def find_text(
         found += [place for place in same if existing(place, TOKENIZER)]
         directory = next((place for place in found if _eos(place) == name), (*found, None)[0])
     ids = _special(everywhere, same, model_type, end)
+    begin = None
+    if own is not None and text and is_own:
+        begin = begin_of(own, _begin_name(kept, text))
     if end is not None and text is not None:
         ids = _with_end(ids, end, after_end=text.after_end)
+        ids |= {} if begin is None else {"bos_token_id": begin}
     generated = None
     has_config = directory is not None and file_in(directory, _CONFIG) is not None
     if own is not None and end is not None and text is not None and not has_config:
-        generated = tokenizer_config(own, end, longest=text.longest, after_end=text.after_end)
+        generated = tokenizer_config(
+            own, end, begin=begin, longest=text.longest, after_end=text.after_end
+        )
     return TextFiles(directory, ids, end, _generation(same, ids, end), generated)
 
 
@@ -154,6 +162,14 @@ def _end_name(kept: Path | None, text: RunText | None) -> str | None:
     """Return the token that the run says its documents end with; older runs name it in settings."""
     name = None if kept is None else _eos(kept.parent)
     return text.end_token if name is None and text is not None else name
+
+
+def _begin_name(kept: Path | None, text: RunText) -> str | None:
+    """Return the token that the run has put in front of its documents, None if there is none."""
+    path = None if kept is None else file_in(kept.parent, _CONFIG)
+    words = {} if path is None else read_object(path)
+    token = words.get("bos_token") if words.get("add_bos_token") is True else None
+    return token if isinstance(token, str) else text.begin_token
 
 
 def _special(

@@ -29,16 +29,20 @@ def generate(
 ) -> Iterator[int]:
     """Yield at most `num_tokens` tokens after `prompt`, a string or int64 ids [n].
 
-    It ends with the token that ends a document.  A prompt without tokens begins a document: it is
-    continued from that token.  A token is chosen from at most seq_length tokens before it.  With
-    `temperature` 0 it is the most probable one; else one is drawn, among the `top_k` most probable
-    ones if that is given.  Draws depend on `seed`, not on the layout.  Collective over the ranks of
-    `run`.  Raises ConfigError for a prompt that the run cannot read and for logits that are
-    NaN, and IndexError for ids that the vocabulary does not have.
+    It ends with the token that ends a document.  A string begins a document: in front of it comes
+    the token with which documents of training began, if there was one.  A prompt without tokens is
+    continued from that token, else from the one that ends a document.  A token is chosen from at
+    most seq_length tokens before it.  With `temperature` 0 it is the most probable one; else one is
+    drawn, among the `top_k` most probable ones if that is given.  Draws depend on `seed`, not on
+    the layout.  Collective over the ranks of `run`.  Raises ConfigError for a prompt that the run
+    cannot read and for logits that are NaN, and IndexError for ids that the vocabulary does not
+    have.
     """
     sampling = Sampling(temperature, top_k, seed)
     ids = prompt.tolist() if isinstance(prompt, Tensor) else encode(run, prompt).ids
-    end = run.end_token
+    begin, end = run.begin_ids, run.end_token
+    if not isinstance(prompt, Tensor) or not ids:
+        ids = [*begin, *ids]
     if not ids and end is None:
         raise ConfigError(
             f"{run.checkpoint}: the prompt has no tokens, and no token that ends a document is "

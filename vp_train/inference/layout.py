@@ -24,8 +24,8 @@ _COUNTING = (
     *("parallel.pp", "parallel.dp", "parallel.tp"),
     *("parallel.placement", "parallel.layers_per_stage"),
     *("vocab", "vocab.algorithm", "vocab.backend", "vocab.shards"),
-    *("model.seq_length", "data.tokenizer", "data.end_token", "run.comm_backend"),
-    *("run.timeout_seconds", "run.world_timeout_seconds", "run.compile"),
+    *("model.seq_length", "data.tokenizer", "data.end_token", "data.begin_token"),
+    *("run.comm_backend", "run.timeout_seconds", "run.world_timeout_seconds", "run.compile"),
 )
 _MODEL = "model.yaml"  # the settings of an import
 _DEGREES = ("parallel.pp", "parallel.dp", "parallel.tp")
@@ -38,6 +38,7 @@ class Opening:
     An import of vp-import is opened like a run.
     directory: that of the run or import, or of one of its checkpoints.
     chooses_tokenizer: whether the caller has named data.tokenizer; else that of the run counts.
+    chooses_begin: whether the caller has named data.begin_token; else that of the run counts.
     compiles: whether run.compile of the run is not off.  Commands that own their process then
         build kernels in C++, and compile nothing otherwise.  Layers are never compiled.
     """
@@ -46,6 +47,7 @@ class Opening:
     directory: Path
     degrees: Degrees
     chooses_tokenizer: bool = False
+    chooses_begin: bool = False
     compiles: bool = True
 
     @property
@@ -102,7 +104,8 @@ def opening_of(
     count = degrees.dp * (degrees.pp if fills else 1)
     run_settings = replace(config.run, eval_microbatches=count, eval_sequences=None)
     config = replace(config, run=run_settings)
-    return Opening(config, path, degrees, "data.tokenizer" in names, compiles)
+    chosen = ("data.tokenizer" in names, "data.begin_token" in names)
+    return Opening(config, path, degrees, *chosen, compiles)
 
 
 def check_context(context: int, seq_length: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,13 @@ from vp_train.checkpoint.store import find
 from vp_train.checkpoint.training import load_parameters
 from vp_train.communication.nccl import require_float8, require_gpu
 from vp_train.config import ConfigError, RunConfig
-from vp_train.data.tokenizer import LARGEST_TOKENIZER, beyond, end_token_id, load_tokenizer
+from vp_train.data.tokenizer import (
+    LARGEST_TOKENIZER,
+    begin_token_id,
+    beyond,
+    end_token_id,
+    load_tokenizer,
+)
 from vp_train.durable import UnreadableError, read_json
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.mesh import Mesh, build_mesh
@@ -34,6 +40,7 @@ class OpenRun:
     tokenizer: None where the run had none, as on synthetic data.
     mesh: the ranks that have the model together.  All of them make the same calls.
     end_name: the token that ends a document, as the run has kept it; None if it has not.
+    begin_name: the token in front of every document of training, None if there was none.
     """
 
     config: RunConfig
@@ -42,6 +49,7 @@ class OpenRun:
     model: EvaluationModel
     mesh: Mesh
     end_name: str | None = None
+    begin_name: str | None = None
 
     @property
     def end_token(self) -> int | None:
@@ -53,6 +61,16 @@ class OpenRun:
             return end_token_id(self.tokenizer, name, self.config.model.vocab_size)
         except ConfigError:
             return None
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """The ids in front of a text: those of `begin_name`, or none.
+
+        Raises ConfigError if the tokenizer has no such token, or the model has not.
+        """
+        if self.tokenizer is None or self.begin_name is None:
+            return []
+        return [begin_token_id(self.tokenizer, self.begin_name, self.config.model.vocab_size)]
 
 
 def open_run(directory: str | Path, *, device: str = "cpu", dtype: str | None = None) -> OpenRun:
@@ -87,7 +105,10 @@ def opened(opening: Opening) -> OpenRun:
     checkpoint = find(opening.directory, mesh.world)
     load_parameters(checkpoint, config, model)
     tokenizer = _tokenizer_of(opening)
-    return OpenRun(config, checkpoint, tokenizer, model, mesh, _end_name(opening.run))
+    begin = config.data.begin_token
+    if begin is None and not opening.chooses_begin:
+        begin = _begin_name(opening.run)
+    return OpenRun(config, checkpoint, tokenizer, model, mesh, _end_name(opening.run), begin)
 
 
 @contextmanager
@@ -108,7 +129,8 @@ def leaving_no_group() -> Iterator[None]:
 def encode(run: OpenRun, text: str) -> Encoding:
     """Return the tokens of a text, in which what spells a special token is ordinary text.
 
-    Raises ConfigError where the run has no tokenizer, or the model not all of the tokens.
+    `run.begin_ids` are not among them.  Raises ConfigError where the run has no tokenizer, or the
+    model not all of the tokens.
     """
     if run.tokenizer is None:
         raise ConfigError(
@@ -137,8 +159,27 @@ def _tokenizer_of(opening: Opening) -> Tokenizer | None:
 
 def _end_name(run: Path) -> str | None:
     """Return the token that ended the documents of training, None if the run does not say."""
+    return _kept(run, "eos_token")
+
+
+def _begin_name(run: Path) -> str | None:
+    """Return the token that a run has put in front of its documents, None if there is none.
+
+    An import does not say how it was trained: it has no config.yaml.
+    """
+    is_added = (run / "config.yaml").is_file() and _values(run).get("add_bos_token") is True
+    return _kept(run, "bos_token") if is_added else None
+
+
+def _kept(run: Path, name: str) -> str | None:
+    """Return a token that the tokenizer_config.json of a run names, None if it names none."""
+    token = _values(run).get(name)
+    return token if isinstance(token, str) else None
+
+
+def _values(run: Path) -> Mapping[str, object]:
+    """Return the content of the tokenizer_config.json of a run, nothing if it cannot be read."""
     with suppress(UnreadableError):
         values = read_json(run / "tokenizer_config.json", LARGEST_TOKENIZER)
-        name = values.get("eos_token") if isinstance(values, dict) else None
-        return name if isinstance(name, str) else None
-    return None
+        return values if isinstance(values, dict) else {}
+    return {}

@@ -45,12 +45,13 @@ def score(
     """Return the log-probability of every token but the first of each text [n - 1].
 
     The dtype is fp32, or fp64 for fp64 compute.  A text is a string, or the int64 ids [n] of its
-    tokens.  A token is predicted from at most seq_length tokens before it: a longer text is scored
-    in windows.  Every token is scored once, from at least `context` tokens where there are as many;
-    with 1 a window begins with the last token of the one before.  Collective over the ranks of
-    `run`.  Raises ConfigError for strings where the run has no tokenizer, for a context outside
-    [1, seq_length] and for logits that are NaN, and IndexError for ids that the vocabulary does not
-    have.
+    tokens.  In front of a string comes the token with which documents of training began, if there
+    was one: then all n - 1 tokens of the string are scored.  A token is predicted from at most
+    seq_length tokens before it: a longer text is scored in windows.  Every token is scored once,
+    from at least `context` tokens where there are as many; with 1 a window begins with the last
+    token of the one before.  Collective over the ranks of `run`.  Raises ConfigError for strings
+    where the run has no tokenizer, for a context outside [1, seq_length] and for logits that are
+    NaN, and IndexError for ids that the vocabulary does not have.
     """
     if isinstance(texts, str | Tensor):
         raise TypeError("texts is a list: give [text] for a single text")
@@ -139,4 +140,4 @@ def _ids_of(run: OpenRun, text: str | Tensor) -> Tensor:
         return text
     if not isinstance(text, str):
         raise TypeError(f"a text is a string or an int64 tensor [n] of token ids, not {text!r:.80}")
-    return torch.tensor(encode(run, text).ids, dtype=torch.int64)
+    return torch.tensor([*run.begin_ids, *encode(run, text).ids], dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -56,11 +56,19 @@ class Meter:
         return allocated, reserved
 
     def report(
-        self, step: int, health: StepHealth, judge: Judge, *, rate: float, speed: float
+        self,
+        step: int,
+        health: StepHealth,
+        judge: Judge,
+        *,
+        rate: float,
+        speed: float,
+        trained: Mapping[str, float],
     ) -> StepReport:
         """Return what is shown and recorded of a step.
 
-        `rate` is its learning rate, `speed` in tokens per second.
+        `rate` is its learning rate, `speed` in tokens per second, `trained` are its figures of
+        `Batches.trained`.
         """
         return StepReport(
             step,
@@ -71,7 +79,7 @@ class Meter:
             health.peak_bytes,
             judge.spikes,
             judge.skipped,
-            self._figures_of_ranks(step, health),
+            {**trained, **self._figures_of_ranks(step, health)},
         )
 
     def _figures_of_ranks(self, step: int, health: StepHealth) -> dict[str, float]:

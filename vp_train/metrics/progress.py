@@ -13,7 +13,7 @@ from rich.text import Text
 from schedules.render import duration
 from vp_train.config import RunSettings
 from vp_train.config.figures import BITS, LOSS, name_of, validation_key
-from vp_train.units import clock, human_bytes, loss_words
+from vp_train.units import clock, count_words, human_bytes, loss_words
 
 _BETWEEN = "  "  # figures of a line
 
@@ -95,6 +95,8 @@ def _words_of(key: str) -> Callable[[float], str]:
         "learning_rate": lambda value: f"lr {value:.2e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
         "interval_tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
+        "tokens": lambda value: count_words(int(value), "token"),
+        "passes": lambda value: f"{value:.3g} passes",
         "left": lambda value: f"{clock(value)} left",
         "peak_bytes": lambda value: f"peak {human_bytes(value)}",
         "mfu": lambda value: f"MFU {value:.1%}",

@@ -125,9 +125,16 @@ class Reporter:
         self._baseline: dict[str, float] = {}  # the record of step 0, until that of step 1
 
     def start(
-        self, config_yaml: str, notices: Sequence[str] = (), warnings: Sequence[str] = ()
+        self,
+        config_yaml: str,
+        notices: Sequence[str] = (),
+        warnings: Sequence[str] = (),
+        *,
+        text: str = "",
     ) -> None:
         """Write configuration, environment and schedule, and print which steps are to come.
+
+        `text` says how much text these use.
 
         `notices` and `warnings` were said before there was a reporter; the former are kept in
         notices.txt, the latter in env.json.
@@ -142,6 +149,7 @@ class Reporter:
         lines = [
             *([f"batch     {words}"] if (words := _ramp_words(config, self._first_step)) else []),
             f"run       {directory.path}, steps {self._first_step} to {config.run.steps}",
+            *([f"tokens    {text}"] if text else []),
             *([f"resumed   {rates}"] if rates else []),
             *(
                 [f"profile   {words}"]

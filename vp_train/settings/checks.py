@@ -84,8 +84,8 @@ def refuse_two_choices(overrides: Sequence[str]) -> None:
 # Settings of `data` that do not count with a choice of data.name.
 _UNUSED_DATA = {
     "synthetic": (
-        *("tokenizer", "other_tokenizer", "end_token", "jsonl_field"),
-        *("cache_dir", "workers", "validation_fraction"),
+        *("tokenizer", "other_tokenizer", "end_token", "begin_token", "jsonl_field"),
+        *("cache_dir", "workers", "validation_fraction", "split_seed"),
     ),
     "pystdlib": ("jsonl_field",),
 }

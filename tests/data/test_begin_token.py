@@ -1,0 +1,133 @@
+"""With data.begin_token each document is what it is without, behind one more token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
+from tests.data.test_megatron import END, OTHER_END, write_pair, write_tokenizer
+from vp_train.config import BlendEntry, ConfigError, DataConfig, ValidationEntry
+from vp_train.data import Corpus, describe, open_source, prepare, prepare_all, prepare_validation
+from vp_train.data.indexed import open_dataset
+from vp_train.data.left_out import EMPTY
+from vp_train.data.pieces import LONGEST_PIECE
+from vp_train.data.tokenizer import tokenizer_config
+
+BEGIN = "<|endoftext|>"
+
+
+def documents(corpus: Corpus) -> Iterator[list[int]]:
+    dataset = open_dataset(corpus.prefix)
+    for number in range(corpus.manifest.num_documents):
+        yield dataset.get(number).tolist()
+
+
+def build(data: DataConfig, begin: str | None = BEGIN) -> Corpus:
+    return prepare(replace(data, begin_token=begin), VOCAB_SIZE, progress=False)
+
+
+def test_each_document_begins_with_the_token_and_is_the_same_behind_it(tmp_path: Path) -> None:
+    """Also one of many pieces, and none of an empty file."""
+    (tmp_path / "text").mkdir()
+    lengths = [1, 30, 0, 400, 2 * LONGEST_PIECE + 5]
+    for number, length in enumerate(lengths):
+        (tmp_path / f"text/{number}.txt").write_text("ab " * (length // 3) + "c" * (length % 3))
+    data = text_config(tmp_path)
+    without, begun = build(data, None), build(data)
+    assert without.path != begun.path
+    assert without.tokenizer.read_bytes() == begun.tokenizer.read_bytes()
+    begin = begun.manifest.begin_token
+    assert begin is not None
+    assert without.manifest.begin_token is None
+    assert list(documents(begun)) == [[begin, *ids] for ids in documents(without)]
+    assert begun.manifest.num_tokens == without.manifest.num_tokens + 4
+    assert begun.manifest.left_out[EMPTY][0] == 1
+    assert f"documents begin with '{BEGIN}', token {begin}, and end with" in describe(begun)
+
+
+def test_settings_without_the_token_find_the_corpora_that_were_built_before(tmp_path: Path) -> None:
+    """Its entry is the only one of a manifest that a corpus without it may lack."""
+    write_letters(tmp_path / "text", [200] * 4)
+    old = build(text_config(tmp_path), None)
+    values = json.loads((old.path / "manifest.json").read_text())
+    from vp_train.data.manifest import _OWN_HASH, _hash_of
+
+    del values["begin_token"], values[_OWN_HASH]
+    (old.path / "manifest.json").write_text(json.dumps(values | {_OWN_HASH: _hash_of(values)}))
+    assert build(text_config(tmp_path), None) == replace(old, fresh=False)
+
+
+def test_tokens_of_megatron_get_it_once(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "own.json")
+    index = write_pair(tmp_path / "a", [[[5, 6, END]], [[OTHER_END, 7], [8, END]], [[9]]])
+    data = text_config(tmp_path, path=str(index), tokenizer=str(tokenizer), end_token=BEGIN)
+    begin = OTHER_END
+    expected = [[begin, 5, 6, END], [begin, 7, 8, END], [begin, 9, END]]
+    assert list(documents(build(data, "</s>"))) == expected
+
+
+@pytest.mark.parametrize("name", ["<s>", "<bos>"])
+def test_a_token_that_the_tokenizer_lacks_is_refused(tmp_path: Path, name: str) -> None:
+    write_letters(tmp_path / "text", [200] * 4)
+    with pytest.raises(
+        ConfigError, match=rf"no token data\.begin_token={name}; its special tokens are <\|endof"
+    ):
+        build(text_config(tmp_path), name)
+
+
+def test_a_stored_corpus_keeps_its_own(tmp_path: Path) -> None:
+    write_letters(tmp_path / "text", [200] * 4)
+    data = text_config(tmp_path)
+    without, begun = build(data, None), build(data)
+    for begin in (None, BEGIN):
+        assert build(replace(data, path=str(begun.path)), begin) == replace(begun, fresh=False)
+    with pytest.raises(ConfigError, match=r"begin with no token, not with data\.begin_token=<\|"):
+        build(replace(data, path=str(without.path)))
+    with pytest.raises(ConfigError, match=r"begin with '<\|.*not with data\.begin_token=a; drop"):
+        build(replace(data, path=str(begun.path)), "a")
+
+
+def test_corpora_of_a_run_begin_alike(tmp_path: Path) -> None:
+    for name in ("text", "other"):
+        write_letters(tmp_path / name, [200] * 4)
+    data = text_config(tmp_path)
+    begun = build(data)
+    shared = replace(data, tokenizer=str(begun.tokenizer))
+    entries = (BlendEntry(path=str(begun.path)), BlendEntry(path=str(tmp_path / "other")))
+    blend = replace(shared, name="blend", path=None, blend=entries)
+    with pytest.raises(ConfigError, match=r"data\.begin_token"):
+        prepare_all(blend, VOCAB_SIZE, progress=False)
+    both = prepare_all(replace(blend, begin_token=BEGIN), VOCAB_SIZE, progress=False)
+    assert [one.manifest.begin_token for one in both] == [begun.manifest.begin_token] * 2
+    named = replace(
+        shared, path=str(begun.path), validation=(ValidationEntry("own", str(tmp_path / "other")),)
+    )
+    with pytest.raises(ConfigError, match=r"set data\.begin_token"):
+        prepare_validation(named, VOCAB_SIZE, (begun,), progress=False)
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_a_run_is_trained_to_predict_the_first_token_from_it(tmp_path: Path, packing: str) -> None:
+    write_letters(tmp_path / "text", [200] * 20)
+    data = text_config(tmp_path, begin_token=BEGIN, end_token="a", packing=packing)
+    source = open_source(run_config(data))
+    begin = source.begin_token
+    assert begin is not None
+    batch = source.train_batch(0, 40)
+    is_begin = np.asarray(batch.tokens == begin)
+    assert is_begin.any()
+    assert (np.asarray(batch.labels)[is_begin] >= 0).all(), "its label is in its own document"
+    assert batch.segments is None or (np.diff(batch.segments)[is_begin[..., 1:]] == 1).all()
+
+
+def test_the_words_beside_an_export_name_it(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "own.json")
+    words = tokenizer_config(tokenizer, END, begin=OTHER_END, longest=8, after_end=True)
+    assert (words["bos_token"], words["add_bos_token"], words["eos_token"]) == ("</s>", True, BEGIN)
+    assert "add_bos_token" not in tokenizer_config(tokenizer, END, longest=8, after_end=True)

@@ -1,0 +1,182 @@
+"""A file named .json is its documents where it holds lines, and is not trained on raw elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.data.cases import VOCAB_SIZE, text_config
+from vp_train.commands.score import documents_of
+from vp_train.config import ConfigError, DataConfig
+from vp_train.data import describe, prepare, prepare_all
+from vp_train.data.corpus import left_out_warnings
+from vp_train.data.documents import read_documents
+from vp_train.data.files import find_files
+from vp_train.data.left_out import ABOUT, JSON_RECORDS, OTHER_ENDING, LeftOut
+
+RECORDS = [{"id": number, "text": f"document {number} " * 20} for number in range(30)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+
+
+def one(path: Path, **changes: object) -> DataConfig:
+    return text_config(path.parent, path=str(path), **changes)
+
+
+def texts(config: DataConfig) -> list[str]:
+    files = find_files(config)
+    return [document.text for document in read_documents(files, config.jsonl_field)]
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n\r\n", "\ufeff\n"])
+def test_lines_named_json_are_the_lines(tmp_path: Path, before: str) -> None:
+    for name in ("x.json", "x.jsonl"):
+        (tmp_path / name).write_text(before + LINES)
+    assert texts(one(tmp_path / "x.json")) == texts(one(tmp_path / "x.jsonl"))
+    assert len(texts(one(tmp_path / "x.json"))) == 30
+
+
+def test_a_corpus_of_lines_is_not_that_of_the_same_bytes_as_text(tmp_path: Path) -> None:
+    """Earlier versions kept raw JSON in the cache, under a hash of the same file and settings."""
+    (tmp_path / "x.json").write_text(LINES)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("vp_train.data.files.kind_to_read", lambda path, field: "text")
+        patched.setattr("vp_train.data.corpus.kind_to_read", lambda path, field: "text")
+        patched.setattr("vp_train.data.documents.kind_to_read", lambda path, field: "text")
+        raw = prepare(one(tmp_path / "x.json"), VOCAB_SIZE, progress=False)
+    lines = prepare(one(tmp_path / "x.json"), VOCAB_SIZE, progress=False)
+    assert (raw.manifest.num_documents, lines.manifest.num_documents) == (1, 30)
+    old = prepare(one(raw.path), VOCAB_SIZE, progress=False)
+    assert old.manifest == raw.manifest, "a run on raw JSON goes on with its corpus"
+
+
+def test_lines_without_the_field_name_the_fields_they_have(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(LINES)
+    config = one(tmp_path / "x.json", jsonl_field="content")
+    with pytest.raises(ConfigError, match=r"no 'content', but id, text.*data\.jsonl_field"):
+        prepare(config, VOCAB_SIZE, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (json.dumps(RECORDS), "array"),
+        (json.dumps(RECORDS, indent=1), "array"),
+        ("[]", "array"),
+        (json.dumps({"data": RECORDS}), "object"),
+        ("\n".join(json.dumps(record, indent=1) for record in RECORDS), "object"),
+        (json.dumps({"version": 1}), "object"),
+        ('{"text": "one"},\n{"text": "two"}\n', "object"),
+    ],
+)
+def test_one_json_value_is_refused_before_anything_is_made_of_it(
+    tmp_path: Path, content: str, kind: str
+) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/x\.json holds one JSON {kind}, .*jq -c "):
+        prepare_all(one(tmp_path / "x.json"), VOCAB_SIZE, progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("is_array", [True, False])
+def test_the_command_of_the_message_makes_lines(
+    tmp_path: Path, indent: int | None, is_array: bool
+) -> None:
+    values = [RECORDS] if is_array else RECORDS[:1] if indent is None else RECORDS
+    content = "\n".join(json.dumps(value, indent=indent) for value in values)
+    (tmp_path / "x.json").write_text(content if is_array else "\n{\n" + content.strip()[1:])
+    with pytest.raises(ConfigError) as refused:
+        find_files(one(tmp_path / "x.json"))
+    command = re.search(r"jq -c .*? > \S+\.jsonl", str(refused.value))
+    assert command
+    subprocess.run(["sh", "-c", command[0]], check=True)
+    expected = [record["text"] for record in RECORDS]
+    found = texts(one(tmp_path / "x.jsonl"))
+    assert found == (expected if is_array or indent is not None else expected[:1])
+
+
+@pytest.mark.parametrize("field", ["text", "words"])
+def test_vp_score_reads_lines_by_its_own_field(tmp_path: Path, field: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({field: "one"}) + "\n")
+    (tmp_path / "y.json").write_text("first\nsecond\n")
+    found = documents_of(tmp_path, field, by_line=True, warn=False)
+    assert [document.text for document in found] == ["one"]
+    found = documents_of(tmp_path / "y.json", field, by_line=True, warn=False)
+    assert [document.text for document in found] == ["first", "second"]
+
+
+@pytest.mark.parametrize("content", ["some words", "1\n2\n", '"text": "x"'])
+def test_what_is_no_json_stays_a_text(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    assert texts(one(tmp_path / "x.json")) == [content]
+
+
+@pytest.mark.parametrize("name", ["json", "jsonl", "parquet"])
+def test_a_cloned_data_set_is_its_tables_without_its_readme(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "text"
+    (root / "data").mkdir(parents=True)
+    for about in ("README.md", "README_zh-CN.md", "LICENSE.txt"):
+        (root / about).write_text("about the data\n")
+    (root / "dataset_infos.json").write_text(
+        json.dumps({"default": {"features": {"text": {"dtype": "string"}}}})
+    )
+    for number in range(5):
+        file = root / "data" / f"{number}.{name}"
+        if name == "parquet":
+            parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'vp_train[data]'")
+            table = importlib.import_module("pyarrow").table
+            parquet.write_table(table({"text": [record["text"] for record in RECORDS]}), file)
+        else:
+            file.write_text(LINES)
+    left_out = LeftOut()
+    files = find_files(text_config(tmp_path), left_out)
+    assert [file.parent.name for file in files] == ["data"] * 5
+    assert left_out.counts == {ABOUT: 3, OTHER_ENDING: 1}
+    corpus = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)
+    assert (corpus.manifest.num_files, corpus.manifest.num_documents) == (5, 150)
+    assert f"left out, {ABOUT}: 3; first {root}/LICENSE.txt" in describe(corpus)
+
+
+def test_a_readme_is_text_where_no_table_lies_in_its_folder_or_below(tmp_path: Path) -> None:
+    for name in ("code/README.md", "docs/readme.txt", "data/tables/x.jsonl", "licensed.md"):
+        (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / name).write_text(LINES)
+    left_out = LeftOut()
+    assert len(find_files(text_config(tmp_path), left_out)) == 4
+    (tmp_path / "text/data/README.md").write_text("about")
+    assert len(find_files(text_config(tmp_path), left_out)) == 4
+    assert left_out.first == {ABOUT: str(tmp_path / "text/data/README.md")}
+
+
+def test_records_that_are_not_on_lines_are_named_and_their_readme_is_not_trained_on(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/README.md").write_text("about the data\n")
+    for number, content in enumerate((RECORDS, {"text": ["a"]}, {"text": {"0": "a"}})):
+        (tmp_path / f"text/{number}.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"holds no text file .*: 3; first .*text/0\.json"):
+        find_files(text_config(tmp_path))
+
+
+def test_left_out_files_that_outweigh_the_others_are_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text(LINES * 2)
+    (tmp_path / "text/b.json").write_text(json.dumps(RECORDS))
+    config = text_config(tmp_path)
+    for size, is_warned in ((100, False), (1_000_000, True)):
+        (tmp_path / "text/c.bmp").write_bytes(bytes(size))
+        data = replace(config, cache_dir=str(tmp_path / f"cache{size}"))
+        found = left_out_warnings(data, prepare_all(data, VOCAB_SIZE, progress=False), {})
+        assert len(found) == is_warned
+    assert found[0].startswith(f"data.path={config.path}: files that were left out ")
+    assert JSON_RECORDS in found[0]
+    assert OTHER_ENDING in found[0]
