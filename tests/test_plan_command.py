@@ -15,6 +15,7 @@ from functools import partial
 import pytest
 
 from schedules.render import duration
+from vp_train.commands import plan as plan_module
 from vp_train.commands import search_words
 from vp_train.commands.plan import main
 from vp_train.commands.plan_words import plan_lines, short_words, text_of, without_lines
@@ -441,7 +442,8 @@ def test_a_search_says_when_a_run_that_it_does_not_try_is_faster_as_it_was_typed
     assert typed == make_report(config)
     faster = replace(typed, passes=0.0)
     assert faster.step_seconds < first.step_seconds < typed.step_seconds
-    for report, is_said in ((faster, True), (typed, False), (None, False)):
+    same = replace(first, passes=first.passes - 1e-4 * first.step_seconds)
+    for report, is_said in ((faster, True), (same, False), (typed, False), (None, False)):
         lines = search_lines(config, limits, result, report)
         said = [line for line in lines if line.startswith("as typed: ")]
         assert len(said) == is_said
@@ -450,6 +452,23 @@ def test_a_search_says_when_a_run_that_it_does_not_try_is_faster_as_it_was_typed
     assert any(line.startswith("as typed") for line in search_lines(config, limits, nothing, typed))
     small = replace(config, cluster=replace(config.cluster, memory_gib=1e-6))
     assert report_as_typed(small, 0.0) is None, "it does not fit"
+
+
+def test_a_run_is_not_planned_as_it_was_typed_if_its_batch_was_not(vp_plan, tmp_path, monkeypatch):
+    planned = []
+
+    def report_of(config, margin, watch):
+        planned.append(config.num_microbatches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan_module, "report_as_typed", report_of)
+    for options in ([], ["--tokens", 1024]):
+        found = ["--search", *options, "--effort", 100, "--top", 1, "--json", tmp_path / "a.json"]
+        code, out, _ = vp_plan(*found, NANO[0])
+        assert code == EXIT_OK
+        assert "\nthe first:" in out, "it is shown in any case"
+        assert json.loads((tmp_path / "a.json").read_text())["as_typed"] is None
+    assert len(planned) == 1
 
 
 def test_rows_are_in_the_order_of_their_times_also_where_an_estimate_is_the_fastest():

@@ -157,7 +157,7 @@ def _plan(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str
         print(text_of([f"searched although typed: {', '.join(searched)}{hint}"]), flush=True)
     is_default = not counts and tokens is None
     print(_batch_words(config, tokens, multiple, is_default=is_default), flush=True)
-    return show_search(config, limits, path, kept)
+    return show_search(config, limits, path, kept, is_typed=tokens is None)
 
 
 def _batch_words(config: RunConfig, tokens: int | None, multiple: str, *, is_default: bool) -> str:
@@ -255,10 +255,18 @@ def _compared_record(
     }
 
 
-def show_search(config: RunConfig, limits: Limits, path: Path | None, kept: Kept = ALL) -> int:
+def show_search(
+    config: RunConfig,
+    limits: Limits,
+    path: Path | None,
+    kept: Kept = ALL,
+    *,
+    is_typed: bool = True,
+) -> int:
     """Search for the fastest plans, print them and write them to `path`.  Raises ConfigError.
 
-    Ctrl-C ends it with the best so far.  Returns the exit code.
+    Ctrl-C ends it with the best so far.  Returns the exit code.  `is_typed`: whether `config` is a
+    run as it was typed, not one of the batch of --tokens.
     """
     print(text_of([model_words(config), cluster_words(config), ""]), flush=True)
     # CPU time, not the clock on the wall: other processes on the machine must not end a search.
@@ -272,7 +280,14 @@ def show_search(config: RunConfig, limits: Limits, path: Path | None, kept: Kept
             searching.work_on(f"{time.process_time() - started:.0f} s of CPU, {words}")
 
         result = search(config, limits, in_time, show, space_of(config, kept))
-        typed = report_as_typed(config, limits.margin, searching.watch) if in_time() else None
+        typed = None
+        if is_typed and in_time():
+            with suppress(KeyboardInterrupt):  # what the search has found is shown in any case
+                typed = report_as_typed(
+                    config, limits.margin, lambda state: searching.watch(state) and in_time()
+                )
+            if not in_time():  # schedule=auto may have had an end too early
+                typed = None
     lines = search_lines(config, limits, result, typed, is_stopped=searching.is_stopped)
     print(text_of(lines), flush=True)
     _write(path, search_record(config, limits, result, typed))
