@@ -760,12 +760,13 @@ def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothi
     assert number_of(world, found.leaner) == leaner
 
 
-@pytest.mark.parametrize("names", [(), ("schedule.name",)])
+@pytest.mark.parametrize("names", [(), ("schedule.name",), ("schedule.num_chunks",)])
 def test_what_may_become_the_best_of_its_kind_is_ordered_anew(enter, names):
     """The lowest bound first; each while it may still be the first, in the memory that it leaves.
 
     The last cannot be faster than the first then is, nor is it worth the search where it would be
-    less than half a percent faster.  What has activations on hosts keeps its order.
+    less than half a percent faster.  What has activations on hosts keeps its order.  No order is
+    searched for where the schedule is kept, or the chunks that these choices do not have.
     """
     facts = [
         Facts(9.0, 10.0, orders=((9.5, ROOMY),)),

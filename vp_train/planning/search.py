@@ -562,15 +562,19 @@ class _Search:
         """Let schedule=auto order what is planned and may become the best of its kind by that.
 
         The lowest bounds come first.  The first is ordered whatever effort is left.  Activations
-        that wait on hosts are left out, since the search of an order knows nothing of them.
+        that wait on hosts are left out, since the search of an order knows nothing of them.  So is
+        what has no chunks where their number is kept: loops of another number would take part.
         """
-        if "schedule.name" in self._space.kept.values:
+        kept = self._space.kept.values
+        if "schedule.name" in kept:
             return
         num_ordered = 0
         planned = [one for one in self._book.as_planned() if one.is_planned]
         for one in sorted(planned, key=lambda one: one.candidate.seconds):
             choice = one.candidate.choice
             if choice.degrees.pp == 1 or choice.offload:
+                continue
+            if choice.num_chunks is None and "schedule.num_chunks" in kept:
                 continue
             if not self._book.may_be_first(choice, one.candidate.seconds / (1 - WORTH_ORDER)):
                 continue
