@@ -117,8 +117,16 @@ def test_a_pipeline_beside_a_sharded_vocabulary_takes_what_a_plan_with_that_cont
     now, then = (load_config([*words, f"{setting}={part}"]) for part in (0.1, 0.3))
     seconds = make_report(now).step_seconds
     found = pipeline_way("it", now, seconds)
-    assert found.at(0.3) == make_report(then).step_seconds
+    assert found.at(0.3) == pytest.approx(make_report(then).step_seconds, rel=1e-12)
     assert (found.at(0.3) > seconds) is found.is_slow is (vocab == "one_barrier")
+    other = pipeline_way("another order", now, 0.9 * seconds)
+    assert other.at(0.3) - 0.9 * seconds == pytest.approx(found.at(0.3) - seconds)
+
+
+@pytest.mark.parametrize(("vocab", "is_known"), [("none", True), ("one_barrier", False)])
+def test_nothing_says_what_schedule_auto_takes_with_another_contention(vocab, is_known):
+    config = load_config([*GPT, "schedule=auto", f"vocab={vocab}"])
+    assert pipeline_way("it", config, 2.0).at(0.3) == (2.0 if is_known else None)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
@@ -155,6 +163,17 @@ def test_a_plan_of_a_search_leaves_its_margin_free_with_another_contention_too(p
         lines = search_lines(small, Limits(margin=margin), result)
         found = [line for line in lines if line.startswith("decides: ")]
         assert [winner in line for line in found] == [True] * is_told
+    # What schedule=auto has ordered changes as its base order does.
+    best = tuple(replace(one, choice=replace(one.choice, cap_gib=1.0)) for one in result.best)
+    candidate = result.with_vocabulary.candidate
+    candidate = replace(candidate, choice=replace(candidate.choice, cap_gib=1.0))
+    other = replace(result.with_vocabulary, candidate=candidate)
+    ordered = replace(result, best=best, with_vocabulary=other)
+    lines, others = (
+        [line for line in search_lines(config, Limits(), one) if line.startswith("decides: ")]
+        for one in (result, ordered)
+    )
+    assert lines == others != []
 
 
 def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():

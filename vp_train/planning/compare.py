@@ -13,7 +13,7 @@ from schedules.generators import GENERATORS
 from schedules.generators.auto import Watch
 from schedules.render import duration
 from schedules.vocab import VOCAB_ALGORITHMS
-from vp_train.config import ConfigError, OptimConfig, RunConfig
+from vp_train.config import ClusterConfig, ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import (
     Choice,
     Kept,
@@ -116,11 +116,15 @@ class Way:
 def pipeline_way(words: str, config: RunConfig, seconds: float, factor: float = 1.0) -> Way:
     """Return a plan as a way: beside a sharded vocabulary it depends on the contention.
 
-    With another one it fits where it needs no more than the memory of `config`.
+    With another one it fits where it needs no more than the memory of `config`.  `seconds` may be
+    those of another order of the same passes, which change by as much.  What schedule=auto takes
+    then, only another search would say.
     """
     algorithm = VOCAB_ALGORITHMS.get(config.vocab.algorithm)
-    if algorithm is None or not algorithm.sharded or config.schedule.is_solved:
+    if algorithm is not None and not algorithm.sharded:
         return Way(words, seconds, lambda part: seconds, factor=factor)
+    if config.schedule.is_solved:
+        return Way(words, seconds, lambda part: None, factor=factor)
 
     # Of a long step a shorter one says by how much it changes.
     short = _shortened(config)
@@ -134,15 +138,12 @@ def pipeline_way(words: str, config: RunConfig, seconds: float, factor: float = 
         return report if report.fits else None
 
     def at(part: float) -> float | None:
-        then = planned(part)
-        if then is None or short == config:
-            return None if then is None else then.step_seconds
-        now = planned(_contention_of(config)[1])
-        if now is None:
+        now, then = planned(_contention_of(config)[1]), planned(part)
+        if now is None or then is None:
             return None
         # What comes on top are microbatches of the steady state, in which the busiest rank binds.
         more = config.num_microbatches / short.num_microbatches - 1
-        slower = [one.passes + more * one.ranks[one.busiest].busy for one in (now, then)]
+        slower = [one.step_seconds + more * one.ranks[one.busiest].busy for one in (now, then)]
         return seconds + slower[1] - slower[0]
 
     return Way(words, seconds, at, is_slow=True, factor=factor)
@@ -346,8 +347,7 @@ def report_as_typed(
         report = make_report(config, watch)
     except ConfigError:
         return None
-    needs = report.ranks[report.worst].memory.total
-    return report if report.fits and needs <= limit_of(config.cluster, margin) else None
+    return report if _fits_with(report, with_margin(config.cluster, margin)) else None
 
 
 def proposing(config: RunConfig) -> RunConfig:
@@ -361,7 +361,12 @@ def for_another_plan(config: RunConfig, report: PlanReport) -> RunConfig:
     That is what a proposal may use if its own plan leaves as much free, else all.
     """
     lean = proposing(config)
-    return lean if replace(report, cluster=lean.cluster).fits else config
+    return lean if _fits_with(report, lean.cluster) else config
+
+
+def _fits_with(report: PlanReport, cluster: ClusterConfig) -> bool:
+    """Return whether a plan fits into the memory of another cluster, which is else its own."""
+    return replace(report, cluster=cluster).fits
 
 
 def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
