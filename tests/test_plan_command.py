@@ -565,6 +565,22 @@ def test_what_a_search_prints_can_be_pasted_behind_what_was_typed(
 
 
 @pytest.mark.usefixtures("quick_search")
+def test_an_order_that_a_search_has_found_is_found_again_from_what_it_prints(vp_plan):
+    typed = [*NANO, "parallel.pp=4", "num_microbatches=4", "micro_batch_size=1", "vocab=none"]
+    kept = "parallel.pp,micro_batch_size,vocab"
+    code, out, _ = vp_plan("--search", "--keep", kept, "--top", 2, *typed)
+    assert code == EXIT_OK
+    pasted = overrides_behind("the first:", out).split()
+    assert "schedule.name=auto" in pasted
+    report = make_report(load_config([*typed, *pasted]))
+    row = next(line for line in out.splitlines() if line.startswith("1 "))
+    assert f" {duration(report.step_seconds)} " in row
+    behind = overrides_behind("row 2, behind those:", out).split()
+    assert "schedule.cap_gib=null" in behind
+    other = make_report(load_config([*typed, *pasted, *behind]))
+    assert other.step_seconds > 1.005 * report.step_seconds
+
+
 def test_a_search_keeps_what_is_typed_if_it_is_asked_to(vp_plan, tmp_path):
     typed = ["parallel.pp=2", "schedule=gpipe", "vocab=none"]
     code, out, _ = vp_plan(
