@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
 from tests.data.test_megatron import END, OTHER_END, write_pair, write_tokenizer
 from vp_train.config import BlendEntry, ConfigError, DataConfig, ValidationEntry
 from vp_train.data import Corpus, describe, open_source, prepare, prepare_all, prepare_validation
+from vp_train.data.corpus import begin_warnings
 from vp_train.data.indexed import open_dataset
 from vp_train.data.left_out import EMPTY
 from vp_train.data.pieces import LONGEST_PIECE
-from vp_train.data.tokenizer import tokenizer_config
+from vp_train.data.tokenizer import front_token, tokenizer_config, with_front_token
 
 BEGIN = "<|endoftext|>"
 
@@ -131,3 +133,43 @@ def test_the_words_beside_an_export_name_it(tmp_path: Path) -> None:
     words = tokenizer_config(tokenizer, END, begin=OTHER_END, longest=8, after_end=True)
     assert (words["bos_token"], words["add_bos_token"], words["eos_token"]) == ("</s>", True, BEGIN)
     assert "add_bos_token" not in tokenizer_config(tokenizer, END, longest=8, after_end=True)
+
+
+_AROUND = {
+    "nothing": None,
+    "bytes": processors.ByteLevel(trim_offsets=False),
+    "another": processors.BertProcessing(("</s>", 1), (BEGIN, 0)),
+    "after bytes": processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("around", _AROUND)
+def test_a_tokenizer_puts_the_token_in_front_of_each_text(tmp_path: Path, around: str) -> None:
+    tokenizer = Tokenizer.from_file(str(write_tokenizer(tmp_path / "own.json")))
+    tokenizer.post_processor = _AROUND[around]
+    made = Tokenizer.from_str(with_front_token(tokenizer.to_str(), "</s>"))
+    assert front_token(made) == "</s>"
+    bare = tokenizer.encode("ab", add_special_tokens=False).ids
+    assert made.encode("ab").ids == [OTHER_END, *bare]
+    assert made.encode("ab", add_special_tokens=False).ids == bare
+    assert with_front_token(made.to_str(), "</s>") == made.to_str()
+
+
+def test_a_tokenizer_that_begins_texts_otherwise_than_the_corpus_is_said(tmp_path: Path) -> None:
+    path = write_tokenizer(tmp_path / "own.json")
+    data = text_config(tmp_path, tokenizer=str(path))
+    write_letters(tmp_path / "text", [5, 6])
+    assert not begin_warnings(data, [build(data, None)]), "it begins texts with nothing"
+    path.write_text(with_front_token(path.read_text(), "</s>"))
+    (words,) = begin_warnings(data, [build(data, None)])
+    assert "puts </s> in front of a text" in words
+    assert "data.begin_token=" in words
+    assert not begin_warnings(data, [build(data, "</s>")])
+    index = write_pair(tmp_path / "a", [[[OTHER_END, 7, END]]])
+    stored = replace(data, path=str(index), end_token=BEGIN)
+    assert not begin_warnings(stored, [build(stored, None)]), "the tokens have it"

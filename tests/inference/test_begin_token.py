@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import vp_train
 from tests.inference.trained import SENTENCE, WORDS, command, records
 from tests.training import run_command
 from vp_train.commands.score import main
+from vp_train.data.tokenizer import tokenizer_hash
 from vp_train.failures import EXIT_CONFIG
 from vp_train.hf.convert import export_checkpoint
 from vp_train.inference.generation import generate
@@ -70,3 +72,8 @@ def test_an_export_names_it(begun, tmp_path):
         assert words["bos_token"] == "<|endoftext|>"
         assert words["add_bos_token"] is True
         assert config["bos_token_id"] == open_run(begun / name).begin_ids[0]
+        read = AutoTokenizer.from_pretrained(tmp_path / name)
+        ids = open_run(begun / name).tokenizer.encode(TEXT).ids
+        assert read(TEXT).input_ids == [config["bos_token_id"], *ids]
+        origin = begun / name / "tokenizer.json"
+        assert tokenizer_hash(tmp_path / name / "tokenizer.json") == tokenizer_hash(origin)

@@ -180,6 +180,15 @@ def _export(arguments: Sequence[str]) -> int:
         )
     if exported.end is not None:
         print(f"the run ends its documents with token {exported.end}; so does the exported model")
+    if exported.begin is not None:
+        print(
+            f"the run begins its documents with {exported.begin}; so does the tokenizer its texts"
+        )
+    if exported.strange is not None:
+        print(
+            f"the tokenizer puts {exported.strange} in front of a text, but the documents of the "
+            "run have none; give add_special_tokens=False to it"
+        )
     if not exported.knows_reach:
         print(
             f"max_position_embeddings={exported.reach} is model.seq_length; "

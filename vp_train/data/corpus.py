@@ -32,10 +32,17 @@ from vp_train.config import (
     ValidationEntry,
     printable,
 )
+from vp_train.config.typed import shell_word
 from vp_train.data.documents import Reading, read_documents
 from vp_train.data.encoding import Encoded, encoded
 from vp_train.data.files import INDEX, content_hash, find_files, hash_of_file, kind_of, kind_to_read
-from vp_train.data.indexed import check_index, check_tokens, largest_token, write_dataset
+from vp_train.data.indexed import (
+    check_index,
+    check_tokens,
+    largest_token,
+    open_dataset,
+    write_dataset,
+)
 from vp_train.data.integrity import block_hashes, check_blocks, check_once
 from vp_train.data.json_lines import LONGEST_LINE
 from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, outweighed, words_of
@@ -56,6 +63,7 @@ from vp_train.data.tokenizer import (
     begin_token_id,
     beyond,
     end_token_id,
+    front_token,
     load_tokenizer,
     num_ids,
     require_bytes,
@@ -118,6 +126,31 @@ def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
         f"of the vocabulary are never used; model.vocab_size={used}, or the next multiple of 64, "
         "leaves them out"
     ]
+
+
+def begin_warnings(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
+    """Return a warning if the given tokenizer begins a text with a token that the documents lack.
+
+    Tokens of Megatron-LM may have it from where they were made.
+    """
+    if config.tokenizer is None or not corpora or corpora[0].manifest.begin_token is not None:
+        return []
+    tokenizer = load_tokenizer(corpora[0].tokenizer, None)
+    token = front_token(tokenizer)
+    if token is None or all(
+        _first_token(corpus) == tokenizer.token_to_id(token) for corpus in corpora
+    ):
+        return []
+    return [
+        f"the tokenizer puts {token} in front of a text, but the documents begin without it; "
+        f"where the model expects it, add {shell_word('data.begin_token', token)}"
+    ]
+
+
+def _first_token(corpus: Corpus) -> int:
+    """Return the first token of a corpus."""
+    dataset = open_dataset(corpus.prefix)  # what it returns is gone with it
+    return int(dataset.get(0, 0, 1)[0])
 
 
 def left_out_warnings(

@@ -19,6 +19,7 @@ from torch import Tensor
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.corpus import (
     Corpus,
+    begin_warnings,
     corpus_names,
     headline,
     left_out_warnings,
@@ -328,7 +329,8 @@ class _Text:
         names = set(self._validation) - {""}
         found = trained_on(self._config.data, self._corpora) if names else []
         much = left_out_warnings(self._config.data, self._corpora, self._named)
-        return (*spare_rows(self._config, self._corpora), *much, *found)
+        begin = begin_warnings(self._config.data, self._corpora)
+        return (*spare_rows(self._config, self._corpora), *begin, *much, *found)
 
     @cached_property
     def byte_lengths(self) -> Tensor | None:

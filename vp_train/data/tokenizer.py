@@ -88,11 +88,14 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def tokenizer_hash(path: Path) -> str:
     """Return 16 hexadecimal digits that are equal for files of the same tokenizer.
 
-    Limits of length and the layout of the file do not count.  A file that holds no tokenizer has
-    the hash of its bytes.  Raises UnreadableError for a file that cannot be read.
+    Limits of length and the layout of the file do not count, nor what is put around a text, which
+    is not asked for here.  A file that holds no tokenizer has the hash of its bytes.  Raises
+    UnreadableError for a file that cannot be read.
     """
     try:
-        content = _read(path).to_str().encode()
+        tokenizer = _read(path)
+        tokenizer.post_processor = None
+        content = tokenizer.to_str().encode()
     except ConfigError:
         content = read_bytes(path, LARGEST_TOKENIZER)
     return hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -110,6 +113,14 @@ def begin_of(path: Path, name: str | None) -> int | None:
     """Return the id of the token `name`, None for a broken file or no such token."""
     try:
         return None if name is None else begin_token_id(_read(path), name)
+    except ConfigError:
+        return None
+
+
+def front_of(path: Path) -> str | None:
+    """Return the token that a tokenizer puts in front of a text, None for a broken file or none."""
+    try:
+        return front_token(_read(path))
     except ConfigError:
         return None
 
@@ -181,6 +192,43 @@ def special_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """Return the special tokens and their texts."""
     added = tokenizer.get_added_tokens_decoder()
     return {number: token.content for number, token in added.items() if token.special}
+
+
+def front_token(tokenizer: Tokenizer) -> str | None:
+    """Return the token that a tokenizer puts in front of a text by itself, None if it puts none.
+
+    transformers asks for it, corpora do not: they have `data.begin_token`.
+    """
+    whole, bare = (tokenizer.encode("a", add_special_tokens=added).ids for added in (True, False))
+    if not whole or whole[:1] == bare[:1]:
+        return None
+    token: str | None = tokenizer.id_to_token(whole[0])
+    return None if token is None or tokenizer.token_to_id(token) in bare else token
+
+
+def with_front_token(content: str, token: str) -> str:
+    """Return the text of a tokenizer.json that puts `token`, which it has, in front of each text.
+
+    A tokenizer that does so already stays as it is.
+    """
+    tokenizer = Tokenizer.from_str(content)
+    if front_token(tokenizer) == token:
+        return content
+    values = json.loads(content)
+    before = values.get("post_processor") or {}
+    steps = before.get("processors", [before])
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    text, other = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    number = tokenizer.token_to_id(token)
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, other],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+    kept = [step for step in steps if step.get("type") == "ByteLevel"]  # it adds no token
+    values["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
+    return json.dumps(values, indent=2, ensure_ascii=False)
 
 
 def begin_token_id(tokenizer: Tokenizer, name: str, vocab_size: int | None = None) -> int:

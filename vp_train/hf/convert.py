@@ -70,6 +70,8 @@ class Exported:
     knows_reach: bool  # False if nothing says more than model.seq_length
     end: int | None  # the token that ends the documents of the run, None if that is not known
     unfollowed: tuple[str, ...] = ()  # settings of the run that lead elsewhere
+    begin: str | None = None  # the token in front of the documents of the run
+    strange: str | None = None  # what the tokenizer puts in front of a text, but the run did not
 
 
 def _silent(words: str) -> None:
@@ -204,7 +206,15 @@ def export_checkpoint(
         words.write(directory)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     files = tuple(sorted(file.name for file in target.iterdir()))
-    return Exported(files, reach or model.seq_length, knows_reach, words.end, places.unfollowed)
+    return Exported(
+        files,
+        reach or model.seq_length,
+        knows_reach,
+        words.end,
+        places.unfollowed,
+        words.begin,
+        words.strange,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from vp_train.config import ConfigError
-from vp_train.data.tokenizer import begin_of, end_of, token_of, tokenizer_config, tokenizer_hash
-from vp_train.durable import UnreadableError
+from vp_train.data.tokenizer import (
+    LARGEST_TOKENIZER,
+    begin_of,
+    end_of,
+    front_of,
+    token_of,
+    tokenizer_config,
+    tokenizer_hash,
+    with_front_token,
+)
+from vp_train.durable import UnreadableError, read_text
 from vp_train.hf.files import copy, existing, file_in, read_object
 
 TOKENIZER = (
@@ -25,7 +34,7 @@ TOKENIZER = (
 )
 GENERATION = "generation_config.json"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-_JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_JSON, _CONFIG, _SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,8 @@ class TextFiles:
     end: the token that ends the documents of the run, None if that is not known.
     generation: the content of generation_config.json, None if there is none.
     generated: the content of tokenizer_config.json where the directory has none.
+    begin: the token in front of the documents of the run, None if there was none.
+    strange: the token that the tokenizer puts in front of a text, but the run did not.
     """
 
     directory: Path | None
@@ -59,6 +70,8 @@ class TextFiles:
     end: int | None
     generation: Mapping[str, Any] | None
     generated: Mapping[str, object] | None
+    begin: str | None = None
+    strange: str | None = None
 
     def write(self, target: Path) -> None:
         """Write the files into directory `target`."""
@@ -67,6 +80,8 @@ class TextFiles:
         for name, content in ((GENERATION, self.generation), (_CONFIG, self.generated)):
             if content is not None:
                 (target / name).write_text(json.dumps(content, indent=2) + "\n")
+        if self.begin is not None:
+            _begin_texts(target, self.begin)
 
 
 def find_text(
@@ -112,7 +127,24 @@ def find_text(
         generated = tokenizer_config(
             own, end, begin=begin, longest=text.longest, after_end=text.after_end
         )
-    return TextFiles(directory, ids, end, _generation(same, ids, end), generated)
+    first = None if own is None or begin is None else token_of(own, begin)
+    strange = front_of(own) if own is not None and end is not None and first is None else None
+    return TextFiles(
+        directory, ids, end, _generation(same, ids, end), generated, begin=first, strange=strange
+    )
+
+
+def _begin_texts(directory: Path, token: str) -> None:
+    """Let the tokenizer of a directory put `token` in front of each text."""
+    path = directory / _JSON
+    path.write_text(with_front_token(read_text(path, LARGEST_TOKENIZER), token), encoding="utf-8")
+    for name, new in (
+        (_CONFIG, {"bos_token": token, "add_bos_token": True}),
+        (_SPECIAL_MAP, {"bos_token": token}),
+    ):
+        file = file_in(directory, name)
+        if file is not None:
+            file.write_text(json.dumps(read_object(file) | new, indent=2) + "\n")
 
 
 def unusual_end(directory: Path) -> str | None:
