@@ -150,9 +150,10 @@ def test_a_readme_is_text_where_no_table_lies_in_its_folder_or_below(tmp_path: P
         (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "text" / name).write_text(LINES)
     left_out = LeftOut()
-    assert len(find_files(text_config(tmp_path), left_out)) == 4
+    (tmp_path / "text/data/security.py").write_text("code")
+    assert len(find_files(text_config(tmp_path), left_out)) == 5
     (tmp_path / "text/data/README.md").write_text("about")
-    assert len(find_files(text_config(tmp_path), left_out)) == 4
+    assert len(find_files(text_config(tmp_path), left_out)) == 5
     assert left_out.first == {ABOUT: str(tmp_path / "text/data/README.md")}
 
 

@@ -34,10 +34,8 @@ from vp_train.data.left_out import (
 from vp_train.data.manifest import MANIFEST
 from vp_train.durable import PointerError, UnreadableError, open_regular, read_json
 
-_TEXTS = frozenset(
-    {".txt", ".md", ".rst", ".tex", ".html", ".csv"}
-    | {".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs"}
-)
+_PROSE = frozenset({".txt", ".md", ".rst", ".tex", ".html"})
+_TEXTS = _PROSE | {".csv"} | {".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs"}
 _LINES = frozenset({".jsonl", ".ndjson"})
 _JSON = ".json"
 _TABLES = frozenset({".parquet", ".arrow"})
@@ -223,7 +221,8 @@ def _without_words_about(found: Sequence[Path], left_out: LeftOut) -> list[Path]
     folders = {folder for path in tables for folder in path.parents}
     kept = []
     for path in found:
-        if kind_of(path) == "text" and path.parent in folders and _ABOUT.fullmatch(path.stem):
+        is_prose = _suffixes(path)[0] in _PROSE  # not security.py
+        if is_prose and path.parent in folders and _ABOUT.fullmatch(path.stem):
             left_out.add(ABOUT, str(path))
         else:
             kept.append(path)
