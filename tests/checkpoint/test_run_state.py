@@ -268,3 +268,17 @@ def test_another_text_is_refused_by_the_corpora_that_changed(saved, ours, which)
         training._require_same_text(saved, ours, PATH, DataConfig())
     assert str(caught.value).startswith(f"{which} not what runs/x was trained on; bring that back")
     assert "run.init_from=runs/x run.name=NAME" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "word"),
+    [
+        (None, "<s>", "bring that back: data.begin_token=null"),
+        ("<s>", None, "bring that back: 'data.begin_token=<s>'"),
+    ],
+)
+def test_a_text_that_begins_otherwise_is_refused_by_the_token(was, now, word):
+    data = DataConfig(begin_token=now)
+    with pytest.raises(ConfigError) as caught:
+        training._require_same_text(["a"], ["b"], PATH, data, was)
+    assert f"; {word}; or " in str(caught.value)

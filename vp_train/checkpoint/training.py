@@ -201,7 +201,8 @@ def restore_run(
     manifest, state = _opened(path, _RunState.of)
     ours = _settings(config, mesh.degrees.dp)
     _require_same(_completed(state.config), ours, path, config, keeps_on_resume)
-    _require_same_text(state.contents, contents, path, config.data)
+    begin = state.config.get("data", {}).get("begin_token")
+    _require_same_text(state.contents, contents, path, config.data, begin)
     model.optimizer.restore(lambda kind, name: _read(path, manifest, model, kind, name, cast=False))
     model.optimizer.updates = state.updates
     model.loss_scale.value, model.loss_scale.finite_steps = state.loss_scale
@@ -310,8 +311,13 @@ def _completed(saved: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[s
 
 
 def _require_same_text(
-    saved: Sequence[str], ours: Sequence[str], path: Path, data: DataConfig
+    saved: Sequence[str],
+    ours: Sequence[str],
+    path: Path,
+    data: DataConfig,
+    begin: str | None = None,
 ) -> None:
+    """Raise ConfigError if the corpora are others.  begin: the data.begin_token of the run."""
     if list(saved) == list(ours):
         return
     which = "the text or its tokenizer is"
@@ -323,7 +329,11 @@ def _require_same_text(
         ]
         which = f"the text or tokenizer of {', '.join(changed)} is"
     kept = kept_corpora(data, saved)
-    ways = [*([kept_words(data, kept)] if kept else []), "bring that back", _as_another_run(path)]
+    ways = ["bring that back", _as_another_run(path)]
+    if begin != data.begin_token:
+        ways[0] += f": {shell_word('data.begin_token', 'null' if begin is None else begin)}"
+    elif kept:
+        ways.insert(0, kept_words(data, kept))
     raise ConfigError(f"{which} not what {path} was trained on; {'; or '.join(ways)}")
 
 
