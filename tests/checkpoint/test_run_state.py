@@ -274,7 +274,7 @@ def test_another_text_is_refused_by_the_corpora_that_changed(saved, ours, which)
     ("was", "now", "word"),
     [
         (None, "<s>", "bring that back: data.begin_token=null"),
-        ("<s>", None, "bring that back: 'data.begin_token=<s>'"),
+        ("<s>", None, 'bring that back: "data.begin_token=<s>"'),
     ],
 )
 def test_a_text_that_begins_otherwise_is_refused_by_the_token(was, now, word):
