@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.cases import text_config, write_letters
+from tests.data.cases import write_letters
 from tests.meshes import mesh_for
 from tests.training import (
     OFFLOADED,
     config_of,
+    config_on_letters,
     laid_out,
     metrics_of,
     release_locks,
@@ -277,11 +278,7 @@ def test_weights_from_elsewhere_are_validated_once_before_the_first_step(
 
 
 def test_a_run_goes_on_with_the_same_text_elsewhere_and_with_no_other(ranks, tmp_path):
-    config = config_of(tmp_path, eval_every=0, trace_step=0)
-    write_letters(tmp_path / "text", [200] * 10)
-    config = replace(
-        config, data=text_config(tmp_path), model=replace(config.model, vocab_size=300)
-    )
+    config = config_on_letters(tmp_path, eval_every=0, trace_step=0)
     ranks(2).run(train, config, 4)
     ranks(2).run(release_locks)
     (tmp_path / "text").rename(tmp_path / "moved")

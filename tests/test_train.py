@@ -18,13 +18,13 @@ import vp_train.train as train_module
 from schedules.ir import Kind, Pass, Schedule
 from schedules.lower import Action, Op
 from schedules.problem import Collective
-from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
 from tests.programs import finished
 from tests.training import (
     OFFLOADED,
     begin,
     config_of,
+    config_on_letters,
     laid_out,
     metrics_of,
     release_locks,
@@ -385,11 +385,7 @@ def test_a_nan_names_the_replica_that_made_it_before_the_sum(ranks, tmp_path, op
 
 def test_metrics_say_how_much_text_was_used_over_all_starts(ranks, tmp_path):
     """Law: tokens grow by those of a step, and passes by their share of the training samples."""
-    config = config_of(tmp_path, eval_every=0, trace_step=0)
-    write_letters(tmp_path / "text", [200] * 10)
-    config = replace(
-        config, data=text_config(tmp_path), model=replace(config.model, vocab_size=300)
-    )
+    config = config_on_letters(tmp_path, eval_every=0, trace_step=0)
     ranks(2).run(train, config, 3)
     ranks(2).run(release_locks)
     ranks(2).run(train, replace(config, run=replace(config.run, resume=True)), 5)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 import vp_train.commands.train
+from tests.data.cases import text_config, write_letters
 from tests.meshes import mesh_for
 from tests.ranks import free_port, in_processes
 from vp_train.assembly import build_rank
@@ -69,6 +70,13 @@ def config_of(root, name="run", steps=8, p=2, **run):
         num_microbatches=4,
         micro_batch_size=2,
     )
+
+
+def config_on_letters(root, **run):
+    """Return `config_of` for ten written documents, each of 200 letters, in `root`/text."""
+    config = config_of(root, **run)
+    write_letters(root / "text", [200] * 10)
+    return replace(config, data=text_config(root), model=replace(config.model, vocab_size=300))
 
 
 def begin(rank, num_ranks, config):

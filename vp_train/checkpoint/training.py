@@ -331,8 +331,10 @@ def _require_same_text(
     kept = kept_corpora(data, saved)
     ways = ["bring that back", _as_another_run(path)]
     if begin != data.begin_token:
-        name = "data.begin_token"
-        ways[0] += f": {f'{name}=null' if begin is None else shell_word(name, begin)}"
+        word = "data.begin_token=null"
+        if begin is not None:
+            word = shell_word("data.begin_token", begin)
+        ways[0] += f": {word}"
     elif kept:
         ways.insert(0, kept_words(data, kept))
     raise ConfigError(f"{which} not what {path} was trained on; {'; or '.join(ways)}")
