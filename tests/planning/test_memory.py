@@ -394,7 +394,7 @@ def test_on_a_cpu_stays_what_the_program_of_a_rank_sends_and_nothing_else(schedu
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_on_a_gpu_stays_what_the_last_passes_have_sent(monkeypatch, sequence_parallel):
-    """In the steady state of 1F1B a rank between others sends a message in each pass."""
+    """A rank between others sends a message in each pass of the steady state of 1F1B."""
     words = ["run.device=cuda", "vocab=none", "parallel.pp=4", "num_microbatches=12"]
     splits = f"parallel.sequence_parallel={sequence_parallel}"
     _, step = planned(*words, "parallel.tp=2", splits, num_ranks=8)

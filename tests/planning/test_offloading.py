@@ -601,7 +601,7 @@ def test_where_the_link_carries_too_little_one_more_round_of_stages_recomputes(
 
 
 def test_stages_stop_recomputing_where_a_rank_has_as_much_to_spare():
-    """What they save is exact without offloading, so the step still fits."""
+    """The bytes that they save are exact without offloading, so the step still fits."""
     config = load_config(["model=gpt_4b", "cluster=a100_80g_node", "num_microbatches=16"])
     choice = Choice(*(Degrees(1, 8, 1), 1, 16, "interleaved", "one_barrier", "full"), num_chunks=4)
     kinds = ("full",) * 16 + ("none",) * 16

@@ -723,7 +723,7 @@ def test_what_is_next_to_the_best_is_tried_though_the_effort_for_others_is_spent
 
 
 def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_that(enter):
-    """As long as bounds are low, what is dear is estimated; both kinds have their turn."""
+    """Dear choices are estimated as long as bounds are low; both kinds have their turn."""
     facts = [Facts(9.0, 9.0, least=0.0), Facts(9.0, 9.0, placed=10**6)]
     facts += [Facts(1.0, 30.0, placed=100, stages=0) for _ in range(40)]
     choices = [choice_of(number, splits=number < 20) for number in range(len(facts))]
@@ -748,7 +748,7 @@ def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_th
 def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothing(
     enter, least, leaner
 ):
-    """At most a hundredth slower, with a tenth less memory; all are planned and that counts."""
+    """The leaner one is at most 1 % slower and needs a tenth less; all are planned."""
     seconds, sizes = (10.0, 10.09, 10.2, 10.1), (1.0, 0.95, 0.1, least)
     facts = [Facts(1.0, s, memory=size * GIB) for s, size in zip(seconds, sizes, strict=True)]
     choices = [choice_of(number, offload=part) for number, part in enumerate((1.0, 0.0, 0.0, 1.0))]
