@@ -12,8 +12,8 @@ import threading
 import time
 from functools import partial
 from multiprocessing.connection import wait
-from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -235,19 +235,12 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path, when):
     with Program(main, overrides) as launcher:
         if when == "they train":
             assert any(line.startswith("step") for line in launcher.stdout)
-        while len(ranks := children_of(launcher.pid)) < 2:
+        while len(ranks := psutil.Process(launcher.pid).children()) < 2:
             time.sleep(0.01)
         os.kill(launcher.pid, signal.SIGKILL)
         launcher.wait(30)
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() < deadline, "ranks live on"
-        time.sleep(0.05)
-
-
-def children_of(pid):
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
 
 
 def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):

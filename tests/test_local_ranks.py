@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.programs import Program, finished
@@ -26,15 +27,6 @@ from vp_train.failures import EXIT_CONFIG, EXIT_INTERNAL, EXIT_OK, EXIT_TIME, En
 from vp_train.supervision.ending import leave
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
-
-
-def children_of(pid):
-    """Return the processes below `pid`."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found += [child, *children_of(child)]
-    return found
 
 
 def listening(pids):
@@ -80,9 +72,9 @@ def test_a_job_of_one_machine_listens_on_loopback_alone_and_leaves_nothing_behin
         lines = iter(job.stdout.readline, "")
         said = next((line for line in lines if line.startswith("step ")), None)
         assert said is not None
-        processes = children_of(job.pid)
-        names = [Path(f"/proc/{process}/comm").read_text().strip() for process in processes]
-        assert sorted(names) == ["vp rank 0", "vp rank 1", "vp store"]
+        below = psutil.Process(job.pid).children(recursive=True)
+        processes = [process.pid for process in below]
+        assert sorted(process.name() for process in below) == ["vp rank 0", "vp rank 1", "vp store"]
         addresses = listening([job.pid, *processes])
         assert addresses  # gloo and the store do listen
         assert addresses <= LOOPBACK

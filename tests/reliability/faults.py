@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from tests.programs import Program
 from vp_train import train
 from vp_train.checkpoint.store import find
@@ -210,8 +212,8 @@ def _target(fault, launcher, root):
         return launcher
     if fault.target == "rank":
         return _pid(root, 1)
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    (store,) = set(map(int, children)) - {_pid(root, rank) for rank in range(2)}
+    children = {child.pid for child in psutil.Process(launcher).children()}
+    (store,) = children - {_pid(root, rank) for rank in range(2)}
     return store
 
 
