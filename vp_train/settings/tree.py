@@ -60,12 +60,14 @@ def field_of(name: str) -> tuple[Any, type]:
     return item, section
 
 
+@cache
 def kind_of(name: str) -> Any:
     """Return the type of a setting."""
     item, section = field_of(name)
     return typing.get_type_hints(section)[item.name]
 
 
+@cache
 def is_text(name: str) -> bool:
     """Return whether a setting takes any text."""
     if name not in setting_names():

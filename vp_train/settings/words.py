@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from typing import Any
 
 from vp_train.config import printable
@@ -79,6 +80,12 @@ def quoted_words(word: str) -> str:
 
 def parsed_override(word: str) -> Any:
     """Return what hydra's grammar reads in an override.  Raises HydraException."""
+    return _parser().parse_override(word)
+
+
+@cache
+def _parser() -> Any:
+    """Return hydra's parser of overrides: making it takes as long as its work on a word."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return OverridesParser.create().parse_override(word)
+    return OverridesParser.create()
