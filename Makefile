@@ -11,13 +11,17 @@ export OMP_NUM_THREADS ?= 1
 # Every process that a test starts would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test lint mutants reliability pictures clean
+.PHONY: train test quick lint mutants reliability pictures clean
 
 train: $(VENV)/installed
 	$(BIN)/vp-train parallel.pp=$(RANKS) run.name=$(NAME) $(ARGS)
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n 3 --dist loadfile
+
+# All but the slow tests.
+quick: $(VENV)/installed lint
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

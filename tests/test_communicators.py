@@ -59,6 +59,7 @@ def test_at_512_ranks_no_rank_has_more_than_99_sockets(layout, algorithm):
     assert max(gloo_sockets(specs, rank) for rank in range(512)) == 2 * (31 + 15) + 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "degrees", [(8, 8, 8), (16, 8, 4), (1, 64, 8), (64, 1, 8), (512, 1, 1), (4, 16, 64)]
 )

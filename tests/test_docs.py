@@ -450,6 +450,7 @@ def run_typed(line: str, programs: Path) -> subprocess.CompletedProcess[str]:
     return finished(as_typed, *words, seconds=300, variables=command.environment)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_first_pages_run_as_typed(place, programs, monkeypatch):
     """Every line, one after the other in one directory, each distinct line once.

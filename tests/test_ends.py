@@ -94,6 +94,7 @@ def misbehave(tmp_path, deed, patience):
     return codes, [(tmp_path / f"stderr{rank}").read_text() for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others_when_its_time_is_up(tmp_path):
     codes, (said, _) = misbehave(tmp_path, hang, 8)
     assert codes == [EXIT_HANG, None]
@@ -263,6 +264,7 @@ def test_a_reader_that_goes_away_ends_the_run_with_a_word(tmp_path):
     assert first.endswith(": nobody reads the output any more; the run saves and ends")
 
 
+@pytest.mark.slow
 def test_a_job_without_any_stream_trains(tmp_path):
     overrides = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=1"]
     command = [sys.executable, "-m", "vp_train", *overrides, f"run.root={tmp_path}"]

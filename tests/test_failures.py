@@ -352,6 +352,7 @@ def launch_ranks_that(deed, tmp_path):
     return finished(launch_scripts, str(rank), *overrides)
 
 
+@pytest.mark.slow
 def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
     record = flight_recorder.file_of({}, tmp_path / "run", 1)
     done = launch_ranks_that(f"mkdir -p {record.parent}; echo pickle > {record}", tmp_path)
@@ -363,6 +364,7 @@ def test_a_rank_that_nccl_aborts_is_a_hang_whose_record_is_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_any_other_abort_is_a_signal_whatever_an_earlier_run_has_left(tmp_path):
     record = flight_recorder.file_of({}, tmp_path / "run", 1)
     record.parent.mkdir(parents=True)

@@ -47,6 +47,7 @@ def results_in(path):
     return gpu_check.Results(path / "gpu_check_cpu.json", {"commit": "0"})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_no_step_stops_the_others(tmp_path):
     results, todo = results_in(tmp_path), []

@@ -117,6 +117,7 @@ KILLED = "rank 2 on here was killed by SIGKILL"
 LOST = "rank 0: stopped at step 2, another rank went away"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "expected", "words"),
     [
@@ -254,6 +255,7 @@ def test_what_a_new_start_cannot_mend_is_not_started_again(tmp_path, code):
     assert (tmp_path / "0").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_ranks_start_again_after_a_failure_as_often_as_allowed(capfd):
     code = "(rank and attempt < 2) and os.kill(os.getpid(), 9)\nattempt < 2 and time.sleep(60)"
     assert run_ranks(code, 2, num_restarts=3).code == EXIT_OK

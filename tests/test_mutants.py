@@ -94,6 +94,7 @@ def test_every_package_has_files_and_tests():
             assert all((ROOT / test).exists() for test in tests if not test.startswith("-")), tests
 
 
+@pytest.mark.slow
 def test_what_tests_notice_is_killed_and_what_they_pass_survives(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy/code.py").write_text(

@@ -201,6 +201,7 @@ def test_a_signal_to_one_agent_is_the_end_of_all_restarts(tmp_path):
     assert [ending[0] for ending in endings] == [137, 137]
 
 
+@pytest.mark.slow
 def test_a_stranger_and_a_wrong_number_are_refused_in_one_line(tmp_path):
     port = free_port()
     ours = Agents(tmp_path, "time.sleep(8)", places(2, port))
@@ -782,6 +783,7 @@ def test_a_schedule_that_was_searched_replaces_a_link(monkeypatch, tmp_path):
     assert (solved.read_text(), (tmp_path / "foreign").read_text()) == ("F0", "of somebody else")
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_come_is_named(tmp_path):
     first, second = places(2)
     assert (

@@ -49,6 +49,7 @@ def overrides_behind(words, out):
     return found
 
 
+@pytest.mark.slow
 def test_as_in_the_readme_without_torch():
     code = "import atexit, sys; from vp_train.commands.plan import main\n"
     code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
@@ -263,6 +264,7 @@ def test_costs_that_are_typed_count_on_a_cluster_too(vp_plan):
     assert slow.step_seconds > 5 * make_report(load_config(split)).step_seconds
 
 
+@pytest.mark.slow
 def test_fsdp_has_assumed_rates_where_the_plan_has_measured_passes(vp_plan, tmp_path):
     words = ["model=gpt_4b", "cluster=a100_80g_node", "run.dtype=float16", "model.num_layers=8"]
     assumed = "; passes of FSDP at assumed rates, not as measured "
@@ -324,6 +326,7 @@ STUBBORN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_search")
 @pytest.mark.parametrize("typed", STUBBORN, ids=lambda typed: typed[0])
 def test_what_a_plan_proposes_can_be_appended_and_gives_what_is_said(vp_plan, typed):

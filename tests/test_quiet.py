@@ -63,6 +63,7 @@ sys.exit(str([name for name in sys.argv[1:] if name in sys.modules] or ""))
 """
 
 
+@pytest.mark.slow
 def test_layers_and_their_update_need_no_compiler_and_no_computer_algebra():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", TRAINED, *HEAVY],

@@ -204,6 +204,7 @@ EMPTY_ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "dtype"),
     [

@@ -65,6 +65,7 @@ def vp_simulate(run_here):
     return partial(run_here, main, "vp-simulate")
 
 
+@pytest.mark.slow
 def test_as_in_the_readme_without_torch():
     code = "import atexit, sys; from vp_train.commands.simulate import main\n"
     code += "atexit.register(lambda: print('torch' in sys.modules)); main()"
@@ -534,6 +535,7 @@ def test_a_frontier_is_that_of_the_algorithm_that_is_typed(vp_simulate, monkeypa
     assert asked == [("two_barrier",), ("none",), searched_algorithms(), ("naive",)]
 
 
+@pytest.mark.slow
 def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(
     vp_simulate, quick_search, monkeypatch, tmp_path
 ):

@@ -476,6 +476,7 @@ def scales_of(rank, num_ranks, config):
     return scales, changed, norms
 
 
+@pytest.mark.slow
 def test_steps_that_overflow_float16_are_skipped_until_the_loss_scale_is_right(ranks, tmp_path):
     config = config_of(
         tmp_path, steps=13, dtype="float16", checkpoint_every=0, eval_every=0, trace_step=0

@@ -68,6 +68,7 @@ def test_two_nodes_train_and_a_killed_agent_ends_both(nodes, tmp_path):
     assert words.startswith("vp-train: the agent of node 1 (vpnode2) was killed")
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_both_nodes(nodes, tmp_path):
     jobs = start(nodes, tmp_path, "data=synthetic", "run.steps=100000")
     jobs[0].wait_for(r"^step +2/", START_SECONDS)
@@ -80,6 +81,7 @@ def test_a_cut_link_ends_both_nodes(nodes, tmp_path):
         assert len(last_words(job)) == 1, job.text
 
 
+@pytest.mark.slow
 def test_different_text_and_a_directory_that_is_not_shared_are_refused(nodes, tmp_path):
     words = ["the first node has this text. ", "the second has other text. "]
     for name, text in zip(("text", "other"), words, strict=True):

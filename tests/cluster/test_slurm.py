@@ -71,6 +71,7 @@ def stub(slurm, tmp_path):
     return submit
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_time_limit_requeues_the_job(slurm, stub):
     job = stub()
     slurm.call("scancel", "--batch", "--signal=USR1", job.number)  # as --signal=B:USR1@120 does
@@ -86,6 +87,7 @@ def test_a_signal_before_the_time_limit_requeues_the_job(slurm, stub):
     }
 
 
+@pytest.mark.slow
 def test_a_preempted_job_has_its_grace_time_and_is_requeued(slurm, stub):
     job = stub()
     short = slurm.directory / "short.sh"
@@ -135,6 +137,7 @@ NANO = (
 )
 
 
+@pytest.mark.slow
 def test_two_nodes_train_are_requeued_and_resume(slurm, programs, tmp_path):
     setup = tmp_path / "setup.sh"
     setup.write_text(f"export PATH={programs}:$PATH\n")

@@ -760,6 +760,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is reset by /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     from vp_train.hf.families import config_of as hugging_face

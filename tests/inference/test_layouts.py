@@ -80,6 +80,7 @@ def one_process(trained):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_scores_and_tokens_are_those_of_transformers_on_every_layout(
     trained, theirs, one_process, ranks, num_ranks

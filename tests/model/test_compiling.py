@@ -49,6 +49,7 @@ CONFIG = RunConfig(
 BARE = replace(CONFIG.model, normalisation="layernorm", activation="gelu", positions="learned")
 
 
+@pytest.mark.slow
 def test_neither_a_step_nor_a_validation_compiles(traced):
     batch = random_batch(CONFIG, 1)
 
@@ -63,6 +64,7 @@ def test_neither_a_step_nor_a_validation_compiles(traced):
     assert 0 < built == after
 
 
+@pytest.mark.slow
 def test_ranks_of_a_process_compile_no_layer_that_it_has_compiled(traced, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     model = replace(CONFIG.model, num_layers=3, sliding_window=4, full_attention_every=2)
@@ -185,6 +187,7 @@ def test_guards_are_evaluated_once_for_metadata_that_is_new(traced, monkeypatch)
     assert len(checks) == evaluated
 
 
+@pytest.mark.slow
 def test_code_that_torch_really_makes_is_found_by_a_table():
     """Layers would only be slower where torch changes how it compiles ahead of time."""
     added = compiling.compiled_for_tokens(lambda x, y: (x + y).relu())
@@ -302,6 +305,7 @@ def test_a_run_compiles_on_cuda_in_16_bits_or_if_it_is_asked_to(
         assert bool(_missing(bare)) == (not finds and "kernels of a GPU" in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "pays_from", "setting", "model", "words"),
     [

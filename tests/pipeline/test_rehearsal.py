@@ -9,6 +9,7 @@ import torch
 from benchmarks.rehearsal import Case, Setup, rehearse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["1f1b/none", "1f1b", "zb_v/naive"])
 def test_a_rehearsed_step_takes_about_as_long_as_simulated(ranks, case):
     setup = Setup(

@@ -177,6 +177,7 @@ def test_ranks_fill_the_nodes_in_their_order_and_the_fullest_node_counts(dp, tp,
         check_host(step, config.optim, last, needed - 1)
 
 
+@pytest.mark.slow
 def test_a_search_does_not_offload_more_than_hosts_have():
     """The optimizer state of 30B takes 539 GiB; 5 % of host memory stay free."""
     words = ["model=gpt_30b", "cluster=h100_80g_node", "num_microbatches=16"]
@@ -256,6 +257,7 @@ def test_a_slow_link_is_judged_by_the_short_step_of_any_length():
     assert link.needs(slow) == pytest.approx(needs_of(report), rel=0.05)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_never_told_to_stay_as_it_is():
     config = load_config([*LLAMA, "parallel.offload_activations=1"])
     for part in (0.99, 0.999):

@@ -292,6 +292,7 @@ def test_a_search_with_kept_settings_is_one_of_fewer_choices():
             search(config, NO_END, lambda: True, lambda words: None, space_of(config, nothing))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "model", "link", "batch", "known"),
     [

@@ -84,6 +84,7 @@ def timeline_of(solution):
     return simulate(solution.schedule, solution.option.problem, solution.option.cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("p", "m", "spread", "algorithms"),
     [
@@ -176,6 +177,7 @@ def test_every_rank_has_a_cap_of_its_own(hasty_search):
         assert max(kept) > low
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("p", "m", "spread", "seed"), [(2, 4, 0.0, 0), (3, 5, 0.3, 1), (4, 8, 0.3, 2)]
 )
@@ -192,6 +194,7 @@ def test_the_makespan_is_above_the_bound_and_memory_only_raises_it(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("p", "m", "caps", "spread"),
     [

@@ -71,6 +71,7 @@ def test_points_respect_their_caps_and_more_memory_is_never_slower(
     assert makespans == sorted(makespans, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_frontier_ends_where_no_memory_helps_or_with_the_last_whole_search(quick_search):
     options = options_of(2, 6, names=SPLIT)
     caps = [1.7, 3.2, math.inf]

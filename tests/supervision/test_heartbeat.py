@@ -102,6 +102,7 @@ def test_no_terminal_obeys_a_beat_and_its_words_have_an_end():
     assert Beat.parse(b'{"count": Infinity, "host": "", "doing": "", "waits": 0}') is None
 
 
+@pytest.mark.slow
 def test_a_store_that_comes_late_gets_beats_and_without_beats_nobody_is_blamed():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -25,6 +25,7 @@ with_triton = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @with_triton
 def test_the_triton_kernels_are_right_in_the_interpreter_and_few():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
