@@ -215,7 +215,7 @@ class World:
         )
         return step, facts.short, facts.placed
 
-    def ordered(self, choice):
+    def ordered(self, choice, watch):
         named = replace(choice, cap_gib=None, optimizer=None)
         self.note("order", named)
         self.caps[named].append(choice.cap_gib)
@@ -791,6 +791,24 @@ def test_what_may_become_the_best_of_its_kind_is_ordered_anew(enter, names):
     assert found.with_vocabulary.seconds == 9.4
     assert found.without_vocabulary.seconds == 12.0
     assert [plan.seconds for plan in found.best] == [9.4, 9.5, 10.0, 10.1, 10.2]
+
+
+@pytest.mark.parametrize("is_in_time", [True, False])
+def test_the_search_of_an_order_ends_in_time_and_then_its_order_is_dropped(enter, is_in_time):
+    world = World([Facts(8.0, 10.0, orders=((9.0, ROOMY),))])
+    watched = []
+
+    def ordered(choice, watch):
+        watched.append(watch(None))
+        world.log.append(("late", 0))
+        watched.append(watch(None))
+        return World.ordered(world, choice, watch)
+
+    world.ordered = ordered
+    enter(world)
+    found = run(world, in_time=lambda: is_in_time or not world.asked("late"))
+    assert watched == [True, is_in_time]
+    assert found.best[0].seconds == (9.0 if is_in_time else 10.0)
 
 
 @pytest.mark.parametrize(("order_effort", "orders"), [(500, [0, 1]), (700, [0]), (4_000, [])])

@@ -272,7 +272,8 @@ class Trials:
     def order_anew(self, planned: Estimate) -> None:
         """Search for a faster order of a planned step in the memory that it leaves, and book it.
 
-        Every rank has the same cap, so the one with most state says what it is.
+        Every rank has the same cap, so the one with most state says what it is.  An order whose
+        search ran out of time is dropped: a run finds another one.
         """
         report, candidate = planned.report, planned.candidate
         assert report is not None, "it was planned"
@@ -285,7 +286,11 @@ class Trials:
             cap = rounded_down(part * room / 2**30)
             choice = replace(candidate.choice, cap_gib=cap)
             try:
-                step = self._scales.ordered(replace(choice, optimizer=planned.optim))
+                step = self._scales.ordered(
+                    replace(choice, optimizer=planned.optim), lambda _: self.effort.in_time()
+                )
+                if not self.effort.in_time():
+                    return
                 found = self._found(step, choice, planned.optim)
             except TooLargeError:
                 continue

@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from schedules.bound import step_bound
 from schedules.generators import GENERATORS, generate
+from schedules.generators.auto import Watch
 from schedules.generators.weave import waits_for_weights
 from schedules.ir import Kind
 from schedules.layout import Layout
@@ -502,12 +503,12 @@ class Scales:
         """Return the measured or assumed costs of the split of a choice."""
         return self._split_of(choice).cost
 
-    def ordered(self, choice: Choice) -> StepPlan:
+    def ordered(self, choice: Choice, watch: Watch) -> StepPlan:
         """Return the step of a choice in the order that schedule=auto finds under its cap.
 
-        Raises ConfigError if it finds none.
+        `watch` may end its search.  Raises ConfigError if it finds none.
         """
-        return plan_step(choice.applied(self._config), self._config.cluster.num_gpus)
+        return plan_step(choice.applied(self._config), self._config.cluster.num_gpus, watch)
 
     def _draft(self, choice: Choice) -> Draft:
         split, family = self._split_of(choice), GENERATORS[choice.schedule]
