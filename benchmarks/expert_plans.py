@@ -28,12 +28,13 @@ from provenance import provenance
 
 from vp_train.commands.command import collect_rarely
 from vp_train.config import ConfigError
-from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, Means, best_step
+from vp_train.planning.kept import Kept
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
+from vp_train.planning.space import space_of
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 

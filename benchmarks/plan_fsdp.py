@@ -25,11 +25,12 @@ from provenance import provenance
 from vp_train.commands.command import collect_rarely
 from vp_train.config import RunConfig
 from vp_train.config.parallel import recompute_words
-from vp_train.planning.choice import Space, space_of, with_batch_of
+from vp_train.planning.batch import with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Found, Limits, SearchResult
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, best_fsdp
 from vp_train.planning.search import search
+from vp_train.planning.space import Space, space_of
 from vp_train.planning.workload import Workload
 from vp_train.settings import load_config
 

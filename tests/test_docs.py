@@ -26,7 +26,7 @@ from vp_train import failures
 from vp_train.commands.simulate import simulate_step
 from vp_train.commands.sweep import SWEEP, runs_of
 from vp_train.config import ConfigError
-from vp_train.planning.choice import batch_of
+from vp_train.planning.batch import batch_of
 from vp_train.planning.cluster import on_cluster
 from vp_train.planning.degrees import split_ranks, wanted_ranks
 from vp_train.planning.plan import draft_step

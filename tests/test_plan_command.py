@@ -21,10 +21,11 @@ from vp_train.commands.plan import main
 from vp_train.commands.plan_words import plan_lines, short_words, text_of, without_lines
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
-from vp_train.planning.choice import Kept, batch_of
+from vp_train.planning.batch import batch_of
 from vp_train.planning.compare import report_as_typed
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
+from vp_train.planning.kept import Kept
 from vp_train.planning.report import make_report
 from vp_train.planning.search import search, without_vocabulary
 from vp_train.settings import load_config

@@ -155,7 +155,7 @@ def test_a_waiting_task_ends_when_submitit_interrupts_it(example, monkeypatch, h
     monkeypatch.setattr(example, "_SAVE_SECONDS", 40)
     # The run interrupts us once it would save, or dies as it does before it is ready to.
     waits = f"import os, sys, time; from signal import *; signal(SIGTERM, {handler}); "
-    waits += "os.kill(os.getppid(), SIGUSR1); time.sleep(60)"
+    waits += "os.kill(os.getppid(), SIGUSR1)\nwhile True: time.sleep(.1)"
     task = example.Train(["a=1"], command_that(waits))
     queued = []
     before = signal.signal(signal.SIGUSR1, lambda *_: queued.append(task.checkpoint()))

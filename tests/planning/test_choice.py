@@ -14,31 +14,23 @@ from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config import ConfigError
 from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
-from vp_train.planning import choice as choice_module
-from vp_train.planning.choice import (
+from vp_train.planning import space as space_module
+from vp_train.planning.batch import batch_of, with_batch_of, with_replicas
+from vp_train.planning.choice import Choice, as_typed, optimizers_of, word_of
+from vp_train.planning.degrees import Degrees
+from vp_train.planning.kept import Kept, searched_words, settings_of
+from vp_train.planning.moves import neighbours, offloading, with_other_chunks
+from vp_train.planning.placement import redistribute
+from vp_train.planning.space import (
     TOO_LONG,
-    Choice,
-    Kept,
-    as_typed,
-    batch_of,
     counts_of_chunks,
     fitting_batches,
     most_chunks,
-    neighbours,
-    offloading,
-    optimizers_of,
     replicas_of,
-    searched_words,
-    settings_of,
     space_of,
     splits_of,
-    with_batch_of,
-    with_other_chunks,
-    with_replicas,
     without_vocabulary_of,
 )
-from vp_train.planning.degrees import Degrees
-from vp_train.planning.placement import redistribute
 from vp_train.settings import load_config
 
 NANO = load_config(["model=nano"])
@@ -297,7 +289,7 @@ def test_what_was_typed_is_no_choice_where_it_is_of_another_batch_or_moves_to_th
 def test_what_has_too_many_passes_to_be_planned_is_ruled_out_and_counted(monkeypatch):
     config = config_of(batch=24)
     every = space_of(config).choices
-    monkeypatch.setattr(choice_module, "MOST_FORWARD_PASSES", 48)
+    monkeypatch.setattr(space_module, "MOST_FORWARD_PASSES", 48)
     space = space_of(config)
     passes = [one.layout.num_stages * one.num_microbatches for one in every]
     assert space.choices == tuple(
@@ -582,7 +574,7 @@ def test_what_is_typed_and_searched_is_told():
 
 def test_numbers_and_lists_are_written_as_they_are_typed():
     for value, word in ((None, "null"), (True, "true"), (3, "3"), (0.5, "0.5"), ((1, 2), "[1,2]")):
-        assert choice_module._word(value) == word
+        assert word_of(value) == word
 
 
 def test_single_stages_recompute_less_or_more_and_the_rest_stays():

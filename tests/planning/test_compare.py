@@ -14,7 +14,6 @@ from vp_train.commands.plan_words import help_lines
 from vp_train.commands.search_words import search_lines
 from vp_train.planning import compare, outlook
 from vp_train.planning import shared as shared_module
-from vp_train.planning.choice import Kept, space_of
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import (
     Way,
@@ -27,10 +26,12 @@ from vp_train.planning.compare import (
 )
 from vp_train.planning.found import Limits
 from vp_train.planning.fsdp import ON_HOSTS, Means
+from vp_train.planning.kept import Kept
 from vp_train.planning.report import make_report
 from vp_train.planning.search import search, without_vocabulary
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import short_step
+from vp_train.planning.space import space_of
 from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
 from vp_train.units import is_as_fast

@@ -17,11 +17,12 @@ from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
 from vp_train.planning import short
-from vp_train.planning.choice import Choice, Kept, changes_of, choice_of, offloading, space_of
+from vp_train.planning.choice import Choice, changes_of, choice_of
 from vp_train.planning.cluster import MARGIN, host_bytes_per_second, limit_of, with_margin
 from vp_train.planning.compare import helps_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
+from vp_train.planning.kept import Kept
 from vp_train.planning.memory import (
     HostUsage,
     check_host,
@@ -30,12 +31,14 @@ from vp_train.planning.memory import (
     rank_memory,
     rank_parameters,
 )
+from vp_train.planning.moves import offloading
 from vp_train.planning.placement import nothing_offloaded_words, offloaded_layers, split_layers
 from vp_train.planning.plan import plan_step
 from vp_train.planning.report import make_report
 from vp_train.planning.search import search
 from vp_train.planning.short import short_step
 from vp_train.planning.slow_link import SlowLink, link_of, with_link
+from vp_train.planning.space import space_of
 from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES

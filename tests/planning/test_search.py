@@ -13,23 +13,18 @@ from vp_train.config import ConfigError
 from vp_train.config.parallel import RECOMPUTE
 from vp_train.planning import search as search_module
 from vp_train.planning import short, weigh
-from vp_train.planning.choice import (
-    Kept,
-    Space,
-    as_typed,
-    optimizers_of,
-    replicas_of,
-    space_of,
-    with_batch_of,
-)
+from vp_train.planning.batch import with_batch_of
+from vp_train.planning.choice import as_typed, optimizers_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import MARGIN_OF_OFFLOADING, SAME, Limits, counted
+from vp_train.planning.kept import Kept
 from vp_train.planning.memory import passes_peak, rank_state
 from vp_train.planning.no_choice import no_choice_words
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import make_report, report_of
 from vp_train.planning.search import fits_on, search, simulated, without_vocabulary
 from vp_train.planning.short import short_step
+from vp_train.planning.space import Space, replicas_of, space_of
 from vp_train.planning.weigh import Scales, TooLargeError
 from vp_train.settings import load_config
 

@@ -27,13 +27,15 @@ from vp_train.planning import search as search_module
 from vp_train.planning import shared as shared_module
 from vp_train.planning import short as short_module
 from vp_train.planning import trials as trials_module
-from vp_train.planning.choice import ALL, Choice, Kept, Space
+from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, order_of
+from vp_train.planning.kept import ALL, Kept
 from vp_train.planning.learned import alike
 from vp_train.planning.queue import Prospect
 from vp_train.planning.search import _Search, fits_on, search
+from vp_train.planning.space import Space
 from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
 from vp_train.planning.weigh import Weight as Weighed
 from vp_train.settings import load_config

@@ -153,7 +153,7 @@ FAULTS = {
     "exit with a code": Fault(5, "rank 1 on .* left with code 5", "os._exit(5)"),
     "a file that cannot be written": Fault(
         EXIT_IO,
-        r"No space left on device: 'x'",
+        "^vp-train: x: No space left on device, at step 3; ",
         "raise OSError(28, 'No space left on device', 'x')",
     ),
     "a NaN": Fault(EXIT_CONFIG, "step 3: non-finite gradient on rank [01]", POISON),

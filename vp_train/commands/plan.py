@@ -36,17 +36,7 @@ from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
-from vp_train.planning.choice import (
-    ALL,
-    KEPT_WHERE_TYPED,
-    Kept,
-    batch_of,
-    searched_words,
-    settings_of,
-    space_of,
-    with_batch_of,
-    with_replicas,
-)
+from vp_train.planning.batch import batch_of, with_batch_of, with_replicas
 from vp_train.planning.cluster import MARGIN, limit_of
 from vp_train.planning.compare import (
     Help,
@@ -58,10 +48,12 @@ from vp_train.planning.compare import (
 )
 from vp_train.planning.found import Estimate, Limits, SearchResult
 from vp_train.planning.fsdp import Rivals
+from vp_train.planning.kept import ALL, KEPT_WHERE_TYPED, Kept, searched_words, settings_of
 from vp_train.planning.plan import SEARCHING, read_schedule
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.search import search
 from vp_train.planning.shared import Shared
+from vp_train.planning.space import space_of
 from vp_train.planning.weigh import Scales
 from vp_train.units import count_words
 

@@ -12,7 +12,7 @@ from schedules.generators import GENERATORS
 from schedules.render import duration
 from vp_train.config import ConfigError, RunConfig
 from vp_train.config.parallel import RECOMPUTE
-from vp_train.planning.choice import changes_of, most_chunks
+from vp_train.planning.choice import changes_of
 from vp_train.planning.cluster import MARGIN, limit_of
 from vp_train.planning.compare import Help, proposing
 from vp_train.planning.degrees import Degrees, split_ranks
@@ -20,6 +20,7 @@ from vp_train.planning.found import Estimate
 from vp_train.planning.outlook import MOST_AT_ONCE, MOST_PLANNED, Outlook, outlook_of, promising
 from vp_train.planning.placement import offloaded_layers, split_layers
 from vp_train.planning.report import PlanReport
+from vp_train.planning.space import most_chunks
 from vp_train.planning.weigh import about_bytes
 from vp_train.units import human_bytes, large_bytes
 

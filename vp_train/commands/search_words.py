@@ -18,7 +18,7 @@ from vp_train.commands.plan_words import (
 )
 from vp_train.config import ConfigError, RunConfig
 from vp_train.config.parallel import recompute_words
-from vp_train.planning.choice import TOO_LONG, Choice, Kept, unsearched
+from vp_train.planning.choice import Choice, unsearched
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
 from vp_train.planning.found import (
@@ -33,9 +33,11 @@ from vp_train.planning.found import (
     rounded,
 )
 from vp_train.planning.fsdp import Rivals
+from vp_train.planning.kept import Kept
 from vp_train.planning.report import PlanReport
 from vp_train.planning.search import fits_on
 from vp_train.planning.slow_link import SlowLink, link_of
+from vp_train.planning.space import TOO_LONG
 from vp_train.units import compared, count_words, human_bytes, is_as_fast, large_bytes
 
 _SHOWN_REFUSALS = 3

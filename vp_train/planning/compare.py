@@ -14,23 +14,13 @@ from schedules.generators.auto import Watch
 from schedules.render import duration
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.config import ClusterConfig, ConfigError, OptimConfig, RunConfig
-from vp_train.planning.choice import (
-    Choice,
-    Kept,
-    Space,
-    as_typed,
-    choice_of,
-    neighbours,
-    offloading,
-    optimizers_of,
-    space_of,
-    unsearched,
-    with_larger_microbatches,
-)
+from vp_train.planning.choice import Choice, as_typed, choice_of, optimizers_of, unsearched
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
+from vp_train.planning.kept import Kept
+from vp_train.planning.moves import neighbours, offloading, with_larger_microbatches
 from vp_train.planning.outlook import (
     MOST_AT_ONCE,
     MOST_PLANNED,
@@ -45,6 +35,7 @@ from vp_train.planning.report import PlanReport, brief_report, make_report
 from vp_train.planning.search import simulated
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
+from vp_train.planning.space import Space, space_of
 from vp_train.planning.weigh import Scales
 from vp_train.units import compared, is_as_fast
 

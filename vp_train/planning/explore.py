@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from schedules.render import duration
 from vp_train.config import ConfigError
 from vp_train.planning.book import Book
-from vp_train.planning.choice import Choice, Space
+from vp_train.planning.choice import Choice
 from vp_train.planning.found import counted
 from vp_train.planning.queue import Prospect, Queue
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
+from vp_train.planning.space import Space
 from vp_train.planning.trials import Trials
 from vp_train.planning.weigh import NEARLY, Candidate, Scales, Weight
 

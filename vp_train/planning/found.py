@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from vp_train.config import OptimConfig
-from vp_train.planning.choice import Choice, Kept
+from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import MARGIN
+from vp_train.planning.kept import Kept
 from vp_train.planning.plan import digits_behind
 from vp_train.planning.report import PlanReport
 from vp_train.planning.weigh import Candidate

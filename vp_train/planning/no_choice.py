@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from vp_train.config import RunConfig
-from vp_train.planning.choice import (
-    Space,
-    batch_of,
-    fitting_batches,
-    most_chunks,
-    replicas_of,
-    splits_of,
-)
+from vp_train.planning.batch import batch_of
+from vp_train.planning.space import Space, fitting_batches, most_chunks, replicas_of, splits_of
 from vp_train.units import count_words
 
 

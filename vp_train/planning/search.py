@@ -31,27 +31,22 @@ from dataclasses import replace
 from schedules.generators import GENERATORS
 from vp_train.config import ConfigError, RunConfig
 from vp_train.planning.book import Book
-from vp_train.planning.choice import (
-    ALL,
-    TOO_LONG,
-    Choice,
-    Kept,
-    Space,
-    as_typed,
-    neighbours,
-    offloading,
-    space_of,
-    with_larger_microbatches,
-    with_other_chunks,
-    without_vocabulary_of,
-)
+from vp_train.planning.choice import Choice, as_typed
 from vp_train.planning.cluster import limit_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.explore import Explorer
 from vp_train.planning.found import Estimate, Limits, SearchResult, counted
+from vp_train.planning.kept import ALL, Kept
+from vp_train.planning.moves import (
+    neighbours,
+    offloading,
+    with_larger_microbatches,
+    with_other_chunks,
+)
 from vp_train.planning.no_choice import no_choice_words, nothing_kept_words
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import order_nodes, plan_nodes
+from vp_train.planning.space import TOO_LONG, Space, space_of, without_vocabulary_of
 from vp_train.planning.trials import WORTH_ORDER, Almost, Effort, Trials
 from vp_train.planning.weigh import Candidate, Scales
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from vp_train.config import ClusterConfig, ConfigError, OptimConfig
 from vp_train.planning.book import Book
-from vp_train.planning.choice import Choice, Kept
+from vp_train.planning.choice import Choice
 from vp_train.planning.found import Estimate, Found, rounded_down
+from vp_train.planning.kept import Kept
 from vp_train.planning.learned import Learned
 from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.plan import StepPlan
