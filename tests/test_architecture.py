@@ -131,7 +131,7 @@ DOORS = {
 # The only modules of planning that know the whole configuration; the others take its sections and
 # the Workload that is made of it.
 KNOW_THE_RUN = {"workload", "plan", "report", "choice", "compare", "weigh", "search", "no_choice"}
-KNOW_THE_RUN |= {"slow_link", "outlook"}
+KNOW_THE_RUN |= {"slow_link", "outlook", "batch", "kept", "space"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
