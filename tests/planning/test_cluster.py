@@ -146,6 +146,17 @@ def test_tensor_parallel_ranks_share_the_work_and_add_two_sums_each_way():
     assert two.cost.barrier_seconds["C1"] > one.cost.barrier_seconds["C1"]
 
 
+def test_tensor_parallel_ranks_of_one_stage_divide_an_unsharded_vocabulary_inside_their_node():
+    """The network, which their pipeline crosses, is nothing to them; else all ranks meet there."""
+    words = ["cluster.num_nodes=2", "cluster.gpus_per_node=2", "cluster.network_seconds=0.5"]
+    words += ["cluster.node_seconds=0.001", "cluster.node_bytes_per_second=1000000"]
+    _, alone = costed(*words, "vocab.algorithm=none", tp=2)
+    _, sharded = costed(*words, tp=2)
+    assert set(alone.cost.barrier_seconds) == {"CE", "C0", "C1", "C1b", "CG"}
+    assert alone.cost.barrier_seconds["C1"] == pytest.approx(0.001 + 3 * 4 * 64 / 1e6)
+    assert min(sharded.cost.barrier_seconds.values()) > 0.5
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
 def test_split_sequences_are_gathered_once_more_in_the_backward(schedule):
     """Two inputs per layer are all-gathered, each for half an all-reduce.  W has them already.

@@ -211,7 +211,9 @@ def test_a_message_takes_its_fixed_time_and_its_bytes():
         barriers = {one.name: one.payload.value for one in problem.algorithm.barriers}
         assert found.barrier_seconds.keys() == barriers.keys()
         for name, payload in barriers.items():
-            expected = 0.0 if n == 1 else 0.25 + sizes[payload] / 2e6
+            pipeline, tensor = 0.25 + sizes[payload] / 2e6, 0.125 + sizes[payload] / 4e6
+            expected = pipeline if problem.algorithm.sharded else tensor
+            expected = 0.0 if n == 1 else expected
             assert found.barrier_seconds[name] == pytest.approx(expected), payload
             seen.add((payload, n == 1))
     assert {payload for payload, _ in seen} == set(sizes)

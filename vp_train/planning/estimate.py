@@ -72,7 +72,9 @@ def estimate_cost(
         },
         hop_seconds=_hop_seconds(work, cost),
         barrier_seconds={
-            barrier.name: _barrier_seconds(work, cost, barrier, num_shards)
+            barrier.name: _barrier_seconds(
+                work, cost, barrier, num_shards, is_sharded=algorithm.sharded
+            )
             for barrier in algorithm.barriers
         },
         stage_bytes=_stage_bytes(work, layers, recompute),
@@ -144,9 +146,12 @@ def _hop_seconds(work: Workload, cost: CostConfig) -> float:
     return sent + sum_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, message, tp) / 2
 
 
-def _barrier_seconds(work: Workload, cost: CostConfig, barrier: Barrier, num_shards: int) -> float:
+def _barrier_seconds(
+    work: Workload, cost: CostConfig, barrier: Barrier, num_shards: int, *, is_sharded: bool
+) -> float:
     """Return the seconds of one collective of `num_shards` shards.
 
+    Without vocabulary parallelism the shards are those of the tensor-parallel ranks of one stage.
     It is 0 if one rank owns the whole layer, because that rank waits for nobody.
     """
     if num_shards == 1:
@@ -163,7 +168,9 @@ def _barrier_seconds(work: Workload, cost: CostConfig, barrier: Barrier, num_sha
             num_bytes = 3 * precise * (num_shards - 1)
         case Payload.MAXIMUM | Payload.SUMS:
             num_bytes = 2 * 2 * precise
-    return link_seconds(cost.collective_seconds, cost.collective_bytes_per_second, num_bytes)
+    if is_sharded or cost.tensor_bytes_per_second is None:  # the last on a CPU
+        return link_seconds(cost.collective_seconds, cost.collective_bytes_per_second, num_bytes)
+    return link_seconds(cost.tensor_seconds, cost.tensor_bytes_per_second, num_bytes)
 
 
 def rank_slowness(cost: CostConfig, num_ranks: int) -> tuple[float, ...]:
