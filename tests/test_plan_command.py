@@ -435,6 +435,19 @@ def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
     assert "\n~ estimated from short steps, not planned whole\n" in out
 
 
+def test_a_search_says_how_to_ask_for_an_order_that_was_too_dear_for_it():
+    config, limits = load_config(NANO), Limits(top=1, effort=6_000)
+    result = search(config, limits, lambda: True, lambda words: None)
+    choice = result.best[0].choice
+    result = replace(result, unordered=None)
+    assert "not tried" not in "\n".join(search_lines(config, limits, result))
+    result = replace(result, unordered=replace(choice, optimizer=None, cap_gib=0.5))
+    (line,) = (ln for ln in search_lines(config, limits, result) if ln.startswith("not tried"))
+    changes = re.search("append (.*), and", line)[1].split()
+    asked = load_config([*NANO, *choice.overrides(config).split(), *changes])
+    assert asked == replace(choice, cap_gib=0.5).applied(config)
+
+
 def test_a_search_says_when_a_run_that_it_does_not_try_is_faster_as_it_was_typed():
     config, limits = load_config(NANO), Limits(top=1, effort=6_000)
     result = search(config, limits, lambda: True, lambda words: None)

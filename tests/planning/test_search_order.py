@@ -824,8 +824,14 @@ def test_one_order_is_searched_for_after_the_effort_unless_it_takes_much_of_it(
     world = World(facts)
     enter(world)
     effort = 3_300  # of which weights, drafts, short steps and plans take 2,256
-    run(world, top=2, effort=effort)
+    found = run(world, top=2, effort=effort)
     assert world.asked("order") == orders
+    if orders:
+        assert found.unordered is None
+    else:
+        cap = pytest.approx((GIB - 0.6 * ROOMY) / GIB, rel=1e-3)
+        assert found.unordered == replace(world.choices[0], cap_gib=found.unordered.cap_gib)
+        assert found.unordered.cap_gib == cap
 
 
 def test_each_kind_has_a_third_of_the_effort_of_estimates(enter):

@@ -312,6 +312,7 @@ def search_record(
             name: None if first is None else _estimate_record(config, first)
             for name, first in firsts.items()
         },
+        "unordered": None if result.unordered is None else result.unordered.overrides(config),
         "refused": [
             {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
             for refusal in result.refused

@@ -67,6 +67,7 @@ def search_lines(
         first, rows = result.best[0], _rows(result)
         lines += [*_table_lines(config, result, rows), "", *_override_lines(config, first, rows)]
         lines += _typed_lines(config, typed, first.report)
+        lines += _order_lines(config, result)
         lines += [f"binds: {first.report.binds}"]
         lines += _host_memory_lines(first, rows, limits)
         lines += _slow_link_lines(config, limits, result, rows)
@@ -108,6 +109,15 @@ def _typed_lines(
         words += f" ({compared(seconds, others)} than the first)"
     words += f", {human_bytes(typed.ranks[typed.worst].memory.total)}"
     return [f"{words}; a search does not try {' and '.join(unsearched(config))} as given"]
+
+
+def _order_lines(config: RunConfig, result: SearchResult) -> list[str]:
+    """Return how to ask for a faster order of the first plan if that took too much effort."""
+    if result.unordered is None:
+        return []
+    first = result.best[0]
+    changes = result.unordered.changes(first.choice.applied(config))
+    return [f"not tried: a faster order of the first; append {changes}, and vp-plan searches it"]
 
 
 @dataclass(frozen=True, slots=True)

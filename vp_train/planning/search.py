@@ -134,6 +134,7 @@ class _Search:
         self._offloads = config.run.device == "cuda" and plans
         self._balanced: set[Choice] = set()  # those that were looked at with vocab.balance
         self._looked_around: set[Choice] = set()
+        self._unordered: dict[Choice, Choice] = {}  # what is too dear to order, with schedule=auto
         # Those of which single stages were changed, and whether they recompute less then.
         self._changed: set[tuple[Choice, bool]] = set()
         self._with_stages: set[Choice] = set()  # what was simulated of what came of that
@@ -190,6 +191,9 @@ class _Search:
             without_vocabulary=self._book.first(splits_vocabulary=False),
             without_offloading=self._book.without_offloading(),
             leaner=self._book.leaner(best[0] if best else None),
+            unordered=self._unordered.get(replace(best[0].choice, optimizer=None))
+            if best
+            else None,
             estimated=tuple(estimate for estimate in top if not estimate.is_planned),
             leanest=self._book.closest(self._scales),
             refused=tuple(refused[:_KEPT_REFUSALS]),
@@ -574,9 +578,11 @@ class _Search:
             if not self._book.may_be_first(choice, one.candidate.seconds / (1 - WORTH_ORDER)):
                 continue
             effort = order_nodes(one.candidate)
-            if effort > _FOR_ORDER * self._limits.effort or not self._effort.in_time():
-                continue
-            if num_ordered and self._effort.spent + effort > self._limits.effort:
+            is_dear = num_ordered > 0 and self._effort.spent + effort > self._limits.effort
+            is_dear |= effort > _FOR_ORDER * self._limits.effort or not self._effort.in_time()
+            if is_dear:
+                if caps := self._trials.caps_of(one):
+                    self._unordered[choice] = replace(choice, cap_gib=caps[0])
                 continue
             num_ordered += 1
             self._explorer.say("; searching for a faster order")

@@ -273,18 +273,12 @@ class Trials:
     def order_anew(self, planned: Estimate) -> None:
         """Search for a faster order of a planned step in the memory that it leaves, and book it.
 
-        Every rank has the same cap, so the one with most state says what it is.  An order whose
+        An order whose
         search ran out of time is dropped: a run finds another one.
         """
-        report, candidate = planned.report, planned.candidate
-        assert report is not None, "it was planned"
+        candidate = planned.candidate
         self.effort.spent += order_nodes(candidate)
-        room = self._scales.limit - max(
-            rank.memory.total - rank.memory.activations - rank.memory.vocabulary
-            for rank in report.ranks
-        )
-        for part in (1.0, 1.0 - _LOWER_CAP) if room > 0 else ():
-            cap = rounded_down(part * room / 2**30)
+        for cap in self.caps_of(planned):
             choice = replace(candidate.choice, cap_gib=cap)
             try:
                 step = self._scales.ordered(
@@ -302,6 +296,21 @@ class Trials:
                 self._book.add(replace(ordered.as_planned(found), report=None))
                 self._book.plan(choice, found)
             return
+
+    def caps_of(self, planned: Estimate) -> tuple[float, ...]:
+        """Return the caps in GiB to try for an order of a planned step, the highest first.
+
+        Every rank has the same cap, so the one with most state says what it is.  Empty if there is
+        no room.
+        """
+        report = planned.report
+        assert report is not None, "it was planned"
+        room = self._scales.limit - max(
+            rank.memory.total - rank.memory.activations - rank.memory.vocabulary
+            for rank in report.ranks
+        )
+        parts = (1.0, 1.0 - _LOWER_CAP) if room > 0 else ()
+        return tuple(rounded_down(part * room / 2**30) for part in parts)
 
     def _found(self, step: StepPlan, choice: Choice, optim: OptimConfig) -> Found:
         """Return the report of a whole step.  Raises ConfigError if it does not fit."""
