@@ -189,6 +189,13 @@ def solve(
     return Solution(entry.option, schedule, entry.bound, watched.is_stopped)
 
 
+def searched_microbatches(problem: Problem) -> int:
+    """Return the microbatches of the step in which orders are searched for; others are added."""
+    m, p = problem.num_microbatches, problem.layout.num_ranks
+    least = min(_SHORT * p, 2 * p + _MORE)
+    return least + (m - least) % 4 if m > least + 4 else m
+
+
 def _race(
     entries: Sequence[_Entry], known: Sequence[_Found], watched: _Watched
 ) -> tuple[list[_Found], bool]:
@@ -312,9 +319,7 @@ class _Entry:
     ) -> _Entry:
         problem, network = option.problem, Network.of(option.problem, option.cost)
         m = problem.num_microbatches
-        p = problem.layout.num_ranks
-        least = min(_SHORT * p, 2 * p + _MORE)
-        few = least + (m - least) % 4 if short and m > least + 4 else m
+        few = searched_microbatches(problem) if short else m
         bound = step_bound(problem, option.cost, tuple(caps))
         refiner = Refiner(replace(network, num_microbatches=few), caps, m - few)
         fewer = replace(problem, num_microbatches=few)

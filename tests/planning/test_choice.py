@@ -19,7 +19,7 @@ from vp_train.planning.batch import batch_of, with_batch_of, with_replicas
 from vp_train.planning.choice import Choice, as_typed, optimizers_of, word_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.kept import Kept, searched_words, settings_of
-from vp_train.planning.moves import neighbours, offloading, with_other_chunks
+from vp_train.planning.moves import in_the_same_stages, neighbours, offloading, with_other_chunks
 from vp_train.planning.placement import redistribute
 from vp_train.planning.space import (
     TOO_LONG,
@@ -575,6 +575,31 @@ def test_what_is_typed_and_searched_is_told():
 def test_numbers_and_lists_are_written_as_they_are_typed():
     for value, word in ((None, "null"), (True, "true"), (3, "3"), (0.5, "0.5"), ((1, 2), "[1,2]")):
         assert word_of(value) == word
+
+
+def test_other_passes_in_the_same_stages_differ_in_the_schedule_or_the_algorithm():
+    for schedule, num_chunks in (("v_half", None), ("interleaved", 2), ("1f1b", None)):
+        for vocab in ("one_barrier", "none"):
+            choice = Choice(
+                *(Degrees(1, 4, 2), 1, 16, schedule, vocab, "full"),
+                num_chunks=num_chunks,
+                recompute_per_stage=("full", "none") * (2 if schedule == "1f1b" else 4),
+                balance=vocab != "none",
+            )
+            found = in_the_same_stages(choice)
+            schedules = {other.schedule for other in found if other.vocab == vocab}
+            vocabs = {other.vocab for other in found if other.schedule == schedule}
+            assert len(found) == len(set(found)) == len(schedules) + len(vocabs)
+            assert vocabs == (
+                set(searched_algorithms()) - {"none", vocab} if choice.balance else set()
+            )
+            assert schedules == {
+                name
+                for name in set(searched_schedules()) - {schedule}
+                if GENERATORS[name].layout == choice.layout.name
+            }
+            for other in found:
+                assert replace(other, schedule=schedule, vocab=vocab) == choice
 
 
 def test_single_stages_recompute_less_or_more_and_the_rest_stays():

@@ -92,6 +92,7 @@ class Facts:
     fewer: int | None = None
     vocabulary: float = 1.0
     less: tuple[int, ...] = ()
+    same: tuple[int, ...] = ()
     most: tuple[int, ...] = ()
     on_rank: tuple[int, ...] | None = None
     rank: int = 1
@@ -291,6 +292,11 @@ def enter(monkeypatch):
         monkeypatch.setattr(shared_module, "short_step", world.short_step)
         monkeypatch.setattr(search_module, "neighbours", world.neighbours)
         monkeypatch.setattr(search_module, "with_larger_microbatches", lambda choice: [])
+
+        def in_the_same_stages(choice):
+            return [world.choices[number] for number in world.facts[choice].same]
+
+        monkeypatch.setattr(search_module, "in_the_same_stages", in_the_same_stages)
 
         def order_nodes(item):
             facts = world.facts[item.choice]
@@ -793,6 +799,26 @@ def test_what_may_become_the_best_of_its_kind_is_ordered_anew(enter, names):
     assert found.with_vocabulary.seconds == 9.4
     assert found.without_vocabulary.seconds == 12.0
     assert [plan.seconds for plan in found.best] == [9.4, 9.5, 10.0, 10.1, 10.2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_tried"),
+    [
+        ({"balance": True}, True),
+        ({"recompute": "full", "recompute_per_stage": ("full", "none")}, True),
+        ({"recompute": "full"}, False),
+    ],
+)
+def test_the_best_has_other_passes_in_the_stages_that_were_found_for_its_own(
+    enter, settings, is_tried
+):
+    """The neighbours of what has no such stages are all that there is."""
+    facts = [Facts(8.0, 10.0, same=(1, 2, 3)), Facts(7.0, 9.5), Facts(8.0, 9.0), Facts(9.9, 9.9)]
+    world = World(facts, [choice_of(number, **settings) for number in range(4)])
+    enter(world)
+    found = run(world, first=1)
+    assert found.best[0].seconds == (9.0 if is_tried else 10.0)
+    assert world.asked("short") == ([0, 1, 2] if is_tried else [0]), "3 cannot be faster"
 
 
 @pytest.mark.parametrize("is_in_time", [True, False])

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
+from schedules.generators import GENERATORS, searched_schedules
+from schedules.vocab import VOCAB_ALGORITHMS, searched_algorithms
 from vp_train.config.parallel import RECOMPUTE
 from vp_train.planning.choice import Choice, even_placement, where_needed_values
 from vp_train.planning.plan import MOST_FORWARD_PASSES
@@ -107,6 +109,26 @@ def with_larger_microbatches(choice: Choice) -> list[Choice]:
         if sequences % larger == 0
         for recompute in RECOMPUTE[: strongest + 1]
     ]
+
+
+def in_the_same_stages(choice: Choice) -> list[Choice]:
+    """Return the choices with another schedule of the same layout or another algorithm.
+
+    All else stays, such as the stages that recompute and balanced rows, which were found for
+    `choice`.  None moves the vocabulary, which changes the stages.
+    """
+    family = GENERATORS[choice.schedule]
+    others = [
+        replace(choice, schedule=name)
+        for name in searched_schedules()
+        if name != choice.schedule and GENERATORS[name].layout == family.layout
+    ]
+    others += [
+        replace(choice, vocab=name)
+        for name in searched_algorithms()
+        if name != choice.vocab and VOCAB_ALGORITHMS[name].sharded and choice.splits_vocabulary
+    ]
+    return [replace(other, optimizer=None) for other in others]
 
 
 def _differences(choice: Choice, other: Choice) -> int:

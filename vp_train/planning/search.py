@@ -11,8 +11,9 @@ It goes from cheap to dear, and each stage sees fewer choices:
 5. Estimate what differs in one setting from the best with and without vocabulary parallelism.
 6. Estimate single stages that recompute less in the best, and more in what almost fits.
 7. Estimate vocab.balance in the place of what may be among the best with it, then 6 again.
-8. Plan the best estimates as a run would plan them.
-9. Let schedule=auto order the passes of what may become the best by that.
+8. Estimate other passes in the stages of the best, which recompute as was found in 6 and 7.
+9. Plan the best estimates as a run would plan them.
+10. Let schedule=auto order the passes of what may become the best by that.
 
 Links to hosts and their memory are assumed, so a step with offloaded activations counts as half a
 percent longer wherever it is compared (`counted`).
@@ -38,6 +39,7 @@ from vp_train.planning.explore import Explorer
 from vp_train.planning.found import Estimate, Limits, SearchResult, counted
 from vp_train.planning.kept import ALL, Kept
 from vp_train.planning.moves import (
+    in_the_same_stages,
     neighbours,
     offloading,
     with_larger_microbatches,
@@ -60,6 +62,7 @@ _BEFORE_OFFLOADING, _FOR_OFFLOADING = 0.35, 0.3
 _FOR_NEIGHBOURS = 0.15  # part of the effort for what is next to the best, see `_look_around`
 # Parts of the effort for single stages, at once and in all, see `_change_stages`.
 _FOR_STAGES_AT_ONCE, _FOR_STAGES = 0.05, 0.15
+_FOR_PASSES = 0.03  # for other passes in the same stages
 _TRIES_NEARLY = 8  # of what almost fits, in more stages
 _MOST_CONFIRMED = 3  # plans that are made before the best is known, see `_confirm`
 _FOR_ORDER = 0.3  # part of the effort that the search of one order may take
@@ -164,6 +167,7 @@ class _Search:
                 self._change_stages()
                 self._balance()
                 self._change_stages()
+                self._change_passes()
                 self._plan()
             if not self._plans or self._seen == before or not self._explorer.goes_on():
                 self._order_anew()
@@ -480,6 +484,29 @@ class _Search:
             self._book.add(estimate)
             self._explorer.say()
         return is_first, almost
+
+    def _change_passes(self) -> None:
+        """Let the best of each kind have other passes in the same stages.
+
+        What recomputes there, and its balanced rows, were found for its own passes, so neighbours
+        do not have them.
+        """
+        until = self._effort.spent + _FOR_PASSES * self._limits.effort
+        for candidate in [estimate.candidate for estimate in self._first_estimates()]:
+            if candidate.choice.recompute_per_stage is None and not candidate.choice.balance:
+                continue
+            for choice in in_the_same_stages(candidate.choice):
+                if self._effort.is_over(until):
+                    return
+                if choice in self._with_stages or self._space.kept.against(choice) is not None:
+                    continue
+                self._with_stages.add(choice)
+                draft = self._trials.draft_stages(candidate, choice)
+                if draft is None or not self._book.may_be_first(choice, draft.seconds):
+                    continue
+                is_first, _ = self._estimate_stages(draft)
+                if is_first:
+                    self._recompute_less(draft, until)
 
     def _balance(self) -> None:
         """Estimate vocab.balance in the place of what may be among the best with it.

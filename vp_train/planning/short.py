@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from schedules.generators import promised, shortened
+from schedules.generators.auto import searched_microbatches
 from schedules.offload import place_transfers
 from schedules.problem import Problem
 from schedules.simulate import simulate_order
@@ -22,7 +23,8 @@ _MANY_RANKS = 16  # which are full after one microbatch of each
 # take so many times the effort of others.
 _OFFLOADED, _MIXED = 3, 3
 _WORTH_A_THIRD = 2  # times the length of a third short step: a step that is long enough for it
-_ORDERED = 800  # times the nodes of a step are placed by schedule=auto, at most about
+# Of schedule=auto: it places so many nodes, and so many times those of the step that it searches.
+_TO_ORDER, _TO_ORDER_TIMES = 600_000, 300
 WHOLE_EFFORT = 120_000  # of `generate` for a plan
 
 
@@ -127,7 +129,9 @@ def _placed(
 
 def order_nodes(item: Candidate) -> int:
     """Return the effort of schedule=auto for a choice, in nodes."""
-    return _ORDERED * _nodes(item.draft.problem)
+    problem = item.draft.problem
+    few = replace(problem, num_microbatches=searched_microbatches(problem))
+    return _TO_ORDER + _TO_ORDER_TIMES * _nodes(few)
 
 
 def _nodes(problem: Problem) -> int:
