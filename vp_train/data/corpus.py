@@ -71,6 +71,8 @@ from vp_train.data.tokenizer import (
     special_tokens,
     train_tokenizer,
 )
+from vp_train.data.unspelled import tally_of, unspelled_words
+from vp_train.data.worker import open_tokenizer
 from vp_train.durable import UnreadableError, read_text, sync
 from vp_train.units import count_words, human_bytes
 
@@ -156,7 +158,10 @@ def _first_token(corpus: Corpus) -> int:
 def left_out_warnings(
     config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
 ) -> list[str]:
-    """Return what is left out of each corpus, or named validation set, where that is much."""
+    """Return what each corpus, or named validation set, lacks of its text.
+
+    That is what is left out, where it is much, and what the tokenizer cannot spell.
+    """
     return [
         f"{name}: {words}"
         for name, corpus in with_names(config, corpora, named)
@@ -165,10 +170,14 @@ def left_out_warnings(
 
 
 def _much(manifest: Manifest) -> Iterator[str]:
-    """Yield a warning each for many documents, and for large files, that are left out."""
+    """Yield a warning each for many documents, and for large files, that are left out.
+
+    And for any text that the tokenizer cannot spell.
+    """
     yield from filter(None, [much_left_out(manifest.left_out, manifest.num_documents)])
     if manifest.text_bytes is not None:
         yield from filter(None, [outweighed(manifest.left_out, manifest.text_bytes)])
+    yield from filter(None, [unspelled_words(manifest.unspelled)])
 
 
 def with_names(
@@ -721,18 +730,20 @@ class _Work:
         if config.begin_token is not None:
             begin = begin_token_id(tokenizer, config.begin_token, self.vocab_size)
         save_tokenizer(tokenizer, directory / "tokenizer.json")
-        size, reading = num_ids(tokenizer), Reading(self.left_out)
+        size, reading, tally = num_ids(tokenizer), Reading(self.left_out), None
         indexes = [path for path in self.files if path.suffix == INDEX]
         if indexes:
             special = special_tokens(tokenizer) if config.end_token is None else {}
             found = stored_documents(indexes, size, end, special, reading)
         else:
+            tally = tally_of(open_tokenizer(str(directory / "tokenizer.json")))
             found = encoded(
                 read_documents(self.files, config.jsonl_field, reading=reading),
                 directory / "tokenizer.json",
                 longest_run=_LONGEST_WORD,
                 longest_piece=LONGEST_PIECE,
                 workers=config.num_workers,
+                tally=tally,
             )
         total = _bytes_of(self.files)
 
@@ -764,6 +775,7 @@ class _Work:
             left_out=self.left_out.as_dict(),
             text_bytes=total,
             begin_token=begin,
+            unspelled={} if tally is None else tally.as_dict(),
         )
 
     def _checked(

@@ -179,6 +179,43 @@ def byte_lengths(tokenizer: Tokenizer) -> list[int]:
     return lengths
 
 
+def spells_bytes(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer has a token for every byte, and takes it: it spells any text."""
+    described = json.loads(tokenizer.to_str())
+    model, vocab = described["model"], tokenizer.get_vocab(with_added_tokens=False).keys()
+    if model.get("byte_fallback"):
+        return {f"<0x{number:02X}>" for number in range(256)} <= vocab
+    steps = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
+    is_plain = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+    is_letters = model["type"] in ("BPE", "Unigram") and '"ByteLevel"' in steps and is_plain
+    return is_letters and set(pre_tokenizers.ByteLevel.alphabet()) <= vocab
+
+
+def unknown_token(tokenizer: Tokenizer) -> str | None:
+    """Return the token that stands for what a tokenizer cannot spell, None if it has none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    token = model.get("unk_token")
+    if model.get("unk_id") is not None:  # of a Unigram
+        token, _ = model["vocab"][model["unk_id"]]
+    return token if token is not None and tokenizer.token_to_id(token) is not None else None
+
+
+def with_unknown(tokenizer: Tokenizer, token: str) -> Tokenizer | None:
+    """Return a BPE with the new token `token` for each character that it cannot spell.
+
+    Of another kind of tokenizer, which raises an error without an unknown token, return None.
+    """
+    described = json.loads(tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        return None
+    vocab = model["vocab"] | {token: num_ids(tokenizer)}
+    model |= {"vocab": vocab, "unk_token": token, "fuse_unk": False}
+    made = Tokenizer.from_str(json.dumps(described))
+    made.encode_special_tokens = True
+    return made
+
+
 def num_ids(tokenizer: Tokenizer, *, added: bool = True) -> int:
     """Return the size of a vocabulary that holds every id of the tokenizer.
 
