@@ -130,23 +130,47 @@ def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     ]
 
 
-def begin_warnings(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
-    """Return a warning if the given tokenizer begins a text with a token that the documents lack.
-
-    Tokens of Megatron-LM may have it from where they were made.
-    """
+def unlike_tokenizer(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
+    """Return a warning if data.tokenizer begins a text with a token that the documents lack."""
     if config.tokenizer is None or not corpora or corpora[0].manifest.begin_token is not None:
         return []
-    tokenizer = load_tokenizer(corpora[0].tokenizer, None)
-    token = front_token(tokenizer)
-    if token is None or all(
-        _first_token(corpus) == tokenizer.token_to_id(token) for corpus in corpora
-    ):
+    token = front_token(load_tokenizer(corpora[0].tokenizer, None))
+    if token is None or begin_with(corpora, token):
         return []
     return [
         f"the tokenizer puts {token} in front of a text, but the documents begin without it; "
         f"where the model expects it, add {shell_word('data.begin_token', token)}"
     ]
+
+
+def ordinary_warnings(corpora: Sequence[Corpus]) -> list[str]:
+    """Return a warning if documents begin with a token that a text may have too."""
+    begin = corpora[0].manifest.begin_token if corpora else None
+    if begin is None:
+        return []
+    tokenizer = load_tokenizer(corpora[0].tokenizer, None)
+    special = special_tokens(tokenizer)
+    if begin in special:
+        return []
+    return [
+        f"documents begin with {printable(repr(tokenizer.id_to_token(begin)))}, which is no "
+        "special token of the tokenizer, so a text may have it within; its special tokens are "
+        f"{printable(', '.join(list(special.values())[:8])) or 'none'}"
+    ]
+
+
+def begin_with(corpora: Sequence[Corpus], token: str | None) -> bool:
+    """Return whether documents begin with `token`, or with none.
+
+    Tokens of Megatron-LM may have it from where they were made.
+    """
+    begin = corpora[0].manifest.begin_token
+    number = (
+        None if token is None else load_tokenizer(corpora[0].tokenizer, None).token_to_id(token)
+    )
+    if begin is not None or number is None:
+        return bool(begin == number)
+    return all(_first_token(corpus) == number for corpus in corpora)
 
 
 def _first_token(corpus: Corpus) -> int:

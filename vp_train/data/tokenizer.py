@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vp_train.config import ConfigError
-from vp_train.durable import PointerError, UnreadableError, read_bytes, read_text
+from vp_train.durable import PointerError, UnreadableError, read_bytes, read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
@@ -132,6 +133,46 @@ def token_of(path: Path, token_id: int) -> str | None:
     except ConfigError:
         return None
     return token
+
+
+def begin_of_run(directory: Path) -> str | None:
+    """Return the token that a run has put in front of its documents, None if there is none."""
+    words = tokenizer_config_in(directory)
+    return token_in(words, "bos_token") if words.get("add_bos_token") is True else None
+
+
+def begin_by_files(directory: Path) -> str | None:
+    """Return the token that the files of a tokenizer put in front of a text, None if there is none.
+
+    add_bos_token of tokenizer_config.json counts where tokenizer.json puts none there, or if it is
+    false.
+    """
+    words = tokenizer_config_in(directory)
+    is_added = words.get("add_bos_token")
+    if is_added is False:
+        return None
+    path = directory / "tokenizer.json"
+    found = front_of(path)
+    if found is None and is_added is True:
+        found = token_in(words, "bos_token")
+        return None if begin_of(path, found) is None else found
+    return found
+
+
+def tokenizer_config_in(directory: Path) -> Mapping[str, object]:
+    """Return the tokenizer_config.json of a directory, nothing if it cannot be read."""
+    with suppress(UnreadableError):
+        values = read_json(directory / "tokenizer_config.json", LARGEST_TOKENIZER)
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def token_in(words: Mapping[str, object], name: str) -> str | None:
+    """Return a token that a tokenizer_config.json names, None if it names none."""
+    token = words.get(name)
+    if isinstance(token, dict):  # as versions before 5 of transformers wrote it
+        token = token.get("content")
+    return token if isinstance(token, str) else None
 
 
 def tokenizer_config(
