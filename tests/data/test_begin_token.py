@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, processors
 from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
 from tests.data.test_megatron import END, OTHER_END, write_pair, write_tokenizer
 from vp_train.config import BlendEntry, ConfigError, DataConfig, RunSettings, ValidationEntry
-from vp_train.data import Corpus, describe, open_source, prepare, prepare_all, prepare_validation
+from vp_train.data import Corpus, describe, open_source, prepare, prepare_all
 from vp_train.data.corpus import unlike_tokenizer
 from vp_train.data.indexed import open_dataset
 from vp_train.data.left_out import EMPTY
@@ -116,8 +116,8 @@ def test_corpora_of_a_run_begin_alike(tmp_path: Path) -> None:
     named = replace(
         shared, path=str(begun.path), validation=(ValidationEntry("own", str(tmp_path / "other")),)
     )
-    with pytest.raises(ConfigError, match=r"set data\.begin_token"):
-        prepare_validation(named, VOCAB_SIZE, (begun,), progress=False)
+    with pytest.raises(ConfigError, match=r"data\.validation, own .* same .* data\.begin_token"):
+        prepare_all(named, VOCAB_SIZE, progress=False)
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])

@@ -308,6 +308,14 @@ def test_text_of_another_tokenizer_than_that_of_the_weights_is_refused(imported,
     assert prepare_run(wanted, progress=False)
 
 
+def test_a_second_run_on_other_text_is_refused_before_its_text_is_tokenized(corpus, tmp_path):
+    """Without data.tokenizer one is trained on its text; it is not that of the first run."""
+    tokenizer_file(tmp_path / "runs/one/tokenizer.json")
+    config = config_of(tmp_path / "runs/one", corpus, tmp_path / "cache")
+    assert f"data.tokenizer={tmp_path}/runs/one/tokenizer.json, or" in refused(config)
+    assert not list((tmp_path / "cache").glob("text-*"))
+
+
 def test_an_import_without_a_tokenizer_needs_one_to_be_given(imported, corpus, tmp_path):
     shutil.copytree(imported, tmp_path / "bare")
     (tmp_path / "bare/tokenizer.json").unlink()

@@ -26,9 +26,8 @@ from vp_train.durable import UnreadableError, checkpoints_in, homes
 def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
     """Prepare the corpora of a run, like `prepare_all`, with the tokenizer of its first weights.
 
-    Raises ConfigError, if possible before anything is prepared, for text that is tokenized by
-    another tokenizer than the one beside the weights of run.init_from.  Weights of a run on
-    synthetic data have none.
+    Raises ConfigError, before anything is tokenized, for text that would have another tokenizer
+    than the one beside the weights of run.init_from.  Weights of a run on synthetic data have none.
     """
     origin = _origin(config)
     kept = None if origin is None else _find(origin, "tokenizer.json")
@@ -50,12 +49,12 @@ def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
                 f"the weights of run.init_from={origin} do not know a tokenizer that is trained "
                 f"on this text; add {shell_word('data.tokenizer', str(kept))}, {wanted}"
             )
-    elif kept is not None and config.data.tokenizer is not None:
-        _require_same(Path(config.data.tokenizer).expanduser(), kept, give)
-    corpora = prepare_all(config.data, config.model.vocab_size, progress)
-    if kept is not None and corpora:
-        _require_same(corpora[0].tokenizer, kept, give)
-    return corpora
+
+    def accept(tokenizer: Path) -> None:
+        if kept is not None:
+            _require_same(tokenizer, kept, give)
+
+    return prepare_all(config.data, config.model.vocab_size, progress, accept)
 
 
 def begin_warnings(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
