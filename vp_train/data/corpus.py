@@ -45,7 +45,7 @@ from vp_train.data.indexed import (
 )
 from vp_train.data.integrity import block_hashes, check_blocks, check_once
 from vp_train.data.json_lines import LONGEST_LINE
-from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, outweighed, words_of
+from vp_train.data.left_out import EMPTY, OF_FIELDS, LeftOut, much_left_out, outweighed, words_of
 from vp_train.data.locks import alone, building_place, remove_left
 from vp_train.data.manifest import (
     FILES,
@@ -907,7 +907,8 @@ def _nothing_words(files: Sequence[Path], left_out: LeftOut) -> str:
         after = f" and the {count_words(others, 'file')} after it"
     is_text = kind_of(files[0]) != "tokens"
     words = "; ".join(words_of(left_out.as_dict())) or "no documents"
-    field = ", or data.jsonl_field to the field that has it" if is_text else ""
+    is_field = any(kind in left_out.counts for kind in OF_FIELDS)
+    field = ", or data.jsonl_field to the field that has it" if is_field else ""
     return (
         f"{files[0]}{after} {'hold' if others else 'holds'} "
         f"no {'text' if is_text else 'tokens'} ({words}); set data.path to some that do{field}"
