@@ -144,12 +144,12 @@ class _Vanished:
     def _find(self, text: str) -> np.ndarray:
         """Return the characters of a text that are lost, uint32 [n]."""
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        kinds = self._kinds[codes]
+        kinds = self._kinds.take(codes)
         if kinds.max(initial=_FINE) == _NEW:
             for code in np.unique(codes[kinds == _NEW]):
                 is_lost = self._loses(f"{self._around}{chr(code)}{self._around}")
                 self._kinds[code] = _LOST if is_lost else _FINE
-            kinds = self._kinds[codes]
+            kinds = self._kinds.take(codes)
         lost: np.ndarray = codes[kinds == _LOST]
         return lost
 
