@@ -183,6 +183,22 @@ def test_the_table_says_refused_where_the_run_will_be(started, tmp_path):
     }
 
 
+def test_the_seed_of_what_is_held_out_may_be_typed_as_it_was(started):
+    checkpointed(started("data.seed=7"))
+    for same in ("data.split_seed=7", "data.split_seed=null"):
+        config = load_config([*RESUMED, same])
+        check_start(config)
+        assert resume_words(config) == "settings of runs/one/config.yaml"
+    with pytest.raises(
+        ConfigError, match=r"has run with data.split_seed=7, this command line has 8"
+    ):
+        check_start(load_config([*RESUMED, "data.split_seed=8"]))
+    with pytest.raises(
+        ConfigError, match=r"has run with data.seed=7, this command line has 8; use"
+    ):
+        check_start(load_config([*RESUMED, "data.seed=8"]))
+
+
 def test_samples_keep_the_length_that_they_had(started):
     checkpointed(started("model.seq_length=64", "data=synthetic"))
     assert load_config(RESUMED).data.sample_length is None

@@ -248,6 +248,20 @@ def test_an_earlier_version_had_a_plain_loss_samples_of_a_sequence_and_no_ramp()
 
 
 @pytest.mark.parametrize(
+    ("was", "now", "is_same"),
+    [((7, None), (7, 7), True), ((7, 7), (7, None), True), ((7, None), (7, 8), False)],
+)
+def test_a_seed_of_what_is_held_out_counts_by_what_it_is(was, now, is_same):
+    saved, ours = (
+        settings(RunConfig(data=DataConfig(seed=seed, split_seed=split)))
+        for seed, split in (was, now)
+    )
+    for before in (saved, saved | {"data": saved["data"] | {"split_seed": was[1]}}):
+        words = refusal(training._completed(before), ours)
+        assert words == "" if is_same else "data.split_seed=7, this run has 8" in words
+
+
+@pytest.mark.parametrize(
     ("saved", "ours", "which"),
     [
         (["a"], ["b"], "the text or its tokenizer is"),

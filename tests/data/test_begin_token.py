@@ -13,13 +13,19 @@ from tokenizers import Tokenizer, processors
 
 from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
 from tests.data.test_megatron import END, OTHER_END, write_pair, write_tokenizer
-from vp_train.config import BlendEntry, ConfigError, DataConfig, ValidationEntry
-from vp_train.data import Corpus, describe, open_source, prepare, prepare_all, prepare_validation
-from vp_train.data.corpus import begin_warnings
+from vp_train.config import BlendEntry, ConfigError, DataConfig, RunSettings, ValidationEntry
+from vp_train.data import Corpus, describe, open_source, prepare, prepare_all
+from vp_train.data.corpus import unlike_tokenizer
 from vp_train.data.indexed import open_dataset
 from vp_train.data.left_out import EMPTY
+from vp_train.data.origin import begin_warnings
 from vp_train.data.pieces import LONGEST_PIECE
-from vp_train.data.tokenizer import front_token, tokenizer_config, with_front_token
+from vp_train.data.tokenizer import (
+    begin_by_files,
+    front_token,
+    tokenizer_config,
+    with_front_token,
+)
 
 BEGIN = "<|endoftext|>"
 
@@ -110,8 +116,8 @@ def test_corpora_of_a_run_begin_alike(tmp_path: Path) -> None:
     named = replace(
         shared, path=str(begun.path), validation=(ValidationEntry("own", str(tmp_path / "other")),)
     )
-    with pytest.raises(ConfigError, match=r"set data\.begin_token"):
-        prepare_validation(named, VOCAB_SIZE, (begun,), progress=False)
+    with pytest.raises(ConfigError, match=r"data\.validation, own .* same .* data\.begin_token"):
+        prepare_all(named, VOCAB_SIZE, progress=False)
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
@@ -164,12 +170,80 @@ def test_a_tokenizer_that_begins_texts_otherwise_than_the_corpus_is_said(tmp_pat
     path = write_tokenizer(tmp_path / "own.json")
     data = text_config(tmp_path, tokenizer=str(path))
     write_letters(tmp_path / "text", [5, 6])
-    assert not begin_warnings(data, [build(data, None)]), "it begins texts with nothing"
+    assert not unlike_tokenizer(data, [build(data, None)]), "it begins texts with nothing"
     path.write_text(with_front_token(path.read_text(), "</s>"))
-    (words,) = begin_warnings(data, [build(data, None)])
+    (words,) = unlike_tokenizer(data, [build(data, None)])
     assert "puts </s> in front of a text" in words
     assert "data.begin_token=" in words
-    assert not begin_warnings(data, [build(data, "</s>")])
+    assert not unlike_tokenizer(data, [build(data, "</s>")])
     index = write_pair(tmp_path / "a", [[[OTHER_END, 7, END]]])
     stored = replace(data, path=str(index), end_token=BEGIN)
-    assert not begin_warnings(stored, [build(stored, None)]), "the tokens have it"
+    assert not unlike_tokenizer(stored, [build(stored, None)]), "the tokens have it"
+
+
+def test_a_token_that_texts_have_too_is_said(tmp_path: Path) -> None:
+    write_letters(tmp_path / "text", [200] * 4)
+    data = text_config(tmp_path)
+    for begin, is_special in ((BEGIN, True), ("a", False)):
+        config = run_config(replace(data, begin_token=begin))
+        found = [line for line in open_source(config).warnings if "begin" in line]
+        assert found == begin_warnings(config, [build(data, begin)])
+        assert len(found) == (not is_special)
+    assert found[0].startswith("documents begin with 'a', which is no special token of the token")
+    assert found[0].endswith(f"its special tokens are {BEGIN}")
+
+
+@pytest.mark.parametrize("is_import", [False, True])
+@pytest.mark.parametrize("was", [None, "</s>", BEGIN])
+@pytest.mark.parametrize("now", [None, "</s>", BEGIN])
+def test_documents_that_begin_otherwise_than_those_of_the_weights_are_said(
+    tmp_path: Path, is_import: bool, was: str | None, now: str | None
+) -> None:
+    """An import whose files put nothing in front of a text does not say how it was trained."""
+    write_letters(tmp_path / "text", [200] * 4)
+    (tmp_path / "origin").mkdir()
+    tokenizer = write_tokenizer(tmp_path / "origin/tokenizer.json")
+    begin = {None: None, BEGIN: END, "</s>": OTHER_END}[was]
+    words = tokenizer_config(tokenizer, END, begin=begin, longest=8, after_end=True)
+    (tokenizer.parent / "tokenizer_config.json").write_text(json.dumps(words))
+    (tokenizer.parent / ("model.yaml" if is_import else "config.yaml")).touch()
+    (tokenizer.parent / "step-00000001").mkdir()
+    data = text_config(tmp_path, tokenizer=str(tokenizer), end_token=BEGIN, begin_token=now)
+    corpora = [build(data, now)]
+    for place in (tokenizer.parent, tokenizer.parent / "step-00000001"):
+        run = RunSettings(init_from=str(place), root=str(tmp_path / "runs"))
+        found = begin_warnings(replace(run_config(data), run=run), corpora)
+        assert len(found) == (was != now and not (is_import and was is None))
+        assert all(f"begin with {now or 'no token'}, " in line for line in found)
+        assert all(line.rstrip('"').endswith(f"data.begin_token={was or 'null'}") for line in found)
+        other = replace(data, other_tokenizer=True)
+        assert not begin_warnings(replace(run_config(other), run=run), corpora)
+
+
+def test_a_run_that_begins_documents_as_its_weights_hears_nothing_of_the_tokenizer(
+    tmp_path: Path,
+) -> None:
+    write_letters(tmp_path / "text", [200] * 4)
+    (tmp_path / "origin").mkdir()
+    path = write_tokenizer(tmp_path / "origin/tokenizer.json")
+    path.write_text(with_front_token(path.read_text(), "</s>"))
+    data = text_config(tmp_path, tokenizer=str(path), end_token=BEGIN)
+    run = RunSettings(init_from=str(path.parent), root=str(tmp_path / "runs"))
+    for config, is_said in ((run_config(data), True), (replace(run_config(data), run=run), False)):
+        assert bool(begin_warnings(config, [build(data, None)])) == is_said
+
+
+@pytest.mark.parametrize("says", [None, False, True])
+@pytest.mark.parametrize("front", [None, "</s>"])
+@pytest.mark.parametrize("bos", [None, "</s>", {"content": "</s>"}, "<none>"])
+def test_the_files_of_a_tokenizer_say_what_texts_begin_with(
+    tmp_path: Path, says: bool | None, front: str | None, bos: object
+) -> None:
+    path = write_tokenizer(tmp_path / "tokenizer.json")
+    if front is not None:
+        path.write_text(with_front_token(path.read_text(), front))
+    words = {"bos_token": bos} | ({} if says is None else {"add_bos_token": says})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+    is_named = says is True and bos in ("</s>", {"content": "</s>"})
+    expected = "</s>" if says is not False and (front or is_named) else None
+    assert begin_by_files(tmp_path) == expected

@@ -14,7 +14,7 @@ import pytest
 from tests.data.cases import VOCAB_SIZE, run_config, train_batch, write_letters
 from tests.programs import finished
 from vp_train.commands import prepare, train
-from vp_train.config import BlendEntry, ConfigError, DataConfig
+from vp_train.config import BlendEntry, ConfigError, DataConfig, ValidationEntry
 from vp_train.data import Corpus, open_source, prepare_all
 from vp_train.data.tokenizer import train_tokenizer
 from vp_train.settings import load_config
@@ -129,10 +129,34 @@ def test_vocabularies_that_differ_are_refused(blend: DataConfig, tmp_path: Path)
         match=rf"data\.blend\[1\] \({second.path}\) has another tokenizer than data\.blend\[0\]",
     ):
         prepare_all(mixed, VOCAB_SIZE, progress=False)
+    alike = replace(mixed, blend=(BlendEntry(path=str(first.path)),) * 2)
     with pytest.raises(
         ConfigError, match=rf"data\.blend\[0\]: {first.path}/.* but model\.vocab_size=258; set it"
     ):
-        prepare_all(mixed, 258, progress=False)
+        prepare_all(alike, 258, progress=False)
+
+
+def test_another_tokenizer_is_refused_before_anything_is_tokenized(
+    blend: DataConfig, tmp_path: Path
+) -> None:
+    """Of a stored corpus behind a text, of a validation set, and of another end of documents."""
+    assert blend.blend is not None
+    train_tokenizer(["xyz" * 20], 262).save(str(tmp_path / "tokenizer.json"))
+    other = replace(blend, blend=blend.blend[2:], tokenizer=str(tmp_path / "tokenizer.json"))
+    (stored,) = prepare_all(other, VOCAB_SIZE, progress=False)
+    text = replace(blend, cache_dir=str(tmp_path / "new"))
+    single = replace(text, name="text", path=blend.blend[0].path, blend=None)
+    sets = (ValidationEntry("own", str(stored.path)),)
+    end = replace(text, tokenizer=str(stored.tokenizer), end_token="x")
+    own = BlendEntry(path=str(stored.path))
+    for data, message in (
+        (replace(single, validation=sets), r"data\.validation, own \(.*\) has another tokenizer"),
+        (replace(single, tokenizer=str(stored.tokenizer), end_token="x", validation=sets), "end"),
+        (replace(end, blend=(blend.blend[0], own)), r"data\.blend\[1\]: documents of .* end with"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare_all(data, VOCAB_SIZE, progress=False)
+        assert not list((tmp_path / "new").glob("text-*"))
 
 
 def test_a_corpus_that_is_missing_empty_or_too_short_is_named(

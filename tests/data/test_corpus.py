@@ -162,20 +162,26 @@ def test_jsonl_and_a_given_tokenizer(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "words", "is_of_field"),
     [
-        ("{broken", r"lines that are not JSON in UTF-8: 1; first .*all.jsonl:1 "),
-        ('{"content": 3}', r"documents without the text field: 1; first .*:1 \(no 'text', but con"),
-        ('{"text": null}', r"null texts: 1; first .*all.jsonl:1"),
+        ("{broken", r"lines that are not JSON in UTF-8: 1; first .*all.jsonl:1 ", False),
+        ('["one"]', r"lines that hold no JSON object: 1; first .*all.jsonl:1 ", False),
+        (
+            '{"content": 3}',
+            r"documents without the text field: 1; first .*:1 \(no 'text', but con",
+            True,
+        ),
+        ('{"text": null}', r"null texts: 1; first .*all.jsonl:1", True),
     ],
 )
 def test_what_is_left_out_is_said_and_a_corpus_of_nothing_else_is_refused(
-    tmp_path, line, words, capsys
+    tmp_path, line, words, is_of_field, capsys
 ):
     lines = tmp_path / "all.jsonl"
     lines.write_text(line + "\n")
-    with pytest.raises(ConfigError, match=f"holds? no text .left out, {words}.*data.jsonl_field"):
+    with pytest.raises(ConfigError, match=f"holds? no text .left out, {words}") as refused:
         prepare(config(tmp_path, lines), VOCAB, progress=False)
+    assert ("data.jsonl_field" in str(refused.value)) == is_of_field
     assert not list((tmp_path / "cache").glob("building*"))
     lines.write_text(line + '\n{"text": "good"}\n')
     capsys.readouterr()

@@ -212,6 +212,7 @@ def test_blocks_are_hashed_on_their_own(tmp_path: Path, monkeypatch: pytest.Monk
             check_blocks(tmp_path / "a", hashes, "out")
 
 
+UNSPELLED = {"lost": 2, "total": 2, "first": "a"}
 ENTRIES = {  # values of a manifest that are taken, and others that are not
     "num_files": ((0, 2**63 - 1), (-1, 2**63, True, 1.0, "1", None)),
     "name": (("a_B1", "a" * 64), ("", "a/b", "a" * 65, 1, None)),
@@ -221,6 +222,10 @@ ENTRIES = {  # values of a manifest that are taken, and others that are not
     "left_out": (
         ({}, {"a": [1, "b"]}, {"a": [1, "b", 2]}),
         ([], {"a": 1}, {"a": [1]}, {"a": ["b", 1]}, {"a": [1, "b", "c"]}),
+    ),
+    "unspelled": (
+        ({}, UNSPELLED, UNSPELLED | {"token": "b"}),
+        ([], {"lost": 1}, UNSPELLED | {"lost": 0}, UNSPELLED | {"total": 1}, UNSPELLED | {"b": 1}),
     ),
     "num_documents": ((1, 2), (0,)),
     "num_tokens": ((6, 7), (5,)),

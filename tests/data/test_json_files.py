@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import re
@@ -19,7 +20,16 @@ from vp_train.data import describe, prepare, prepare_all
 from vp_train.data.corpus import left_out_warnings
 from vp_train.data.documents import read_documents
 from vp_train.data.files import find_files
-from vp_train.data.left_out import ABOUT, JSON_RECORDS, OTHER_ENDING, LeftOut
+from vp_train.data.left_out import (
+    ABOUT,
+    JSON_RECORDS,
+    JSON_TEXTS,
+    NO_FIELD,
+    NO_LINES,
+    NO_OBJECT,
+    OTHER_ENDING,
+    LeftOut,
+)
 
 RECORDS = [{"id": number, "text": f"document {number} " * 20} for number in range(30)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
@@ -73,13 +83,19 @@ def test_lines_without_the_field_name_the_fields_they_have(tmp_path: Path) -> No
         ("\n".join(json.dumps(record, indent=1) for record in RECORDS), "object"),
         (json.dumps({"version": 1}), "object"),
         ('{"text": "one"},\n{"text": "two"}\n', "object"),
+        ('["one"]', "array of strings"),
+        ('["one",\n"two"]', "array of strings"),
+        ('["one", 1]\n["two", 2]\n', "lines of JSON arrays"),
+        ('"one"', "a JSON string"),
+        ('"one"\n\n"two"\n', "a JSON string"),
     ],
 )
 def test_one_json_value_is_refused_before_anything_is_made_of_it(
     tmp_path: Path, content: str, kind: str
 ) -> None:
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ConfigError, match=rf"{tmp_path}/x\.json holds one JSON {kind}, .*jq -c "):
+    kind = kind if "JSON" in kind else f"one JSON {kind}"
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/x\.json holds {kind}, .*jq -c "):
         prepare_all(one(tmp_path / "x.json"), VOCAB_SIZE, progress=False)
     assert not (tmp_path / "cache").exists()
 
@@ -103,6 +119,46 @@ def test_the_command_of_the_message_makes_lines(
     assert found == (expected if is_array or indent is not None else expected[:1])
 
 
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+@pytest.mark.parametrize("field", ["text", "a 'b"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('"one \\u00e9"', ["one \u00e9"]),
+        ('"one"\n"two"', ["one", "two"]),
+        ('["one", 1]\n["two", 2]\n', ["one", "two"]),
+        ('["one", "two"]', ["one", "two"]),
+        ('[\n"one",\n"two"\n]', ["one", "two"]),
+    ],
+)
+def test_texts_without_names_become_lines_by_the_command_of_the_message(
+    tmp_path: Path, name: str, field: str, content: str, expected: list[str]
+) -> None:
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(ConfigError) as refused:
+        prepare(one(tmp_path / name, jsonl_field=field), VOCAB_SIZE, progress=False)
+    assert "data.jsonl_field" not in str(refused.value)
+    command = re.search(r"(gzip -dc|jq -c) .*? > \S+\.jsonl", str(refused.value))
+    assert command
+    subprocess.run(["sh", "-c", command[0]], check=True)
+    assert texts(one(tmp_path / "x.jsonl", jsonl_field=field)) == expected
+
+
+def test_a_packed_array_is_left_out_as_one_and_its_folder_is_read(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for name, content in (("a", json.dumps(RECORDS, indent=1)), ("b", LINES), ("c", '"x"\n{}\n')):
+        (tmp_path / f"text/{name}.json.gz").write_bytes(gzip.compress(content.encode()))
+    (tmp_path / "text/d.json").write_text('"one"')
+    corpus = prepare(text_config(tmp_path), VOCAB_SIZE, progress=False)
+    assert corpus.manifest.num_documents == 30
+    counts = {kind: entry[0] for kind, entry in corpus.manifest.left_out.items()}
+    assert counts == {JSON_TEXTS: 1, NO_LINES: 1, NO_OBJECT: 1, NO_FIELD: 1}
+    found = str(corpus.manifest.left_out[NO_LINES][1])
+    assert found.startswith(f"{tmp_path}/text/a.json.gz ({tmp_path}/text/a.json.gz holds one JSON ")
+
+
 @pytest.mark.parametrize("field", ["text", "words"])
 def test_vp_score_reads_lines_by_its_own_field(tmp_path: Path, field: str) -> None:
     (tmp_path / "x.json").write_text(json.dumps({field: "one"}) + "\n")
@@ -113,7 +169,9 @@ def test_vp_score_reads_lines_by_its_own_field(tmp_path: Path, field: str) -> No
     assert [document.text for document in found] == ["first", "second"]
 
 
-@pytest.mark.parametrize("content", ["some words", "1\n2\n", '"text": "x"'])
+@pytest.mark.parametrize(
+    "content", ["some words", "1\n2\n", '"text": "x"', '"one"\ntwo', '"one" two']
+)
 def test_what_is_no_json_stays_a_text(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
     assert texts(one(tmp_path / "x.json")) == [content]

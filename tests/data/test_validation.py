@@ -119,7 +119,7 @@ def test_a_set_that_cannot_be_used_is_named(config: RunConfig, tmp_path: Path) -
     for path, message in (
         ("nowhere", r"data\.validation, bad: path=.*nowhere does not exist"),
         ("short", rf"data\.validation, bad: {tmp_path}/short has .* too few for one sample of 9; "),
-        (other.path, r"data\.validation, bad: .* was prepared with another tokenizer"),
+        (other.path, r"data\.validation, bad \(.*\) has another tokenizer than data\.path="),
         ("empty", r"data\.validation, bad: .* holds no text .*; set its path to some that do"),
     ):
         entry = ValidationEntry("bad", str(tmp_path / path))

@@ -228,6 +228,21 @@ def test_an_import_reads_the_end_of_a_text_beside_its_tokenizer(
     assert (unknown in said) == (end is None)
 
 
+@pytest.mark.parametrize("adds", [False, True])
+def test_an_import_proposes_the_token_that_its_tokenizer_begins_texts_with(
+    imported, monkeypatch, capsys, tmp_path, adds
+):
+    theirs = tmp_path / "theirs"
+    shutil.copytree(imported.parent / "theirs", theirs)
+    words = json.loads((theirs / "tokenizer_config.json").read_text())
+    words |= {"bos_token": "the", "add_bos_token": adds}
+    (theirs / "tokenizer_config.json").write_text(json.dumps(words))
+    said = command(monkeypatch, capsys, import_model, theirs, tmp_path / "in")
+    found = [word for word in shlex.split(said) if word.startswith("data.begin_token=")]
+    assert found == (["data.begin_token=the"] if adds else [])
+    assert ("puts the in front of a text; the command puts it" in said) == adds
+
+
 def test_without_a_tokenizer_the_printed_command_says_what_it_needs(
     imported, monkeypatch, capsys, tmp_path
 ):
@@ -291,6 +306,14 @@ def test_text_of_another_tokenizer_than_that_of_the_weights_is_refused(imported,
         assert f"; give the text instead of the prepared corpus, with {ways_out}" in message
     wanted = replace(fresh, data=replace(fresh.data, other_tokenizer=True))
     assert prepare_run(wanted, progress=False)
+
+
+def test_a_second_run_on_other_text_is_refused_before_its_text_is_tokenized(corpus, tmp_path):
+    """Without data.tokenizer one is trained on its text; it is not that of the first run."""
+    tokenizer_file(tmp_path / "runs/one/tokenizer.json")
+    config = config_of(tmp_path / "runs/one", corpus, tmp_path / "cache")
+    assert f"data.tokenizer={tmp_path}/runs/one/tokenizer.json, or" in refused(config)
+    assert not list((tmp_path / "cache").glob("text-*"))
 
 
 def test_an_import_without_a_tokenizer_needs_one_to_be_given(imported, corpus, tmp_path):

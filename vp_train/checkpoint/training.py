@@ -293,6 +293,7 @@ def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
     values["data"]["synthetic"] = config.data.name == "synthetic"
     values["data"]["weights"] = list(config.data.weights)
     values["data"]["sample_length"] = config.sample_length
+    values["data"]["split_seed"] = config.data.validation_seed
     values["run"] = {"dtype": config.run.dtype}
     batch = num_replicas * config.num_microbatches * config.micro_batch_size
     values["batch"] = {BATCH: batch, "batch_ramp": [list(pair) for pair in config.batch_ramp]}
@@ -302,10 +303,13 @@ def _settings(config: RunConfig, num_replicas: int) -> dict[str, Any]:
 def _completed(saved: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
     """Return the settings of a checkpoint with those that earlier versions did not have."""
     length = saved.get("model", {}).get("seq_length")
+    data = {"sample_length": length, **saved.get("data", {})}
+    if data.get("split_seed") is None:
+        data["split_seed"] = data.get("seed", _DEFAULTS["data"].seed)
     return {
         **saved,
         "loss": saved.get("loss", asdict(LossConfig())),
-        "data": {"sample_length": length, **saved.get("data", {})},
+        "data": data,
         "batch": {"batch_ramp": [], **saved.get("batch", {})},
     }
 

@@ -79,6 +79,11 @@ def _import(arguments: Sequence[str]) -> int:
             f"{options.source} does not say which token ends a text; add data.end_token=TOKEN, a "
             "token of its tokenizer, to the command"
         )
+    if imported.begin_token is not None:
+        print(
+            f"the tokenizer puts {imported.begin_token} in front of a text; the command puts it in "
+            "front of each document too"
+        )
     words = _words_to_continue(imported, options.target, options.data)
     print(" ".join(map(for_shell, ("vp-train", *words))))
     print(f"{_rate_words(imported.num_parameters)}; run.steps is the default")
@@ -106,14 +111,14 @@ def _words_to_continue(imported: Imported, target: Path, data: Path | None) -> l
     rate = usual_rate(imported.num_parameters)
     tokenizer = _OWN_TOKENIZER if imported.tokenizer is None else str(imported.tokenizer)
     text = ["data=pystdlib"] if data is None else ["data=text", typed("data.path", str(data))]
-    end = [] if imported.end_token is None else [typed("data.end_token", imported.end_token)]
+    ends = {"data.begin_token": imported.begin_token, "data.end_token": imported.end_token}
     return [
         f"model={imported.model_file}",
         typed("run.init_from", str(target)),
         typed("run.name", target.resolve().name),
         *text,
         typed("data.tokenizer", tokenizer),
-        *end,
+        *(typed(name, token) for name, token in ends.items() if token is not None),
         f"model.seq_length={imported.model.seq_length}",
         f"optim.lr={rate / 10:g}",
         f"run.steps={RunSettings().steps}",

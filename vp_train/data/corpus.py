@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ from vp_train.data.indexed import (
 )
 from vp_train.data.integrity import block_hashes, check_blocks, check_once
 from vp_train.data.json_lines import LONGEST_LINE
-from vp_train.data.left_out import EMPTY, LeftOut, much_left_out, outweighed, words_of
+from vp_train.data.left_out import EMPTY, OF_FIELDS, LeftOut, much_left_out, outweighed, words_of
 from vp_train.data.locks import alone, building_place, remove_left
 from vp_train.data.manifest import (
     FILES,
@@ -71,6 +71,8 @@ from vp_train.data.tokenizer import (
     special_tokens,
     train_tokenizer,
 )
+from vp_train.data.unspelled import tally_of, unspelled_words
+from vp_train.data.worker import open_tokenizer
 from vp_train.durable import UnreadableError, read_text, sync
 from vp_train.units import count_words, human_bytes
 
@@ -128,23 +130,47 @@ def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     ]
 
 
-def begin_warnings(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
-    """Return a warning if the given tokenizer begins a text with a token that the documents lack.
-
-    Tokens of Megatron-LM may have it from where they were made.
-    """
+def unlike_tokenizer(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
+    """Return a warning if data.tokenizer begins a text with a token that the documents lack."""
     if config.tokenizer is None or not corpora or corpora[0].manifest.begin_token is not None:
         return []
-    tokenizer = load_tokenizer(corpora[0].tokenizer, None)
-    token = front_token(tokenizer)
-    if token is None or all(
-        _first_token(corpus) == tokenizer.token_to_id(token) for corpus in corpora
-    ):
+    token = front_token(load_tokenizer(corpora[0].tokenizer, None))
+    if token is None or begin_with(corpora, token):
         return []
     return [
         f"the tokenizer puts {token} in front of a text, but the documents begin without it; "
         f"where the model expects it, add {shell_word('data.begin_token', token)}"
     ]
+
+
+def ordinary_warnings(corpora: Sequence[Corpus]) -> list[str]:
+    """Return a warning if documents begin with a token that a text may have too."""
+    begin = corpora[0].manifest.begin_token if corpora else None
+    if begin is None:
+        return []
+    tokenizer = load_tokenizer(corpora[0].tokenizer, None)
+    special = special_tokens(tokenizer)
+    if begin in special:
+        return []
+    return [
+        f"documents begin with {printable(repr(tokenizer.id_to_token(begin)))}, which is no "
+        "special token of the tokenizer, so a text may have it within; its special tokens are "
+        f"{printable(', '.join(list(special.values())[:8])) or 'none'}"
+    ]
+
+
+def begin_with(corpora: Sequence[Corpus], token: str | None) -> bool:
+    """Return whether documents begin with `token`, or with none.
+
+    Tokens of Megatron-LM may have it from where they were made.
+    """
+    begin = corpora[0].manifest.begin_token
+    number = (
+        None if token is None else load_tokenizer(corpora[0].tokenizer, None).token_to_id(token)
+    )
+    if begin is not None or number is None:
+        return bool(begin == number)
+    return all(_first_token(corpus) == number for corpus in corpora)
 
 
 def _first_token(corpus: Corpus) -> int:
@@ -156,7 +182,10 @@ def _first_token(corpus: Corpus) -> int:
 def left_out_warnings(
     config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
 ) -> list[str]:
-    """Return what is left out of each corpus, or named validation set, where that is much."""
+    """Return what each corpus, or named validation set, lacks of its text.
+
+    That is what is left out, where it is much, and what the tokenizer cannot spell.
+    """
     return [
         f"{name}: {words}"
         for name, corpus in with_names(config, corpora, named)
@@ -165,10 +194,14 @@ def left_out_warnings(
 
 
 def _much(manifest: Manifest) -> Iterator[str]:
-    """Yield a warning each for many documents, and for large files, that are left out."""
+    """Yield a warning each for many documents, and for large files, that are left out.
+
+    And for any text that the tokenizer cannot spell.
+    """
     yield from filter(None, [much_left_out(manifest.left_out, manifest.num_documents)])
     if manifest.text_bytes is not None:
         yield from filter(None, [outweighed(manifest.left_out, manifest.text_bytes)])
+    yield from filter(None, [unspelled_words(manifest.unspelled)])
 
 
 def with_names(
@@ -205,52 +238,123 @@ def printable_lines(lines: Sequence[str]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def prepare_all(config: DataConfig, vocab_size: int, progress: bool) -> tuple[Corpus, ...]:
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A corpus of a run.
+
+    name: what the settings call it.
+    prefix: how errors about it begin, "" for the only corpus.
+    """
+
+    config: DataConfig
+    name: str
+    prefix: str
+
+
+def _trained_members(config: DataConfig) -> list[_Member]:
+    """Return the corpora that are trained on."""
+    if config.blend is None:
+        return [_Member(config, corpus_names(config)[0], "")]
+    return [
+        _Member(_part(config, entry), name, f"data.blend[{number}]: ")
+        for number, (entry, name) in enumerate(zip(config.blend, corpus_names(config), strict=True))
+    ]
+
+
+def _validation_members(config: DataConfig) -> list[_Member]:
+    """Return the named validation sets."""
+    return [
+        _Member(_part(config, entry), f"{name} ({entry.path})", f"{name}: ")
+        for entry in config.validation or ()
+        for name in (f"data.validation, {entry.name}",)
+    ]
+
+
+def prepare_all(
+    config: DataConfig,
+    vocab_size: int,
+    progress: bool,
+    accept: Callable[[Path], None] = lambda tokenizer: None,
+) -> tuple[Corpus, ...]:
     """Prepare every corpus of a blend with one common tokenizer, or the only corpus.
 
     Returns () for synthetic data.  The tokenizer is data.tokenizer, else that of the first corpus
-    that is already prepared, else one that is trained on all of them.  Raises ConfigError like
-    `prepare`, and if the corpora have different tokenizers.
+    that is already prepared, else one that is trained on all of them.
+
+    accept: is called with the tokenizer before anything is tokenized; it may raise ConfigError.
+
+    Raises ConfigError like `prepare`, and, before anything is tokenized, if corpora or named
+    validation sets have different tokenizers, or other tokens that begin and end documents.
     """
     if config.name == "synthetic":
         return ()
-    for entry in config.validation or ():  # before hours are spent on the training text
-        with _naming_set(entry):
-            if _stored(part := _part(config, entry)) is None:
-                files = find_files(part)
+    members, sets = _trained_members(config), _validation_members(config)
+    for member in sets:
+        with _naming(member.prefix):
+            if _stored(member.config) is None:
+                files = find_files(member.config)
                 if config.tokenizer is None:
                     _require_text(files)
-    if config.blend is None:
-        return (prepare(config, vocab_size, progress),)
-    parts = [_part(config, entry) for entry in config.blend]
     found = []
-    for number, part in enumerate(parts):  # before hours are spent on the first of them
-        with _naming_corpus(number):
-            if not _stored(part):
-                found.append(_Found.of(part))
-    if config.tokenizer is None:
-        stored = [path / "tokenizer.json" for path in map(_stored, parts) if path is not None]
-        cache_dir = Path(config.cache_dir).expanduser()
-        tokenizer = stored[0] if stored else _trained(cache_dir, found, vocab_size, progress)
-        parts = [
-            part if _stored(part) else replace(part, tokenizer=str(tokenizer)) for part in parts
-        ]
+    for member in members:
+        with _naming(member.prefix):
+            found.append(_Found.of(member.config) if _stored(member.config) is None else None)
+    tokenizer = _common_tokenizer(config, found, vocab_size, progress)
+    accept(tokenizer)
+    _require_alike([*members, *sets], tokenizer, vocab_size)
     corpora = []
-    for number, part in enumerate(parts):
-        with _naming_corpus(number):
-            corpora.append(prepare(part, vocab_size, progress))
-    first, names = corpora[0], corpus_names(config)
-    for name, corpus in zip(names, corpora, strict=True):
-        if (
-            _bounds(corpus) != _bounds(first)
-            or corpus.tokenizer.read_bytes() != first.tokenizer.read_bytes()
-        ):
-            raise ConfigError(
-                f"{name} has another tokenizer than {names[0]}, or other tokens that begin and end "
-                "its documents; give the text of one of them instead, or prepare both with the "
-                "same data.tokenizer, data.begin_token and data.end_token"
-            )
+    for member, own in zip(members, found, strict=True):
+        with _naming(member.prefix):
+            corpora.append(_prepared(member.config, own, tokenizer, vocab_size, progress))
     return tuple(corpora)
+
+
+def _common_tokenizer(
+    config: DataConfig, found: Sequence[_Found | None], vocab_size: int, progress: bool
+) -> Path:
+    """Return the tokenizer of all corpora.  It is trained if none is given or stored.
+
+    found: None for a corpus that is already prepared.
+    """
+    if config.tokenizer is not None:
+        return _given_tokenizer(config.tokenizer)
+    stored = (_stored(member.config) for member in _trained_members(config))
+    if (first := next(filter(None, stored), None)) is not None:
+        return first / "tokenizer.json"
+    texts = [own for own in found if own is not None]
+    return _trained(Path(config.cache_dir).expanduser(), texts, vocab_size, progress)
+
+
+def _require_alike(members: Sequence[_Member], tokenizer: Path, vocab_size: int) -> None:
+    """Raise ConfigError unless all corpora have, or will get, the same kind of tokens."""
+    if len(members) == 1 or not any(_stored(member.config) for member in members):
+        return
+    kinds = []
+    for member in members:
+        with _naming(member.prefix):
+            kinds.append(_kind_of_tokens(member.config, tokenizer, vocab_size))
+    for member, kind in zip(members, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ConfigError(
+                f"{member.name} has another tokenizer than {members[0].name}, or other tokens that "
+                "begin and end its documents; give the text of one of them instead, or prepare "
+                "both with the same data.tokenizer, data.begin_token and data.end_token"
+            )
+
+
+def _kind_of_tokens(
+    config: DataConfig, tokenizer: Path, vocab_size: int
+) -> tuple[str, int | None, int]:
+    """Return the tokenizer of a corpus, and the tokens that begin and end each document.
+
+    tokenizer: of a corpus that is not prepared yet.
+    """
+    if (stored := _stored(config)) is not None:
+        corpus = _open(stored, config)
+        manifest, own = corpus.manifest, load_tokenizer(corpus.tokenizer, None)
+        return own.to_str(), manifest.begin_token, manifest.end_token
+    own = load_tokenizer(tokenizer, None)
+    return own.to_str(), *_ends(config, own, vocab_size)
 
 
 def prepare_validation(
@@ -264,20 +368,9 @@ def prepare_validation(
     for entry in config.validation or ():
         assert entry.name is not None
         own = replace(_part(config, entry), tokenizer=str(corpora[0].tokenizer))
-        with _naming_set(entry):
-            corpus = found[entry.name] = prepare(own, vocab_size, progress)
-        if _bounds(corpus) != _bounds(corpora[0]):
-            raise ConfigError(
-                f"data.validation, {entry.name}: documents of {entry.path} begin or end with "
-                f"another token than those of {corpus_names(config)[0]}; give the text instead, or "
-                "set data.begin_token and data.end_token"
-            )
+        with _naming(f"data.validation, {entry.name}: "):
+            found[entry.name] = prepare(own, vocab_size, progress)
     return found
-
-
-def _bounds(corpus: Corpus) -> tuple[int | None, int]:
-    """Return the tokens that begin and end each document."""
-    return corpus.manifest.begin_token, corpus.manifest.end_token
 
 
 def corpus_names(config: DataConfig) -> list[str]:
@@ -303,12 +396,12 @@ def _part(config: DataConfig, entry: BlendEntry | ValidationEntry) -> DataConfig
 
 
 @contextmanager
-def _naming_set(entry: ValidationEntry) -> Iterator[None]:
-    """Make every ConfigError raised inside name the validation set."""
+def _naming(prefix: str) -> Iterator[None]:
+    """Let every ConfigError raised inside begin with the prefix of an entry, if there is one."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"data.validation, {entry.name}: {_of_entry(error)}") from None
+        raise ConfigError(f"{prefix}{_of_entry(error)}" if prefix else str(error)) from None
 
 
 def _of_entry(error: ConfigError) -> str:
@@ -354,15 +447,6 @@ def _twin(path: Path, by_size: Mapping[int, list[Path]]) -> Path | None:
     return None
 
 
-@contextmanager
-def _naming_corpus(number: int) -> Iterator[None]:
-    """Make every ConfigError raised inside name the corpus of the blend."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"data.blend[{number}]: {_of_entry(error)}") from None
-
-
 def _stored(config: DataConfig) -> Path | None:
     """Return data.path if it is an already prepared corpus, else None."""
     path = None if config.path is None else Path(config.path).expanduser()
@@ -380,8 +464,28 @@ def prepare(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
     every token.  Raises ConfigError for data that the user must change: nothing to read, a broken
     file, a token out of range.
     """
-    path = _stored(config)
-    corpus = _find_or_build(config, vocab_size, progress) if path is None else _open(path, config)
+    found = _Found.of(config) if _stored(config) is None else None
+    return _prepared(config, found, None, vocab_size, progress)
+
+
+def _prepared(
+    config: DataConfig,
+    found: _Found | None,
+    tokenizer: Path | None,
+    vocab_size: int,
+    progress: bool,
+) -> Corpus:
+    """Prepare a corpus of these files, or the stored one if `found` is None.
+
+    tokenizer: of text; None: data.tokenizer, or one that is trained on it.
+    """
+    if found is None:
+        path = _stored(config)
+        assert path is not None
+        corpus = _open(path, config)
+    else:
+        tokenizer = tokenizer or _common_tokenizer(config, [found], vocab_size, progress)
+        corpus = _find_or_build(found, tokenizer, vocab_size, progress)
     memory = Path(config.cache_dir).expanduser() / "checked"
     files = [corpus.path / name for name in (MANIFEST, *FILES)]
     check_once(memory, files, lambda: _check_contents(corpus), progress)
@@ -464,17 +568,21 @@ class _Found:
         return _bytes_of(self.files)
 
 
-def _find_or_build(config: DataConfig, vocab_size: int, progress: bool) -> Corpus:
+def _ends(config: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> tuple[int | None, int]:
+    """Return the tokens that will begin and end each document.  Raises ConfigError."""
+    begin = None
+    if config.begin_token is not None:
+        begin = begin_token_id(tokenizer, config.begin_token, vocab_size)
+    return begin, end_token_id(tokenizer, config.end_token, vocab_size)
+
+
+def _find_or_build(found: _Found, tokenizer: Path, vocab_size: int, progress: bool) -> Corpus:
     """Find the corpus in the cache without a lock, or build it alone."""
-    found = _Found.of(config)
+    config = found.config
     settings = [_recipe(), config.name, config.end_token, *_reading(found)]
     if config.begin_token is not None:
         settings += ["begin_token", config.begin_token]
     cache_dir = Path(config.cache_dir).expanduser()
-    if config.tokenizer is None:
-        tokenizer = _trained(cache_dir, [found], vocab_size, progress)
-    else:
-        tokenizer = _given_tokenizer(config.tokenizer)
     key = _content_key(cache_dir, found.files, tokenizer, settings, progress, vocab_size)
     path = cache_dir / f"{config.name}-{key}"
     if not _is_complete(path):
@@ -558,7 +666,7 @@ def _train(found: Sequence[_Found], vocab_size: int, progress: bool) -> Tokenize
         for each, reading in zip(found, readings, strict=True)
     ]
     for number, (each, reading) in enumerate(zip(found, readings, strict=True)):
-        with _naming_corpus(number) if len(found) > 1 else contextlib.nullcontext():
+        with _naming(f"data.blend[{number}]: " if len(found) > 1 else ""):
             texts[number] = _with_text(each, texts[number], reading, progress)
     num_bytes = sum(each.num_bytes for each in found)
     what = f"training a tokenizer of {vocab_size:,} tokens on {human_bytes(num_bytes)}"
@@ -716,23 +824,22 @@ class _Work:
         """Write the tokenizer and the tokens into `directory`, and return their manifest."""
         started, config = time.perf_counter(), self.config
         tokenizer = load_tokenizer(self.tokenizer, self.vocab_size)
-        end = end_token_id(tokenizer, config.end_token, self.vocab_size)
-        begin = None
-        if config.begin_token is not None:
-            begin = begin_token_id(tokenizer, config.begin_token, self.vocab_size)
+        begin, end = _ends(config, tokenizer, self.vocab_size)
         save_tokenizer(tokenizer, directory / "tokenizer.json")
-        size, reading = num_ids(tokenizer), Reading(self.left_out)
+        size, reading, tally = num_ids(tokenizer), Reading(self.left_out), None
         indexes = [path for path in self.files if path.suffix == INDEX]
         if indexes:
             special = special_tokens(tokenizer) if config.end_token is None else {}
             found = stored_documents(indexes, size, end, special, reading)
         else:
+            tally = tally_of(open_tokenizer(str(directory / "tokenizer.json")))
             found = encoded(
                 read_documents(self.files, config.jsonl_field, reading=reading),
                 directory / "tokenizer.json",
                 longest_run=_LONGEST_WORD,
                 longest_piece=LONGEST_PIECE,
                 workers=config.num_workers,
+                tally=tally,
             )
         total = _bytes_of(self.files)
 
@@ -764,6 +871,7 @@ class _Work:
             left_out=self.left_out.as_dict(),
             text_bytes=total,
             begin_token=begin,
+            unspelled={} if tally is None else tally.as_dict(),
         )
 
     def _checked(
@@ -799,7 +907,8 @@ def _nothing_words(files: Sequence[Path], left_out: LeftOut) -> str:
         after = f" and the {count_words(others, 'file')} after it"
     is_text = kind_of(files[0]) != "tokens"
     words = "; ".join(words_of(left_out.as_dict())) or "no documents"
-    field = ", or data.jsonl_field to the field that has it" if is_text else ""
+    is_field = any(kind in left_out.counts for kind in OF_FIELDS)
+    field = ", or data.jsonl_field to the field that has it" if is_field else ""
     return (
         f"{files[0]}{after} {'hold' if others else 'holds'} "
         f"no {'text' if is_text else 'tokens'} ({words}); set data.path to some that do{field}"

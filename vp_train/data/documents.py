@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vp_train.config import ConfigError
-from vp_train.data.files import kind_to_read, open_unpacked
+from vp_train.data.files import kind_to_read, no_lines_words, open_unpacked
 from vp_train.data.json_lines import LONGEST_LINE
 from vp_train.data.left_out import (
     EMPTY,
     NO_FIELD,
+    NO_LINES,
+    NO_OBJECT,
     NOT_JSON,
     NOT_TEXT,
     NOT_UTF8,
@@ -32,6 +34,14 @@ from vp_train.data.left_out import (
 )
 from vp_train.durable import shown
 
+_NAMES: dict[type, str] = {  # of JSON values
+    list: "an array",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 _CHUNK = 1 << 22  # bytes of a text file that are read together
 
 
@@ -178,6 +188,9 @@ def _lines(path: Path, field: str, state: Reading) -> Iterator[Document]:
             number += 1
             state.num_bytes = before + raw.tell()
             origin = f"{path}:{number}"
+            if number == 1 and (found := no_lines_words(path, field, line)):
+                left_out.add(NO_LINES, str(path), found, path.stat().st_size)
+                return
             if len(line) > LONGEST_LINE:
                 size = len(line)
                 while line and not line.endswith(b"\n"):
@@ -196,11 +209,12 @@ def _lines(path: Path, field: str, state: Reading) -> Iterator[Document]:
                 found = (is_first and _utf16_words(line)) or str(error)
                 left_out.add(NOT_JSON, origin, found, len(line))
                 continue
-            if not isinstance(record, dict) or field not in record:
-                found = (
-                    ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-                )
-                words = f"no {field!r}, but {found or 'nothing'}"
+            if not isinstance(record, dict):
+                words = f'{_NAMES[type(record)]}, not an object such as {{"{field}": "..."}}'
+                left_out.add(NO_OBJECT, origin, words, len(line))
+                continue
+            if field not in record:
+                words = f"no {field!r}, but {', '.join(sorted(record)) or 'nothing'}"
                 left_out.add(NO_FIELD, origin, words, len(line))
                 continue
             value = record[field]

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from vp_train.config import ConfigError
 from vp_train.data import worker
 from vp_train.data.documents import Document
 from vp_train.data.pieces import pieces
+
+if TYPE_CHECKING:
+    from vp_train.data.unspelled import Tally
 
 _BATCH = 1 << 19  # characters, unless the last piece is longer
 _MOST_PIECES = 4_096  # of a batch
@@ -55,8 +59,11 @@ def encoded(
     longest_run: int,
     longest_piece: int,
     workers: int,
+    tally: Tally | None = None,
 ) -> Generator[Encoded, None, None]:
     """Yield the ids of every piece of the documents, in order.
+
+    tally: is given all pieces and their ids.
 
     A corpus of more than some 8 MB is tokenized by `workers` processes if these are several.
     Closing the generator ends them.  Raises ConfigError where the tokenizer cannot encode a text,
@@ -72,7 +79,7 @@ def encoded(
         return worker.encode(here, [piece.text for piece in batch])
 
     for batch in islice(batches, _ALONE if workers > 1 else None):
-        yield from _joined(batch, lambda batch=batch: alone(batch))  # type: ignore[misc]
+        yield from _joined(batch, lambda batch=batch: alone(batch), tally)  # type: ignore[misc]
     if (more := next(batches, None)) is None:
         return
     with _processes(tokenizer, workers) as encode:
@@ -81,12 +88,14 @@ def encoded(
             waiting.append((batch, encode(batch)))
             if len(waiting) >= 2 * workers:
                 first, future = waiting.popleft()
-                yield from _joined(first, future.result)
+                yield from _joined(first, future.result, tally)
         for first, future in waiting:
-            yield from _joined(first, future.result)
+            yield from _joined(first, future.result, tally)
 
 
-def _joined(batch: list[Piece], result: Callable[[], list[np.ndarray]]) -> Iterator[Encoded]:
+def _joined(
+    batch: list[Piece], result: Callable[[], list[np.ndarray]], tally: Tally | None
+) -> Iterator[Encoded]:
     try:
         found = result()
     except worker.EncodingError as error:
@@ -94,6 +103,8 @@ def _joined(batch: list[Piece], result: Callable[[], list[np.ndarray]]) -> Itera
             f"the tokenizer cannot encode a text from {batch[0].origin} to {batch[-1].origin} "
             f"({error}); give another data.tokenizer"
         ) from None
+    if tally is not None:
+        tally.add(batch, found)
     for piece, ids in zip(batch, found, strict=True):
         yield Encoded(piece.origin, ids, piece.is_last)
 

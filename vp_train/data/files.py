@@ -19,11 +19,12 @@ from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
 from vp_train.config.typed import shell_word
-from vp_train.data.json_lines import JsonContent, json_content, one_value_words
+from vp_train.data.json_lines import JsonContent, is_object, json_content, one_value_words
 from vp_train.data.left_out import (
     ABOUT,
     HIDDEN,
     JSON_RECORDS,
+    JSON_TEXTS,
     LINK_TO_NOTHING,
     LINKED_DIRECTORY,
     NO_FILE,
@@ -79,18 +80,26 @@ def kind_to_read(path: Path, field: str) -> str:
     if kind != "json":
         return kind
     content = content_of_json(path, field)
-    if content.kind in ("array", "object"):
-        raise ConfigError(one_value_words(path, content.kind))
+    if content.kind not in ("lines", "text"):
+        raise ConfigError(one_value_words(path, content.kind, field))
     return content.kind
+
+
+def no_lines_words(path: Path, field: str, first: bytes) -> str:
+    """Return why a packed .json, which is read as lines, holds none, empty if it does.
+
+    first: its first line.
+    """
+    if _suffixes(path)[0] != _JSON or is_object(first):
+        return ""
+    kind = content_of_json(path, field).kind
+    return "" if kind in ("lines", "text") else one_value_words(path, kind, field)
 
 
 def content_of_json(path: Path, field: str) -> JsonContent:
     """Return what a .json holds.  Raises ConfigError if it cannot be read."""
-    try:
-        with open_regular(path) as file:
-            return json_content(file, field)
-    except UnreadableError as error:
-        raise refused(error) from None
+    with open_unpacked(path) as (file, _):
+        return json_content(file, field)
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -193,6 +202,8 @@ def _files_of(root: Path, field: str, left_out: LeftOut) -> list[Path]:
                 found.append(path)
             else:
                 kind = JSON_RECORDS if content.has_records else OTHER_ENDING
+                if content.kind in ("texts", "arrays", "string"):
+                    kind = JSON_TEXTS
                 left_out.add(kind, str(path), num_bytes=path.stat().st_size)
                 tables += [path] if content.has_records else []
         elif kind_of(path) == "tokens" and not _is_ours(path):

@@ -19,12 +19,32 @@ _HEAD = 1 << 16  # bytes of a JSON value that are searched for the field
 class JsonContent(NamedTuple):
     """What a file named .json holds.
 
-    kind: `lines`, one JSON value (`array` or `object`), or `text`: no JSON.
+    kind: `lines` of objects; one JSON value, which is an `array`, an array of `texts` or an
+        `object`; lines of `arrays`; one `string` or lines of them; or `text`: no JSON.
     has_records: whether the beginning of a JSON value has the field with a text, or with a column.
     """
 
-    kind: Literal["lines", "array", "object", "text"]
+    kind: Literal["lines", "array", "texts", "object", "arrays", "string", "text"]
     has_records: bool = False
+
+
+# What a file holds, the jq filter that makes lines of it, and what to know of that.
+_WAYS = {
+    "array": ("one JSON array", ".[]", ""),
+    "texts": ("one JSON array of strings", ".[] | {{{field}: .}}", ""),
+    "object": (
+        "one JSON object",
+        ".",
+        " ('.NAME[]' instead of . takes the entries of its list NAME)",
+    ),
+    "arrays": (
+        "lines of JSON arrays",
+        "{{{field}: .[0]}}",
+        " (.[0] is the first entry of each line; take the one that has the text)",
+    ),
+    "string": ("a JSON string", "{{{field}: .}}", ""),
+}
+_UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc"}
 
 
 def json_content(stream: BinaryIO, field: str) -> JsonContent:
@@ -34,15 +54,27 @@ def json_content(stream: BinaryIO, field: str) -> JsonContent:
     are objects.
     """
     first = _next_line(stream).removeprefix(codecs.BOM_UTF8).lstrip()
-    if not first.startswith((b"{", b"[")):
+    if not first.startswith((b"{", b"[", b'"')):
         return JsonContent("text")
-    record = _object(first)
-    if record is not None and (_has(record, field) or _object(_next_line(stream))):
+    value = _value(first)
+    if isinstance(value, dict) and _has(value, field):
         return JsonContent("lines")
-    head, name = first[:_HEAD] + stream.read(_HEAD), re.escape(json.dumps(field).encode())
+    second = b"" if value is None else _next_line(stream)
+    other = _value(second)
+    if isinstance(value, dict) and isinstance(other, dict) and other:
+        return JsonContent("lines")
+    if isinstance(value, list) and isinstance(other, list):
+        return JsonContent("arrays")
+    if first.startswith(b'"'):
+        is_string = isinstance(value, str) and (not second or isinstance(other, str))
+        return JsonContent("string" if is_string else "text")
+    head, name = first[:_HEAD] + second[:_HEAD] + stream.read(_HEAD), json.dumps(field).encode()
     # A list or an object from "0" on is a column; other objects describe one.
-    has_records = re.search(name + rb'\s*:\s*(["\[]|\{\s*"0")', head) is not None
-    return JsonContent("array" if first.startswith(b"[") else "object", has_records)
+    column = re.escape(name) + rb'\s*:\s*(["\[]|\{\s*"0")'
+    has_records = re.search(column, head) is not None
+    if first.startswith(b"{"):
+        return JsonContent("object", has_records)
+    return JsonContent("texts" if re.match(rb'\[\s*"', head) else "array", has_records)
 
 
 def _has(record: dict[str, object], field: str) -> bool:
@@ -57,25 +89,35 @@ def _next_line(stream: BinaryIO) -> bytes:
     return b""
 
 
-def _object(line: bytes) -> dict[str, object] | None:
-    """Return the object that a line of JSON holds, None if it holds something else."""
-    if not line.lstrip().startswith(b"{"):
+def is_object(line: bytes) -> bool:
+    """Return whether a line holds a JSON object."""
+    return isinstance(_value(line.removeprefix(codecs.BOM_UTF8)), dict)
+
+
+def _value(line: bytes) -> object:
+    """Return the JSON value of a line, None for none and for a long array, which takes memory."""
+    if line.startswith(b"[") and len(line) > _HEAD:
         return None
     try:
-        value = json.loads(line.decode())
+        value: object = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value
 
 
-def one_value_words(path: Path, kind: str) -> str:
-    """Return the message about a file with one JSON value, an `array` or an `object`."""
-    chosen, more = "'.[]'", ""
-    if kind == "object":
-        chosen, more = ".", " ('.NAME[]' instead of . takes the entries of its list NAME)"
-    source, target = (shlex.quote(str(one)) for one in (path, path.with_suffix(".jsonl")))
+def one_value_words(path: Path, kind: str, field: str) -> str:
+    """Return the message about a file of this kind of JSON; see `JsonContent`.
+
+    field: that lines of JSON have their text in.
+    """
+    holds, chosen, more = _WAYS[kind]
+    packed = path.suffix.lower() if path.suffix.lower() in _UNPACK else ""
+    bare = path.with_suffix("") if packed else path
+    source, target = (shlex.quote(str(one)) for one in (path, bare.with_suffix(".jsonl")))
+    jq = f"jq -c {shlex.quote(chosen.format(field=json.dumps(field)))}"
+    command = f"{_UNPACK[packed]} {source} | {jq}" if packed else f"{jq} {source}"
     return (
-        f"{path} holds one JSON {kind}, not lines of JSON, so its names and brackets would be "
-        f"text; give each document a line: jq -c {chosen} {source} > {target}{more}; "
-        "or name it .txt if all of it is meant"
+        f"{path} holds {holds}, not lines of JSON objects, so its quotes and brackets would be "
+        f"text; give each document a line: {command} > {target}{more}; "
+        f"or name it .txt{packed} if all of it is meant"
     )

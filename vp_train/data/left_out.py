@@ -12,6 +12,7 @@ from vp_train.units import count_words, human_bytes
 NOT_UTF8 = "texts that are not UTF-8"
 NOT_JSON = "lines that are not JSON in UTF-8"
 TOO_LONG = "lines or values that are too long"
+NO_OBJECT = "lines that hold no JSON object"
 NO_FIELD = "documents without the text field"
 NULL = "null texts"
 NOT_TEXT = "text fields that hold no text"
@@ -19,14 +20,16 @@ EMPTY = "empty documents"
 HIDDEN = "hidden files and directories"
 OTHER_ENDING = "files with other endings"
 JSON_RECORDS = "JSON files with records that are not on lines (jq -c '.[]' FILE > FILE.jsonl)"
+JSON_TEXTS = "JSON files of texts without names (one as data.path is answered with what to do)"
+NO_LINES = "packed JSON files that are not on lines"
 ABOUT = "files about the data beside it (README, LICENSE and the like)"
 NO_FILE = "pipes, sockets and devices"
 LINKED_DIRECTORY = "links to directories (name them in data.path or data.blend)"
 LINK_TO_NOTHING = "links to nothing"
 
-_OF_DOCUMENTS = (NOT_UTF8, NOT_JSON, TOO_LONG, NO_FIELD, NULL, NOT_TEXT, EMPTY)
-_OF_FIELDS = (NO_FIELD, NULL, NOT_TEXT)
-_OF_FILES = (JSON_RECORDS, OTHER_ENDING)
+_OF_DOCUMENTS = (NOT_UTF8, NOT_JSON, TOO_LONG, NO_OBJECT, NO_FIELD, NULL, NOT_TEXT, EMPTY)
+OF_FIELDS = (NO_FIELD, NULL, NOT_TEXT)  # which another data.jsonl_field may mend
+_OF_FILES = (JSON_RECORDS, JSON_TEXTS, NO_LINES, OTHER_ENDING)
 _MUCH = 0.1  # of the documents
 
 
@@ -83,7 +86,7 @@ def much_left_out(left_out: Mapping[str, list[int | str]], num_documents: int) -
         return ""
     most = max(counts, key=lambda kind: counts[kind])
     mostly = "mostly " if len(counts) > 1 else ""
-    way_out = "; data.jsonl_field names the field that has the text" if most in _OF_FIELDS else ""
+    way_out = "; data.jsonl_field names the field that has the text" if most in OF_FIELDS else ""
     size = _bytes_words(*(left_out[kind] for kind in counts))
     return (
         f"{number:,} of {count_words(total, 'document')} were left out{size}: {mostly}{most}, "

@@ -21,7 +21,7 @@ FILES = ("tokenizer.json", "tokens.bin", "tokens.idx")
 _OWN_HASH = "manifest_hash"
 _LARGEST_MANIFEST = 1 << 26  # bytes; the hashes of a terabyte take 9 MB
 # Entries that corpora of earlier versions do not have.
-_LATER = {"largest_token", "left_out", "text_bytes", "begin_token"}
+_LATER = {"largest_token", "left_out", "text_bytes", "begin_token", "unspelled"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Manifest:
     left_out: dict[str, list[int | str]] = field(default_factory=dict)  # see `left_out`
     text_bytes: int | None = None  # of the files that were read; None if not known
     begin_token: int | None = None  # in front of every document; None if there is none
+    unspelled: dict[str, int | str] = field(default_factory=dict)  # see `unspelled.Tally`
 
 
 def is_outdated(path: Path) -> bool:
@@ -139,7 +140,19 @@ def _later_misfit(values: Mapping[str, object]) -> str | None:
         for entry in left_out.values()
     ):
         return "left_out is not what was left out"
+    if not _counts_unspelled(values.get("unspelled", {})):
+        return "unspelled is not what the tokenizer could not spell"
     return None
+
+
+def _counts_unspelled(value: object) -> bool:
+    if not isinstance(value, dict) or not value:
+        return value == {}
+    kinds = {name: type(entry) for name, entry in value.items()}
+    expected = {"lost": int, "total": int, "first": str}
+    if kinds not in (expected, expected | {"token": str}):
+        return False
+    return bool(0 < value["lost"] <= value["total"] < 2**63)
 
 
 def size_of(path: Path) -> int:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vp_train.config import ConfigError, DataConfig, RunConfig
 from vp_train.config.typed import shell_word
-from vp_train.data.corpus import Corpus, prepare_all
-from vp_train.data.tokenizer import tokenizer_hash
+from vp_train.data.corpus import (
+    Corpus,
+    begin_with,
+    ordinary_warnings,
+    prepare_all,
+    unlike_tokenizer,
+)
+from vp_train.data.tokenizer import (
+    begin_by_files,
+    begin_of_run,
+    token_of,
+    tokenizer_hash,
+)
 from vp_train.durable import UnreadableError, checkpoints_in, homes
 
 
 def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
     """Prepare the corpora of a run, like `prepare_all`, with the tokenizer of its first weights.
 
-    Raises ConfigError, if possible before anything is prepared, for text that is tokenized by
-    another tokenizer than the one beside the weights of run.init_from.  Weights of a run on
-    synthetic data have none.
+    Raises ConfigError, before anything is tokenized, for text that would have another tokenizer
+    than the one beside the weights of run.init_from.  Weights of a run on synthetic data have none.
     """
     origin = _origin(config)
     kept = None if origin is None else _find(origin, "tokenizer.json")
@@ -38,12 +49,43 @@ def prepare_run(config: RunConfig, progress: bool) -> tuple[Corpus, ...]:
                 f"the weights of run.init_from={origin} do not know a tokenizer that is trained "
                 f"on this text; add {shell_word('data.tokenizer', str(kept))}, {wanted}"
             )
-    elif kept is not None and config.data.tokenizer is not None:
-        _require_same(Path(config.data.tokenizer).expanduser(), kept, give)
-    corpora = prepare_all(config.data, config.model.vocab_size, progress)
-    if kept is not None and corpora:
-        _require_same(corpora[0].tokenizer, kept, give)
-    return corpora
+
+    def accept(tokenizer: Path) -> None:
+        if kept is not None:
+            _require_same(tokenizer, kept, give)
+
+    return prepare_all(config.data, config.model.vocab_size, progress, accept)
+
+
+def begin_warnings(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
+    """Return what is doubtful about the token in front of each document.
+
+    It may be one that a text has too, or not that of the weights of run.init_from, or, where those
+    do not say, not the one that the tokenizer puts in front of a text.
+    """
+    return [*ordinary_warnings(corpora), *_begins_of_another(config, corpora)]
+
+
+def _begins_of_another(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
+    origin = _origin(config)
+    if not corpora or origin is None or (place := _find(origin, "tokenizer.json")) is None:
+        return unlike_tokenizer(config.data, corpora)
+    is_import = _find(origin, "model.yaml") is not None
+    token = (begin_by_files if is_import else begin_of_run)(place.parent)
+    if begin_with(corpora, token) or (is_import and token is None):
+        return []
+    begin = corpora[0].manifest.begin_token
+    ours = None if begin is None else token_of(corpora[0].tokenizer, begin)
+    theirs = f"texts of the tokenizer of run.init_from={origin}"
+    if not is_import:
+        theirs = f"those of the weights of run.init_from={origin}"
+    way_out = "data.begin_token=null"
+    if token is not None:
+        way_out = shell_word("data.begin_token", token)
+    return [
+        f"documents begin with {ours or 'no token'}, {theirs} with {token or 'none'}; where the "
+        f"model expects that, add {way_out}"
+    ]
 
 
 def _origin(config: RunConfig) -> Path | None:

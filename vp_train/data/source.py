@@ -19,7 +19,6 @@ from torch import Tensor
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.corpus import (
     Corpus,
-    begin_warnings,
     corpus_names,
     headline,
     left_out_warnings,
@@ -30,7 +29,7 @@ from vp_train.data.corpus import (
 from vp_train.data.indexed import Share, Windows, hold_out, split_documents
 from vp_train.data.left_out import words_of
 from vp_train.data.order import SampleOrder, Turns, own_starts, pieces_of
-from vp_train.data.origin import prepare_run
+from vp_train.data.origin import begin_warnings, prepare_run
 from vp_train.data.synthetic import SyntheticText
 from vp_train.data.tokenizer import byte_lengths, load_tokenizer
 from vp_train.units import count_words
@@ -329,7 +328,7 @@ class _Text:
         names = set(self._validation) - {""}
         found = trained_on(self._config.data, self._corpora) if names else []
         much = left_out_warnings(self._config.data, self._corpora, self._named)
-        begin = begin_warnings(self._config.data, self._corpora)
+        begin = begin_warnings(self._config, self._corpora)
         return (*spare_rows(self._config, self._corpora), *begin, *much, *found)
 
     @cached_property

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vp_train.config import ConfigError
-from vp_train.durable import PointerError, UnreadableError, read_bytes, read_text
+from vp_train.durable import PointerError, UnreadableError, read_bytes, read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 _USUAL_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|im_end|>", "[SEP]")
@@ -134,6 +135,46 @@ def token_of(path: Path, token_id: int) -> str | None:
     return token
 
 
+def begin_of_run(directory: Path) -> str | None:
+    """Return the token that a run has put in front of its documents, None if there is none."""
+    words = tokenizer_config_in(directory)
+    return token_in(words, "bos_token") if words.get("add_bos_token") is True else None
+
+
+def begin_by_files(directory: Path) -> str | None:
+    """Return the token that the files of a tokenizer put in front of a text, None if there is none.
+
+    add_bos_token of tokenizer_config.json counts where tokenizer.json puts none there, or if it is
+    false.
+    """
+    words = tokenizer_config_in(directory)
+    is_added = words.get("add_bos_token")
+    if is_added is False:
+        return None
+    path = directory / "tokenizer.json"
+    found = front_of(path)
+    if found is None and is_added is True:
+        found = token_in(words, "bos_token")
+        return None if begin_of(path, found) is None else found
+    return found
+
+
+def tokenizer_config_in(directory: Path) -> Mapping[str, object]:
+    """Return the tokenizer_config.json of a directory, nothing if it cannot be read."""
+    with suppress(UnreadableError):
+        values = read_json(directory / "tokenizer_config.json", LARGEST_TOKENIZER)
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def token_in(words: Mapping[str, object], name: str) -> str | None:
+    """Return a token that a tokenizer_config.json names, None if it names none."""
+    token = words.get(name)
+    if isinstance(token, dict):  # as versions before 5 of transformers wrote it
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
 def tokenizer_config(
     path: Path, end: int, *, begin: int | None = None, longest: int, after_end: bool
 ) -> dict[str, object]:
@@ -177,6 +218,43 @@ def byte_lengths(tokenizer: Tokenizer) -> list[int]:
     for number, added in tokenizer.get_added_tokens_decoder().items():
         lengths[number] = 0 if added.special else len(added.content.encode())
     return lengths
+
+
+def spells_bytes(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer has a token for every byte, and takes it: it spells any text."""
+    described = json.loads(tokenizer.to_str())
+    model, vocab = described["model"], tokenizer.get_vocab(with_added_tokens=False).keys()
+    if model.get("byte_fallback"):
+        return {f"<0x{number:02X}>" for number in range(256)} <= vocab
+    steps = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
+    is_plain = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+    is_letters = model["type"] in ("BPE", "Unigram") and '"ByteLevel"' in steps and is_plain
+    return is_letters and set(pre_tokenizers.ByteLevel.alphabet()) <= vocab
+
+
+def unknown_token(tokenizer: Tokenizer) -> str | None:
+    """Return the token that stands for what a tokenizer cannot spell, None if it has none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    token = model.get("unk_token")
+    if model.get("unk_id") is not None:  # of a Unigram
+        token, _ = model["vocab"][model["unk_id"]]
+    return token if token is not None and tokenizer.token_to_id(token) is not None else None
+
+
+def with_unknown(tokenizer: Tokenizer, token: str) -> Tokenizer | None:
+    """Return a BPE with the new token `token` for each character that it cannot spell.
+
+    Of another kind of tokenizer, which raises an error without an unknown token, return None.
+    """
+    described = json.loads(tokenizer.to_str())
+    model = described["model"]
+    if model["type"] != "BPE":
+        return None
+    vocab = model["vocab"] | {token: num_ids(tokenizer)}
+    model |= {"vocab": vocab, "unk_token": token, "fuse_unk": False}
+    made = Tokenizer.from_str(json.dumps(described))
+    made.encode_special_tokens = True
+    return made
 
 
 def num_ids(tokenizer: Tokenizer, *, added: bool = True) -> int:

@@ -30,6 +30,7 @@ from vp_train.checkpoint.saver import save_stream
 from vp_train.checkpoint.store import CheckpointTensor
 from vp_train.checkpoint.stream import Described, describe_tensors, read_tensor, write_tensors
 from vp_train.config import ConfigError, ModelConfig, printable
+from vp_train.data.tokenizer import begin_by_files
 from vp_train.durable import homes, plain, shown, sync
 from vp_train.hf.families import FAMILIES, config_of, model_of
 from vp_train.hf.files import copy, existing, file_in, read_object
@@ -58,6 +59,7 @@ class Imported:
     model_file: Path  # the model settings as YAML
     tokenizer: Path | None  # tokenizer.json, None if the source has none
     end_token: str | None  # data.end_token, where the usual names do not find one
+    begin_token: str | None  # data.begin_token: what the tokenizer puts in front of a text, if any
     untied: bool  # whether config.json ties the output layer, but its weights are others
 
 
@@ -136,6 +138,7 @@ def import_checkpoint(
         target / "model.yaml",
         tokenizer,
         unusual_end(target),
+        begin_by_files(target),
         untied,
     )
 

@@ -14,6 +14,7 @@ from vp_train.data.tokenizer import (
     begin_of,
     end_of,
     front_of,
+    token_in,
     token_of,
     tokenizer_config,
     tokenizer_hash,
@@ -184,10 +185,7 @@ def _hash_in(directory: Path) -> str | None:
 def _eos(directory: Path) -> str | None:
     """Return the token that ends a text by tokenizer_config.json, None if it does not say."""
     path = file_in(directory, _CONFIG)
-    token = None if path is None else read_object(path).get("eos_token")
-    if isinstance(token, dict):  # as versions before 5 of transformers wrote it
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+    return None if path is None else token_in(read_object(path), "eos_token")
 
 
 def _end_name(kept: Path | None, text: RunText | None) -> str | None:
@@ -200,8 +198,8 @@ def _begin_name(kept: Path | None, text: RunText) -> str | None:
     """Return the token that the run has put in front of its documents, None if there is none."""
     path = None if kept is None else file_in(kept.parent, _CONFIG)
     words = {} if path is None else read_object(path)
-    token = words.get("bos_token") if words.get("add_bos_token") is True else None
-    return token if isinstance(token, str) else text.begin_token
+    token = token_in(words, "bos_token") if words.get("add_bos_token") is True else None
+    return text.begin_token if token is None else token
 
 
 def _special(

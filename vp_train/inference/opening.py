@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,14 @@ from vp_train.checkpoint.training import load_parameters
 from vp_train.communication.nccl import require_float8, require_gpu
 from vp_train.config import ConfigError, RunConfig
 from vp_train.data.tokenizer import (
-    LARGEST_TOKENIZER,
+    begin_of_run,
     begin_token_id,
     beyond,
     end_token_id,
     load_tokenizer,
+    token_in,
+    tokenizer_config_in,
 )
-from vp_train.durable import UnreadableError, read_json
 from vp_train.inference.layout import Opening, opening_of
 from vp_train.mesh import Mesh, build_mesh
 from vp_train.planning.plan import make_plan
@@ -159,7 +160,7 @@ def _tokenizer_of(opening: Opening) -> Tokenizer | None:
 
 def _end_name(run: Path) -> str | None:
     """Return the token that ended the documents of training, None if the run does not say."""
-    return _kept(run, "eos_token")
+    return token_in(tokenizer_config_in(run), "eos_token")
 
 
 def _begin_name(run: Path) -> str | None:
@@ -167,19 +168,4 @@ def _begin_name(run: Path) -> str | None:
 
     An import does not say how it was trained: it has no config.yaml.
     """
-    is_added = (run / "config.yaml").is_file() and _values(run).get("add_bos_token") is True
-    return _kept(run, "bos_token") if is_added else None
-
-
-def _kept(run: Path, name: str) -> str | None:
-    """Return a token that the tokenizer_config.json of a run names, None if it names none."""
-    token = _values(run).get(name)
-    return token if isinstance(token, str) else None
-
-
-def _values(run: Path) -> Mapping[str, object]:
-    """Return the content of the tokenizer_config.json of a run, nothing if it cannot be read."""
-    with suppress(UnreadableError):
-        values = read_json(run / "tokenizer_config.json", LARGEST_TOKENIZER)
-        return values if isinstance(values, dict) else {}
-    return {}
+    return begin_of_run(run) if (run / "config.yaml").is_file() else None

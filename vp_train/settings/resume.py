@@ -20,7 +20,13 @@ from vp_train.config.resume import (
 from vp_train.config.typed import shell_word
 from vp_train.durable import UnreadableError, checkpoints_in, homes, runs_beside, similar_run
 from vp_train.settings.files import leaves, read_yaml
-from vp_train.settings.saved import NOT_SAVED, is_searched, sample_length, saved_settings
+from vp_train.settings.saved import (
+    NOT_SAVED,
+    is_searched,
+    sample_length,
+    saved_settings,
+    split_seed,
+)
 from vp_train.settings.tree import values_of
 from vp_train.settings.words import value_words
 from vp_train.units import plural
@@ -79,6 +85,8 @@ def changes(config: RunConfig, batch: BatchChange = None) -> list[Change]:
         was, value = before[name], now[name]
         if name == "data.sample_length":
             was, value = sample_length(before), config.sample_length
+        if name == "data.split_seed" and was != value:
+            was, value = split_seed(before), config.data.validation_seed
         is_found = name == "vocab.algorithm" and value == "auto"  # by the search of a schedule
         is_found |= name == "schedule.file" and value is None and is_searched(before, path)
         if name in NOT_SAVED or value_words(was) == value_words(value) or is_found:

@@ -55,6 +55,12 @@ def sample_length(saved: Mapping[str, object]) -> int | None:
     return length if type(length) is int else None
 
 
+def split_seed(saved: Mapping[str, object]) -> object:
+    """Return the seed of what a run holds out, as `DataConfig.validation_seed`."""
+    seed = saved.get("data.split_seed")
+    return saved.get("data.seed") if seed is None else seed
+
+
 def is_searched(saved: Mapping[str, object], path: Path) -> bool:
     """Return whether the schedule.file in the settings at `path` is what the search has found."""
     file = Path(str(saved.get("schedule.file")))
