@@ -402,6 +402,16 @@ def test_of_many_ranks_the_ends_the_middle_and_the_largest_are_looked_at(ranks, 
     assert weigh._looked_at(step) == sorted({*looked_at, *firsts})
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_no_stage_keeps_more_for_an_optimizer_that_hosts_do_not_hold(schedule):
+    limit, choice = 8 * 2**30, choice_of(4, tp=2, schedule=schedule, recompute_where_needed=True)
+    roomy, none = (load_config([*WORDS, f"cluster.host_memory_gib={gib}"]) for gib in (500, 0))
+    found = Scales(roomy, limit).draft(choice).choice.recompute_per_stage
+    assert found == ("full", "none", "none", "none")
+    with pytest.raises(SameChoiceError, match="all stages recompute full"):
+        Scales(none, limit).draft(choice)
+
+
 def test_of_stages_that_recompute_where_needed_what_seems_to_fit_comes_before_what_is_faster(
     monkeypatch,
 ):

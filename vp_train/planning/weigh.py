@@ -420,6 +420,12 @@ class Scales:
             self._optimizers[dp] = list(self._only or optimizers_of(self._config, dp))
         return self._optimizers[dp]
 
+    def _held_by_hosts(self, choice: Choice, optimizers: list[OptimConfig]) -> list[OptimConfig]:
+        """Return those of the optimizers whose state fits into host memory, at best."""
+        if self._split_of(choice).host_state <= self.host_limit:
+            return optimizers
+        return [optim for optim in optimizers if not optim.offload]
+
     def draft(self, choice: Choice) -> Candidate:
         """Return the choice with the costs of its passes and tighter bounds.
 
@@ -430,7 +436,8 @@ class Scales:
             return self._drafted(choice, optimizers)
         # An optimizer that needs less memory leaves fewer stages to recompute.
         found, refusal = list[Candidate](), None
-        for mixed, some in self._where_needed(choice, optimizers).items():
+        held = self._held_by_hosts(choice, optimizers)
+        for mixed, some in self._where_needed(choice, held or optimizers).items():
             try:
                 found.append(self._drafted(mixed, some))
             except TooLargeError as error:
