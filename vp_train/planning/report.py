@@ -255,7 +255,8 @@ class PlanReport:
                     "optimizer": f"the optimizer{' on the host' * (self.host.optimizer > 0)}",
                 }.get(name, f"communication, {name}")
                 return f"{words}: {seconds / step:.0%} of the step; {self._advice(name)}"
-        return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step"
+        again = ", recomputation included" * (self.recompute != "none")
+        return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step{again}"
 
     @property
     def launch_words(self) -> str:
