@@ -404,7 +404,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert "none of the others that were weighed seems faster" in unbroken(out)
     assert "does not split over parallel.tp=4" in out
     assert "ruled out most: " in out
-    assert out.count("the best without vocabulary parallelism, on any split: ") == 1
+    assert out.count("the best found without vocabulary parallelism, on any split: ") == 1
     assert record["without_vocabulary_parallelism"]["step_seconds"] > steps[0]
     assert (record["choices"], record["ended"]) > (0, "")
     assert (record["margin"], record["fsdp"]) == (0.05, None)

@@ -218,7 +218,7 @@ def _vocabulary_lines(config: RunConfig, result: SearchResult, rows: Sequence[_R
     other = result.without_vocabulary if splits else result.with_vocabulary
     where = "with what is kept" if kept else "on any split"
     kind = f"{'without' if splits else 'with'} vocabulary parallelism, {where}"
-    kind = f"the best {'found ' if result.num_open and other is not None else ''}{kind}"
+    kind = f"the best {kind}" if other is None else f"the best found {kind}"
     if other is None:
         left = result.num_unseen[not splits]
         found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
