@@ -443,7 +443,7 @@ def test_a_search_says_how_to_ask_for_an_order_that_was_too_dear_for_it():
     assert "not tried" not in "\n".join(search_lines(config, limits, result))
     result = replace(result, unordered=replace(choice, optimizer=None, cap_gib=0.5))
     (line,) = (ln for ln in search_lines(config, limits, result) if ln.startswith("not tried"))
-    changes = re.search("append (.*), and", line)[1].split()
+    changes = line.partition("--search: ")[2].split()
     asked = load_config([*NANO, *choice.overrides(config).split(), *changes])
     assert asked == replace(choice, cap_gib=0.5).applied(config)
 

@@ -807,6 +807,7 @@ def test_what_may_become_the_best_of_its_kind_is_ordered_anew(enter, names):
         ({"balance": True}, True),
         ({"recompute": "full", "recompute_per_stage": ("full", "none")}, True),
         ({"recompute": "full"}, False),
+        ({"splits": False, "balance": True}, False),
     ],
 )
 def test_the_best_has_other_passes_in_the_stages_that_were_found_for_its_own(
@@ -821,8 +822,11 @@ def test_the_best_has_other_passes_in_the_stages_that_were_found_for_its_own(
     assert world.asked("short") == ([0, 1, 2] if is_tried else [0]), "3 cannot be faster"
 
 
+@pytest.mark.parametrize("found_one", [True, False])
 @pytest.mark.parametrize("is_in_time", [True, False])
-def test_the_search_of_an_order_ends_in_time_and_then_its_order_is_dropped(enter, is_in_time):
+def test_the_search_of_an_order_ends_in_time_and_then_its_order_is_dropped(
+    enter, is_in_time, found_one
+):
     world = World([Facts(8.0, 10.0, orders=((9.0, ROOMY),))])
     watched = []
 
@@ -830,6 +834,8 @@ def test_the_search_of_an_order_ends_in_time_and_then_its_order_is_dropped(enter
         watched.append(watch(None))
         world.log.append(("late", 0))
         watched.append(watch(None))
+        if not (is_in_time or found_one):
+            raise KeyboardInterrupt
         return World.ordered(world, choice, watch)
 
     world.ordered = ordered
@@ -837,6 +843,7 @@ def test_the_search_of_an_order_ends_in_time_and_then_its_order_is_dropped(enter
     found = run(world, in_time=lambda: is_in_time or not world.asked("late"))
     assert watched == [True, is_in_time]
     assert found.best[0].seconds == (9.0 if is_in_time else 10.0)
+    assert (found.unordered is None) is is_in_time
 
 
 @pytest.mark.parametrize(("order_effort", "orders"), [(500, [0, 1]), (700, [0]), (4_000, [])])

@@ -112,12 +112,13 @@ def _typed_lines(
 
 
 def _order_lines(config: RunConfig, result: SearchResult) -> list[str]:
-    """Return how to ask for a faster order of the first plan if that took too much effort."""
+    """Return how to ask for a faster order of the first plan if the search has not."""
     if result.unordered is None:
         return []
     first = result.best[0]
     changes = result.unordered.changes(first.choice.applied(config))
-    return [f"not tried: a faster order of the first; append {changes}, and vp-plan searches it"]
+    words = "not tried: a faster order of the first; behind its overrides, without --search"
+    return [f"{words}: {changes}"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,13 @@ class CostConfig:
         None, "Bandwidth between stages.", unit="bytes/s", least=1
     )
     collective_seconds: float | None = setting(
-        None, "Fixed time of a vocabulary collective; null: 5e-4 on a CPU.", unit="s", least=0
+        None,
+        "Fixed time of a collective of a sharded vocabulary; null: 5e-4 on a CPU.",
+        unit="s",
+        least=0,
     )
     collective_bytes_per_second: float | None = setting(
-        None, "Bandwidth of a vocabulary collective.", unit="bytes/s", least=1
+        None, "Bandwidth of that collective.", unit="bytes/s", least=1
     )
     host_bytes_per_second: float | None = setting(
         None,
@@ -83,8 +86,8 @@ class CostConfig:
     )
     tensor_seconds: float | None = setting(
         None,
-        "Fixed time of an all-reduce over tensor-parallel ranks; "
-        "a layer has 2 in its forward and 2 in its backward; null: 0 on a CPU.",
+        "Fixed time of an all-reduce over tensor-parallel ranks, 4 per layer; on a cluster also of an "
+        "unsharded vocabulary; null: 0 on a CPU.",
         unit="s",
         least=0,
     )

@@ -170,6 +170,7 @@ def changes_of(config: RunConfig, chosen: RunConfig) -> str:
 
 
 def value_of(config: RunConfig, name: str) -> Any:
+    """Return the value of a setting."""
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part)

@@ -160,7 +160,7 @@ class SearchResult:
     leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
         it needs at least a tenth less.
     unordered: the first of `best` with schedule=auto and its cap, where that may be faster but was
-        not tried since it takes too much effort.
+        not tried to its end, for want of effort or time.
     estimated: those that were not planned and belong among the best by their estimates.
     leanest: the choice that needs least memory of those that need too much.  Those that only lack
         host memory come first.

@@ -455,9 +455,7 @@ class _Search:
         """
         drafts = list[Candidate]()
         for choice in candidate.choice.with_other_stage(fewer=fewer, rank=rank):
-            prospect = self._explorer.prospects.get(choice)
-            is_known = choice in self._with_stages or (prospect is not None and prospect.is_done)
-            if is_known or self._space.kept.against(choice) is not None:
+            if self._is_done(choice):
                 continue
             if self._effort.is_over(until):
                 return []
@@ -465,6 +463,12 @@ class _Search:
             if draft is not None and self._book.may_be_first(choice, draft.seconds):
                 drafts.append(draft)
         return sorted(drafts, key=lambda one: one.seconds)
+
+    def _is_done(self, choice: Choice) -> bool:
+        """Return whether a choice was simulated, or is ruled out by what is kept."""
+        prospect = self._explorer.prospects.get(choice)
+        is_known = choice in self._with_stages or (prospect is not None and prospect.is_done)
+        return is_known or self._space.kept.against(choice) is not None
 
     def _estimate_stages(self, candidate: Candidate) -> tuple[bool, Almost | None]:
         """Estimate a candidate of `_with_other_stage`.
@@ -493,12 +497,14 @@ class _Search:
         """
         until = self._effort.spent + _FOR_PASSES * self._limits.effort
         for candidate in [estimate.candidate for estimate in self._first_estimates()]:
-            if candidate.choice.recompute_per_stage is None and not candidate.choice.balance:
+            own = candidate.choice
+            is_balanced = own.balance and own.splits_vocabulary
+            if own.degrees.pp == 1 or not (is_balanced or own.recompute_per_stage):
                 continue
-            for choice in in_the_same_stages(candidate.choice):
+            for choice in in_the_same_stages(own):
                 if self._effort.is_over(until):
                     return
-                if choice in self._with_stages or self._space.kept.against(choice) is not None:
+                if self._is_done(choice):
                     continue
                 self._with_stages.add(choice)
                 draft = self._trials.draft_stages(candidate, choice)
@@ -608,12 +614,17 @@ class _Search:
             is_dear = num_ordered > 0 and self._effort.spent + effort > self._limits.effort
             is_dear |= effort > _FOR_ORDER * self._limits.effort or not self._effort.in_time()
             if is_dear:
-                if caps := self._trials.caps_of(one):
-                    self._unordered[choice] = replace(choice, cap_gib=caps[0])
+                self._note_unordered(one)
                 continue
             num_ordered += 1
             self._explorer.say("; searching for a faster order")
-            self._trials.order_anew(one)
+            if not self._trials.order_anew(one):
+                self._note_unordered(one)
+
+    def _note_unordered(self, planned: Estimate) -> None:
+        choice = planned.candidate.choice
+        if caps := self._trials.caps_of(planned):
+            self._unordered[choice] = replace(choice, cap_gib=caps[0])
 
     def _plan_one(self, estimate: Estimate) -> None:
         self._explorer.say("; planning a step whole")

@@ -270,11 +270,11 @@ class Trials:
         if estimate.unbalanced is not None:
             self.plan(estimate.unbalanced)
 
-    def order_anew(self, planned: Estimate) -> None:
+    def order_anew(self, planned: Estimate) -> bool:
         """Search for a faster order of a planned step in the memory that it leaves, and book it.
 
-        An order whose
-        search ran out of time is dropped: a run finds another one.
+        Returns False if the time is over before its end.  What it has found then is dropped,
+        because a run would find something else.
         """
         candidate = planned.candidate
         self.effort.spent += order_nodes(candidate)
@@ -285,17 +285,22 @@ class Trials:
                     replace(choice, optimizer=planned.optim), lambda _: self.effort.in_time()
                 )
                 if not self.effort.in_time():
-                    return
+                    return False
                 found = self._found(step, choice, planned.optim)
+            except KeyboardInterrupt:  # it was stopped before anything fitted
+                if self.effort.in_time():
+                    raise
+                return False
             except TooLargeError:
                 continue
             except ConfigError:
-                return
+                break
             if found.seconds <= (1 - WORTH_ORDER) * planned.seconds:
                 ordered = replace(planned, candidate=replace(candidate, choice=choice))
                 self._book.add(replace(ordered.as_planned(found), report=None))
                 self._book.plan(choice, found)
-            return
+            break
+        return True
 
     def caps_of(self, planned: Estimate) -> tuple[float, ...]:
         """Return the caps in GiB to try for an order of a planned step, the highest first.
