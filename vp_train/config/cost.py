@@ -86,8 +86,8 @@ class CostConfig:
     )
     tensor_seconds: float | None = setting(
         None,
-        "Fixed time of an all-reduce over tensor-parallel ranks, 4 per layer; on a cluster also of an "
-        "unsharded vocabulary; null: 0 on a CPU.",
+        "Fixed time of an all-reduce over tensor-parallel ranks, 4 per layer; on a cluster also of "
+        "an unsharded vocabulary; null: 0 on a CPU.",
         unit="s",
         least=0,
     )
