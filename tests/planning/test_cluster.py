@@ -365,8 +365,16 @@ def test_a_ring_of_replicas_uses_the_ports_of_all_its_ranks_in_a_node():
     shared = replace(nodes, rails=2)
     assert links_of(shared, Degrees(4, 1, 8)).data.bytes_per_second == pytest.approx(0.25e9)
     pods = replace(nodes, pod_nodes=2, oversubscription=4.0)
-    assert links_of(pods, Degrees(4, 1, 8)).data.bytes_per_second == pytest.approx(0.25e9)
+    # Beyond a pod of two nodes only one of them sends, so a ring has twice its part of the uplink.
+    assert links_of(pods, Degrees(4, 1, 8)).data.bytes_per_second == pytest.approx(0.5e9)
     assert links_of(pods, Degrees(2, 2, 8)).data.bytes_per_second == pytest.approx(0.25e9)
+    wide = replace(pods, num_nodes=64, pod_nodes=16)
+    for degrees, part in (
+        (Degrees(64, 1, 8), 1),
+        (Degrees(8, 8, 8), 0.5),
+        (Degrees(4, 16, 8), 0.25),
+    ):
+        assert links_of(wide, degrees).data.bytes_per_second == pytest.approx(part * 1e9), degrees
     assert links_of(pods, Degrees(2, 1, 16)).tensor.bytes_per_second == pytest.approx(6e9)
 
 

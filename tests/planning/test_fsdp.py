@@ -398,7 +398,7 @@ def test_what_fsdp_takes_is_said_to_three_digits():
         return Rivals(rival, with_hosts, without_hosts, means, **how).words(seconds)
 
     rest = f", with or without host memory {how}{end}"
-    rest += "; vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
+    rest += "; vp-train has no FSDP; H100 runs of it reach 6 to 12 MFU points less"
     slower, faster = "25.0% slower than this plan", "20.0% faster than this plan"
     assert words(one, one) == f"would lose: 10.00 s at best, {slower}{rest}"
     assert words(one, one, 12.5, ON_GPUS) == f"would win: 10.00 s at best, {faster}{rest}"
@@ -410,7 +410,7 @@ def test_what_fsdp_takes_is_said_to_three_digits():
     some = replace(some, host_bytes=1.0)
     more = " in 8 of 9 layers, activations of 2 layers offloaded, optimizer offloaded"
     alone = replace(one, compute=8.0, num_bytes=one.limit)
-    facts = "; vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
+    facts = "; vp-train has no FSDP; H100 runs of it reach 6 to 12 MFU points less"
     for means, names in (
         (ON_HOSTS, "activations and the optimizer"),
         (Means(False, True), "the optimizer"),

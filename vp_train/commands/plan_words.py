@@ -87,8 +87,8 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         *_host_lines(report),
         *_links_lines(config, report),
     ]
-    if sum(report.exposed.values()) >= _VISIBLE * step:
-        lines.append(f"exposed   communication, {report.exposed_words}")
+    if exposed := exposed_words(report):
+        lines.append(f"exposed   {exposed}")
     lines.append(f"binds     {report.binds}")
     if report.launch_words:
         lines.insert(-1, f"launch    {report.launch_words}")
@@ -168,6 +168,12 @@ def _broken(line: str, width: int) -> list[str]:
     return [(" " * start if n else line[:start]) + part for n, part in enumerate(parts)]
 
 
+def exposed_words(report: PlanReport) -> str:
+    """Return the communication that nothing hides in words, "" if it takes next to no time."""
+    is_visible = sum(report.exposed.values()) >= _VISIBLE * report.step_seconds
+    return f"communication, {report.exposed_words}" if is_visible else ""
+
+
 def without_of(config: RunConfig, report: PlanReport, shared: Shared) -> SearchResult | None:
     """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
     return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees, shared)
@@ -210,7 +216,9 @@ def without_lines(report: PlanReport, result: SearchResult | None) -> list[str]:
     if result is None:
         return []
     best, is_bare = result.without_vocabulary, report.vocab == "none"
-    how = "found here" if result.num_open else "of all" if is_bare else "of this split"
+    how = "of all" if is_bare else "of this split"
+    if result.num_open:
+        how = "found" if is_bare else "found of this split"
     what = "ways      of this split, as this plan without" if is_bare else "without  "
     head = f"{what} vocabulary parallelism, best {how}:"
     if best is None:

@@ -12,6 +12,7 @@ from vp_train.commands.plan_remedies import FACTORS
 from vp_train.commands.plan_words import (
     PLACED,
     compared_words,
+    exposed_words,
     fsdp_words,
     has_fsdp,
     table_lines,
@@ -68,6 +69,7 @@ def search_lines(
         lines += [*_table_lines(config, result, rows), "", *_override_lines(config, first, rows)]
         lines += _typed_lines(config, typed, first.report)
         lines += _order_lines(config, result)
+        lines += [f"exposed: {words}" for words in [exposed_words(first.report)] if words]
         lines += [f"binds: {first.report.binds}"]
         lines += _host_memory_lines(first, rows, limits)
         lines += _slow_link_lines(config, limits, result, rows)
@@ -259,11 +261,16 @@ def _other_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) 
     others["about as fast with less memory"] = result.leaner
     if first.choice.offload:
         others["the best found without offloaded activations"] = result.without_offloading
-    return [
+    lines = [
         f"{head}: {_other_words(config, first, other, rows)}"
         for head, other in others.items()
         if other is not None
     ]
+    name = "parallel.offload_activations"
+    if first.choice.offload and result.num_open and name not in result.kept.values:
+        keep = f"--keep {name} {name}=0"
+        lines.append(f"plans without had little of the effort: {keep} searches them alone")
+    return lines
 
 
 def _other_words(config: RunConfig, first: Found, other: Estimate, rows: Sequence[_Row]) -> str:

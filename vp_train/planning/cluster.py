@@ -104,7 +104,9 @@ def _link(
     across = members * ports * cluster.network_bytes_per_second
     nodes_between = math.ceil(((size - 1) * stride + 1) / node)
     if cluster.pod_nodes is not None and nodes_between > cluster.pod_nodes:
-        across /= cluster.oversubscription
+        # In each pod the ranks of one node send beyond it, and those of its other nodes do not.
+        nodes_in_pod = min(size // members, cluster.pod_nodes * node // max(stride, node))
+        across /= max(1.0, cluster.oversubscription / max(1, nodes_in_pod))
     return Link(
         "between nodes",
         cluster.network_seconds,

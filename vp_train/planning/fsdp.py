@@ -45,7 +45,7 @@ _GIB = 2**30
 _GATHERED = 2  # layers whose parameters, and whose gradients, are whole at a time
 _ON_DEVICE = 2  # the last layers, for which a copy to the host and back has no time
 # Medians by which published runs on H100 are below plans (benchmarks/plan_published.py).
-_ONLY_COMPARED = "vp-train has no FSDP; H100 runs of it reach 7 to 14 MFU points less"
+_ONLY_COMPARED = "vp-train has no FSDP; H100 runs of it reach 6 to 12 MFU points less"
 
 
 @dataclass(frozen=True, slots=True)
