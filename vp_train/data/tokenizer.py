@@ -227,9 +227,15 @@ def spells_bytes(tokenizer: Tokenizer) -> bool:
     if model.get("byte_fallback"):
         return {f"<0x{number:02X}>" for number in range(256)} <= vocab
     steps = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
-    is_plain = not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
-    is_letters = model["type"] in ("BPE", "Unigram") and '"ByteLevel"' in steps and is_plain
-    return is_letters and set(pre_tokenizers.ByteLevel.alphabet()) <= vocab
+    is_letters = model["type"] in ("BPE", "Unigram") and '"ByteLevel"' in steps
+    has_all = set(pre_tokenizers.ByteLevel.alphabet()) <= vocab
+    return is_letters and has_all and not marks_words(tokenizer)
+
+
+def marks_words(tokenizer: Tokenizer) -> bool:
+    """Return whether tokens inside a word, or at its end, are written with a mark of their own."""
+    model = json.loads(tokenizer.to_str())["model"]
+    return bool(model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
 
 
 def unknown_token(tokenizer: Tokenizer) -> str | None:
@@ -244,13 +250,15 @@ def unknown_token(tokenizer: Tokenizer) -> str | None:
 def with_unknown(tokenizer: Tokenizer, token: str) -> Tokenizer | None:
     """Return a BPE with the new token `token` for each character that it cannot spell.
 
-    Of another kind of tokenizer, which raises an error without an unknown token, return None.
+    Of another kind of tokenizer, which raises an error without an unknown token, return None; and
+    of one with bytes as a fallback, as the library gives wrong places to the unknown token there.
     """
     described = json.loads(tokenizer.to_str())
     model = described["model"]
-    if model["type"] != "BPE":
+    if model["type"] != "BPE" or model.get("byte_fallback"):
         return None
-    vocab = model["vocab"] | {token: num_ids(tokenizer)}
+    # Added tokens get new numbers as the vocabulary grows; none may get that of the new token.
+    vocab = model["vocab"] | {token: num_ids(tokenizer) + len(described["added_tokens"]) + 1}
     model |= {"vocab": vocab, "unk_token": token, "fuse_unk": False}
     made = Tokenizer.from_str(json.dumps(described))
     made.encode_special_tokens = True

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from vp_train.config import printable
-from vp_train.data.tokenizer import spells_bytes, unknown_token, with_unknown
+from vp_train.data.tokenizer import marks_words, spells_bytes, unknown_token, with_unknown
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
     from vp_train.data.encoding import Piece
 
-_FINE, _LOST, _NEW = range(3)  # what is known of a character
+_FINE, _SUSPECT, _NEW = range(3)  # what is known of a character
 _LONGEST_EXAMPLE = 20  # characters
+_LEAST = 1e-5  # the share of a text from which on it is a warning
 _UNKNOWN = "\0unknown"  # a token that no vocabulary has
 
 
@@ -55,35 +56,39 @@ def tally_of(tokenizer: Tokenizer) -> Tally | None:
 
 
 def unspelled_words(entry: Mapping[str, int | str]) -> str:
-    """Return the warning about the count of a manifest, nothing for an empty one."""
-    if not entry:
+    """Return the warning about the count of a manifest, nothing for an empty or a tiny one."""
+    if not entry or int(entry["lost"]) < _LEAST * int(entry["total"]):
         return ""
     lost, total, what = int(entry["lost"]), int(entry["total"]), "characters vanish"
+    percent = 100 * lost / total
+    share = "below 0.01" if percent < 0.01 else "100" if percent >= 99.5 else f"{percent:.2g}"
     if "token" in entry:
         what = f"tokens are {printable(str(entry['token']))}"
     return (
-        f"{lost:,} of {total:,} {what} ({100 * lost / total:.2g} %), "
+        f"{lost:,} of {total:,} {what} ({share} %), "
         f"since the tokenizer cannot spell what stands there: first {entry['first']}; give a "
         "data.tokenizer that can, such as one that falls back on bytes, or leave such text out"
     )
 
 
-def _depends(code: int) -> bool:
-    """Return whether what a normalizer makes of a character may depend on those beside it.
-
-    That is a mark or a jamo, which are joined to others, and a blank, which may be stripped.
-    """
-    character = chr(code)
-    is_joined = unicodedata.combining(character) > 0 or 0x1100 <= code < 0x1200
-    return is_joined or character.isspace()
+def _joins(character: str) -> bool:
+    """Return whether a normalizer may join a character to the one before it: a mark, or a jamo."""
+    first = unicodedata.normalize("NFKD", character)[0]
+    return unicodedata.category(first).startswith("M") or "\u1160" <= first < "\u1200"
 
 
 def _example(text: str, origin: str) -> str:
     return printable(f"{text[:_LONGEST_EXAMPLE]!r} in {origin}")[:1_000]
 
 
+def _spans(encoding: Encoding, token_id: int) -> list[tuple[int, int]]:
+    """Return from where to where in its text, in characters, each token `token_id` stands."""
+    pairs = zip(encoding.ids, encoding.offsets, strict=True)
+    return [span for number, span in pairs if number == token_id]
+
+
 class _Unknown:
-    """A count of the unknown token."""
+    """A count of the unknown token.  Where a text has that token itself, nothing is lost."""
 
     def __init__(self, tokenizer: Tokenizer, token: str) -> None:
         self._tokenizer, self._token = tokenizer, token
@@ -92,18 +97,27 @@ class _Unknown:
         self._first = ""
 
     def add(self, pieces: Sequence[Piece], ids: Sequence[np.ndarray]) -> None:
-        whole = np.concatenate(ids)
-        self._total += len(whole)
-        lost = int(np.count_nonzero(whole == self._id))
-        if lost and not self._lost:
-            number = next(number for number, own in enumerate(ids) if self._id in own)
-            self._first = self._example(pieces[number])
-        self._lost += lost
+        for piece, own in zip(pieces, ids, strict=True):
+            self._total += len(own)
+            lost = int(np.count_nonzero(own == self._id))
+            if lost and (not self._lost or self._token.lower() in piece.text.lower()):
+                texts = self._unknown_texts(piece.text)
+                lost = len(texts)
+                if lost and not self._lost:
+                    self._first = _example(texts[0], piece.origin)
+            self._lost += lost
 
-    def _example(self, piece: Piece) -> str:
-        encoding = self._tokenizer.encode(piece.text, add_special_tokens=False)
-        start, stop = encoding.offsets[encoding.ids.index(self._id)]
-        return _example(piece.text[start:stop], piece.origin)
+    def _unknown_texts(self, text: str) -> list[str]:
+        """Return what of a text is unknown, without what is the token itself."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        found = (text[start:stop] for start, stop in _spans(encoding, self._id))
+        return [own for own in found if not self._is_token(own)]
+
+    def _is_token(self, text: str) -> bool:
+        """Return whether a text, as it is normalized, is the token, once or several times."""
+        normalizer = self._tokenizer.normalizer
+        normal = text if normalizer is None else normalizer.normalize_str(text)
+        return self._token in normal and not normal.replace(self._token, "").strip()
 
     def as_dict(self) -> dict[str, int | str]:
         if not self._lost:
@@ -115,13 +129,16 @@ class _Unknown:
 class _Vanished:
     """A count of the characters of which a BPE without an unknown token makes nothing.
 
-    Each character is judged once, between two letters: whether an unknown token stands there if the
-    tokenizer gets one.  So what a normalizer or a pre-tokenizer changes or removes is not lost.
+    A copy of the tokenizer, the detector, has an unknown token.  It encodes the texts that may lose
+    something a second time, and the characters where that token stands are lost.  So what a
+    normalizer or a pre-tokenizer changes or removes is not.  A text may lose something if a
+    character of it is lost between two letters, or may be joined to the one before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, detector: Tokenizer) -> None:
-        self._normalizer, self._detector = tokenizer.normalizer, detector
+        self._detector, self._has_normalizer = detector, tokenizer.normalizer is not None
         self._unknown = detector.token_to_id(_UNKNOWN)
+        self._is_marked = marks_words(tokenizer)  # what is spelled depends on the place in a word
         letters = sorted(one for one in tokenizer.get_vocab() if len(one) == 1 and one.isalnum())
         self._around = next((one for one in letters if not self._loses(one)), "")
         self._kinds = np.full(0x110000, _NEW, dtype=np.uint8)
@@ -129,29 +146,36 @@ class _Vanished:
         self._first = ""
 
     def add(self, pieces: Sequence[Piece], ids: Sequence[np.ndarray]) -> None:
-        text = "".join(piece.text for piece in pieces)
-        self._total += len(text)
-        lost = self._find(text)
-        if self._normalizer is not None and any(map(_depends, np.unique(lost))):
-            normal = (self._normalizer.normalize_str(piece.text) for piece in pieces)
-            lost = self._find("".join(normal))
-        if len(lost) and not self._lost:
-            character = chr(lost[0])
-            origins = (piece.origin for piece in pieces if character in piece.text)
-            self._first = _example(character, next(origins, pieces[0].origin))
-        self._lost += len(lost)
+        whole = "".join(piece.text for piece in pieces)
+        self._total += len(whole)
+        if not self._may_lose(whole):
+            return
+        doubtful = [piece for piece in pieces if self._may_lose(piece.text)]
+        texts = [piece.text for piece in doubtful]
+        encodings = self._detector.encode_batch(texts, add_special_tokens=False)
+        for piece, encoding in zip(doubtful, encodings, strict=True):
+            is_lost = np.zeros(len(piece.text), dtype=np.bool_)
+            for start, stop in _spans(encoding, self._unknown):
+                is_lost[start:stop] = True
+            places = np.flatnonzero(is_lost)
+            if len(places) and not self._lost:
+                self._first = _example(piece.text[places[0]], piece.origin)
+            self._lost += len(places)
 
-    def _find(self, text: str) -> np.ndarray:
-        """Return the characters of a text that are lost, uint32 [n]."""
+    def _may_lose(self, text: str) -> bool:
+        if self._is_marked:
+            return True
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
         kinds = self._kinds.take(codes)
         if kinds.max(initial=_FINE) == _NEW:
             for code in np.unique(codes[kinds == _NEW]):
-                is_lost = self._loses(f"{self._around}{chr(code)}{self._around}")
-                self._kinds[code] = _LOST if is_lost else _FINE
+                self._kinds[code] = _SUSPECT if self._is_suspect(chr(code)) else _FINE
             kinds = self._kinds.take(codes)
-        lost: np.ndarray = codes[kinds == _LOST]
-        return lost
+        return bool(kinds.max(initial=_FINE) == _SUSPECT)
+
+    def _is_suspect(self, character: str) -> bool:
+        is_joined = self._has_normalizer and _joins(character)
+        return is_joined or self._loses(f"{self._around}{character}{self._around}")
 
     def _loses(self, text: str) -> bool:
         return self._unknown in self._detector.encode(text, add_special_tokens=False).ids
