@@ -15,7 +15,7 @@ from tests.data.cases import VOCAB_SIZE, run_config, text_config, write_letters
 from tests.data.test_megatron import END, OTHER_END, write_pair, write_tokenizer
 from vp_train.config import BlendEntry, ConfigError, DataConfig, RunSettings, ValidationEntry
 from vp_train.data import Corpus, describe, open_source, prepare, prepare_all
-from vp_train.data.corpus import unlike_tokenizer
+from vp_train.data.corpus import tokenizer_warnings
 from vp_train.data.indexed import open_dataset
 from vp_train.data.left_out import EMPTY
 from vp_train.data.origin import begin_warnings
@@ -170,15 +170,15 @@ def test_a_tokenizer_that_begins_texts_otherwise_than_the_corpus_is_said(tmp_pat
     path = write_tokenizer(tmp_path / "own.json")
     data = text_config(tmp_path, tokenizer=str(path))
     write_letters(tmp_path / "text", [5, 6])
-    assert not unlike_tokenizer(data, [build(data, None)]), "it begins texts with nothing"
+    assert not tokenizer_warnings(data, [build(data, None)]), "it begins texts with nothing"
     path.write_text(with_front_token(path.read_text(), "</s>"))
-    (words,) = unlike_tokenizer(data, [build(data, None)])
+    (words,) = tokenizer_warnings(data, [build(data, None)])
     assert "puts </s> in front of a text" in words
     assert "data.begin_token=" in words
-    assert not unlike_tokenizer(data, [build(data, "</s>")])
+    assert not tokenizer_warnings(data, [build(data, "</s>")])
     index = write_pair(tmp_path / "a", [[[OTHER_END, 7, END]]])
     stored = replace(data, path=str(index), end_token=BEGIN)
-    assert not unlike_tokenizer(stored, [build(stored, None)]), "the tokens have it"
+    assert not tokenizer_warnings(stored, [build(stored, None)]), "the tokens have it"
 
 
 def test_a_token_that_texts_have_too_is_said(tmp_path: Path) -> None:
@@ -214,7 +214,13 @@ def test_documents_that_begin_otherwise_than_those_of_the_weights_are_said(
         run = RunSettings(init_from=str(place), root=str(tmp_path / "runs"))
         found = begin_warnings(replace(run_config(data), run=run), corpora)
         assert len(found) == (was != now and not (is_import and was is None))
-        assert all(f"begin with {now or 'no token'}, " in line for line in found)
+        theirs = f", those of the weights of run.init_from={place} with {was or 'none'}; where"
+        if is_import:
+            theirs = (
+                f"; the tokenizer of run.init_from={place} puts {was} in front of a text; where"
+            )
+        expected = f"documents begin with {now or 'no token'}{theirs} the model expects that, add"
+        assert all(line.startswith(expected) for line in found)
         assert all(line.rstrip('"').endswith(f"data.begin_token={was or 'null'}") for line in found)
         other = replace(data, other_tokenizer=True)
         assert not begin_warnings(replace(run_config(other), run=run), corpora)

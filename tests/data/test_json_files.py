@@ -17,7 +17,7 @@ from tests.data.cases import VOCAB_SIZE, text_config
 from vp_train.commands.score import documents_of
 from vp_train.config import ConfigError, DataConfig
 from vp_train.data import describe, prepare, prepare_all
-from vp_train.data.corpus import left_out_warnings
+from vp_train.data.corpus import text_warnings
 from vp_train.data.documents import read_documents
 from vp_train.data.files import find_files
 from vp_train.data.left_out import (
@@ -27,6 +27,7 @@ from vp_train.data.left_out import (
     NO_FIELD,
     NO_LINES,
     NO_OBJECT,
+    NOT_JSON,
     OTHER_ENDING,
     LeftOut,
 )
@@ -156,7 +157,63 @@ def test_a_packed_array_is_left_out_as_one_and_its_folder_is_read(tmp_path: Path
     counts = {kind: entry[0] for kind, entry in corpus.manifest.left_out.items()}
     assert counts == {JSON_TEXTS: 1, NO_LINES: 1, NO_OBJECT: 1, NO_FIELD: 1}
     found = str(corpus.manifest.left_out[NO_LINES][1])
-    assert found.startswith(f"{tmp_path}/text/a.json.gz ({tmp_path}/text/a.json.gz holds one JSON ")
+    assert found == (
+        f"{tmp_path}/text/a.json.gz (one JSON array; give each document a line: gzip -dc "
+        f"{tmp_path}/text/a.json.gz | jq -c '.[]' > {tmp_path}/text/a.jsonl)"
+    )
+
+
+LONG = 'a long [ text " { \\ ' * 5_000
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ([["a", LONG], ["b", LONG]], "lines of JSON arrays"),
+        ([["a", LONG], ["b", "short"]], "lines of JSON arrays"),
+        ([["a", "short"], ["b", LONG]], "lines of JSON arrays"),
+        ([["a", LONG]], "one JSON array of strings"),
+        ([[LONG, {"a": ["b"]}, [1]], [1]], "lines of JSON arrays"),
+        ([[[LONG]] * 3], "one JSON array"),
+    ],
+)
+def test_lines_of_long_arrays_are_lines(
+    tmp_path: Path, name: str, content: list[object], kind: str
+) -> None:
+    data = "\n".join(map(json.dumps, content)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(ConfigError, match=rf"({name} holds |\(){kind}[,;]"):
+        prepare(one(tmp_path / name), VOCAB_SIZE, progress=False)
+
+
+@pytest.mark.parametrize("is_indented", [False, True])
+def test_a_long_array_on_several_lines_is_one(tmp_path: Path, is_indented: bool) -> None:
+    rows = [[LONG, "a"], [LONG, "b"]]
+    content = f"[{json.dumps(rows[0])}\n,{json.dumps(rows[1])}]"
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=1) if is_indented else content)
+    with pytest.raises(ConfigError, match="holds one JSON array, "):
+        find_files(one(tmp_path / "x.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        *((name, '["id", "text"]') for name in ("x.json", "x.json.gz", "x.jsonl")),
+        *((name, json.dumps(["id", LONG])) for name in ("x.json", "x.json.gz", "x.jsonl")),
+        *((name, '{"text": "brok') for name in ("x.json.gz", "x.jsonl")),
+    ],
+)
+def test_a_first_line_that_is_no_object_does_not_hide_those_behind_it(
+    tmp_path: Path, name: str, first: str
+) -> None:
+    data = f"{first}\n{LINES}".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    manifest = prepare(one(tmp_path / name), VOCAB_SIZE, progress=False).manifest
+    assert manifest.num_documents == 30
+    ((kind, entry),) = manifest.left_out.items()
+    assert (kind, entry[0]) == (NOT_JSON if "brok" in first else NO_OBJECT, 1)
+    assert str(entry[1]).startswith(f"{tmp_path / name}:1 (")
 
 
 @pytest.mark.parametrize("field", ["text", "words"])
@@ -234,7 +291,7 @@ def test_left_out_files_that_outweigh_the_others_are_a_warning(tmp_path: Path) -
     for size, is_warned in ((100, False), (1_000_000, True)):
         (tmp_path / "text/c.bmp").write_bytes(bytes(size))
         data = replace(config, cache_dir=str(tmp_path / f"cache{size}"))
-        found = left_out_warnings(data, prepare_all(data, VOCAB_SIZE, progress=False), {})
+        found = text_warnings(data, prepare_all(data, VOCAB_SIZE, progress=False), {})
         assert len(found) == is_warned
     assert found[0].startswith(f"data.path={config.path}: files that were left out ")
     assert JSON_RECORDS in found[0]

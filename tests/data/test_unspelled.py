@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from tokenizers import (
 from tests.data.cases import VOCAB_SIZE, run_config, text_config
 from vp_train.config import ConfigError, ValidationEntry
 from vp_train.data import encoding, open_source, prepare, prepare_validation
-from vp_train.data.corpus import left_out_warnings
+from vp_train.data.corpus import text_warnings
 from vp_train.data.documents import Document
 from vp_train.data.encoding import Piece, encoded
+from vp_train.data.left_out import EMPTY
 from vp_train.data.tokenizer import train_tokenizer
-from vp_train.data.unspelled import tally_of
+from vp_train.data.unspelled import tally_of, unspelled_words
 from vp_train.data.worker import encode, open_tokenizer
 
 END = "<|endoftext|>"
@@ -215,6 +217,22 @@ def test_what_a_normalizer_makes_several_of_counts_once(
     assert found == {"lost": lost, "total": len(text), "first": "'\\n' in text 0"}
 
 
+def test_a_corpus_whose_characters_a_normalizer_takes_apart_is_taken(tmp_path: Path) -> None:
+    tokenizer = with_step(bpe(string.ascii_lowercase + " "), normalizers.NFD())
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(tmp_path / "own.json"))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("abc\n한국어말글…\n" * 30)
+    data = text_config(tmp_path, tokenizer=str(tmp_path / "own.json"))
+    for _ in range(2):
+        manifest = prepare(data, VOCAB_SIZE, progress=False).manifest
+        assert manifest.unspelled == {
+            "lost": 8 * 30,
+            "total": 11 * 30,
+            "first": f"'\\n' in {data.path}/a.txt",
+        }
+
+
 def test_what_is_stripped_at_an_end_is_lost_between_letters(tmp_path: Path) -> None:
     tokenizer = bpe("abc")
     tokenizer.normalizer = normalizers.Strip()
@@ -267,6 +285,79 @@ def test_unknown_tokens_are_counted_with_an_example(tmp_path: Path, name: str) -
     assert found == {"lost": lost, "total": total, "first": first, "token": unknown}
 
 
+WIKI = "a <unk> b <unk> <unk> a . "
+
+
+@pytest.mark.parametrize("text", [WIKI, WIKI.upper()])
+@pytest.mark.parametrize("others", ["", "x ", "x y "])
+@pytest.mark.parametrize("kind", ["words", "unigram"])
+def test_the_unknown_token_of_a_text_itself_is_not_lost(
+    tmp_path: Path, kind: str, others: str, text: str
+) -> None:
+    if kind == "words":
+        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False)
+        tokenizer.train_from_iterator([WIKI], trainer)
+    else:
+        pieces = [("<unk>", 0.0), *((letter, -1.0) for letter in "ab. ")]
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.normalizer = normalizers.Lowercase()
+    found = counted(tokenizer, tmp_path, [text, text + others, text])
+    lost = len(others.split())
+    assert found.get("lost", 0) == lost
+    assert not lost or found["first"] == "'x' in text 1"
+
+
+@pytest.mark.parametrize(
+    ("lost", "total", "share"),
+    [
+        (4, 4, "100 %"),
+        (3_999, 4_000, "100 %"),
+        (99, 100, "99 %"),
+        (1, 16, "6.2 %"),
+        (1, 10_000, "0.01 %"),
+        (9, 100_000, "below 0.01 %"),
+        (1, 100_000, "below 0.01 %"),
+        (1, 100_001, None),
+    ],
+)
+def test_the_share_is_said_from_one_in_a_hundred_thousand_on(
+    lost: int, total: int, share: str | None
+) -> None:
+    words = unspelled_words({"lost": lost, "total": total, "first": "'é' in a"})
+    if share is None:
+        assert not words
+    else:
+        assert words.startswith(f"{lost:,} of {total:,} characters vanish ({share}), since the tok")
+
+
+@pytest.mark.parametrize("texts", [["漢漢漢"], ["漢漢漢", "é"]])
+def test_texts_that_vanish_as_a_whole_are_not_called_empty(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    tokenizer = bpe(string.ascii_lowercase)
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(tmp_path / "own.json"))
+    (tmp_path / "text").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / f"text/{number}.txt").write_text(text)
+    data = text_config(tmp_path, tokenizer=str(tmp_path / "own.json"))
+    after = " and the 1 file after it hold" if len(texts) > 1 else " holds"
+    number = len("".join(texts))
+    with pytest.raises(ConfigError) as refused:
+        prepare(data, VOCAB_SIZE, progress=False)
+    place = f"{data.path}/0.txt"
+    assert str(refused.value).startswith(
+        f"{place}{after} no text that the tokenizer can spell: {number} of {number} characters "
+        "vanish (100 %), since the tokenizer cannot spell what stands there: first '漢' in "
+        f"{place}; give a data.tokenizer that can"
+    )
+    (tmp_path / "text/2.txt").write_text("abc")
+    left_out = prepare(data, VOCAB_SIZE, progress=False).manifest.left_out
+    assert left_out[EMPTY][:2] == [len(texts), f"{place} (the tokenizer makes no token of it)"]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_count_does_not_depend_on_who_tokenizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -304,17 +395,17 @@ def test_it_is_one_warning_of_the_corpus_and_of_each_run(tmp_path: Path) -> None
         f"spell what stands there: first 'é' in {data.path}/b.txt; give a data.tokenizer that can"
     )
     for one in (corpus, prepare(data, VOCAB_SIZE, progress=False)):
-        (found,) = left_out_warnings(data, (one,), {})
+        (found,) = text_warnings(data, (one,), {})
         assert found.startswith(words)
     (found,) = (line for line in open_source(run_config(data)).warnings if "spell" in line)
     assert found.startswith(words)
     named = replace(data, validation=(ValidationEntry("own", f"{data.path}/c.txt"),))
     sets = prepare_validation(named, VOCAB_SIZE, (corpus,), progress=False)
-    found = left_out_warnings(named, (corpus,), sets)[-1]
+    found = text_warnings(named, (corpus,), sets)[-1]
     assert found.startswith("data.validation, own: 200 of 400 characters vanish (50 %)")
     for letters in ("abc", "é"):
         (tmp_path / f"text/{letters}.txt").write_text(letters * 100)
     spelled = replace(data, path=f"{data.path}/abc.txt")
-    assert not left_out_warnings(spelled, (prepare(spelled, VOCAB_SIZE, progress=False),), {})
+    assert not text_warnings(spelled, (prepare(spelled, VOCAB_SIZE, progress=False),), {})
     with pytest.raises(ConfigError, match="no text"):
         prepare(replace(data, path=f"{data.path}/é.txt"), VOCAB_SIZE, progress=False)

@@ -29,12 +29,12 @@ def main() -> None:
 
 def _prepare(config: RunConfig, overrides: Sequence[str], options: Mapping[str, str]) -> int:
     from vp_train.data import describe, prepare_run, prepare_validation
-    from vp_train.data.corpus import left_out_warnings, spare_rows, with_names
+    from vp_train.data.corpus import spare_rows, text_warnings, with_names
     from vp_train.data.origin import begin_warnings
 
     corpora = prepare_run(config, progress=True)
     named = prepare_validation(config.data, config.model.vocab_size, corpora, progress=True)
-    much = left_out_warnings(config.data, corpora, named)
+    much = text_warnings(config.data, corpora, named)
     begin = begin_warnings(config, corpora)
     pairs = with_names(config.data, corpora, named)
     corpora += tuple(named.values())

@@ -130,7 +130,7 @@ def spare_rows(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     ]
 
 
-def unlike_tokenizer(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
+def tokenizer_warnings(config: DataConfig, corpora: Sequence[Corpus]) -> list[str]:
     """Return a warning if data.tokenizer begins a text with a token that the documents lack."""
     if config.tokenizer is None or not corpora or corpora[0].manifest.begin_token is not None:
         return []
@@ -179,7 +179,7 @@ def _first_token(corpus: Corpus) -> int:
     return int(dataset.get(0, 0, 1)[0])
 
 
-def left_out_warnings(
+def text_warnings(
     config: DataConfig, corpora: Sequence[Corpus], named: Mapping[str, Corpus]
 ) -> list[str]:
     """Return what each corpus, or named validation set, lacks of its text.
@@ -853,7 +853,8 @@ class _Work:
                 directory / "tokens", self._checked(found, begin), end, size
             )
         if num_documents == 0:
-            raise ConfigError(_nothing_words(self.files, self.left_out))
+            entry = {} if tally is None else tally.as_dict()
+            raise ConfigError(_nothing_words(self.files, self.left_out, entry))
         check_tokens(directory / "tokens", size)
         return Manifest(
             name=config.name,
@@ -894,24 +895,33 @@ class _Work:
                     words = f"{piece.origin} has a token of {self.tokenizer}"
                     raise ConfigError(beyond(words, largest, self.vocab_size))
             if piece.is_last and is_empty:
-                self.left_out.add(EMPTY, piece.origin)
+                why = "" if is_stored else "the tokenizer makes no token of it"
+                self.left_out.add(EMPTY, piece.origin, why)
                 continue
             yield ids, piece.is_last
             is_empty = is_empty or piece.is_last
 
 
-def _nothing_words(files: Sequence[Path], left_out: LeftOut) -> str:
-    """Return the message for files without a document."""
+def _nothing_words(
+    files: Sequence[Path], left_out: LeftOut, unspelled: Mapping[str, int | str] | None = None
+) -> str:
+    """Return the message for files without a document.
+
+    unspelled: what the tokenizer could not spell; see `unspelled.Tally`.
+    """
     after, others = "", len(files) - 1
     if others:
         after = f" and the {count_words(others, 'file')} after it"
+    hold = f"{files[0]}{after} {'hold' if others else 'holds'}"
+    if unspelled and (lost := unspelled_words(unspelled)):
+        return f"{hold} no text that the tokenizer can spell: {lost}"
     is_text = kind_of(files[0]) != "tokens"
     words = "; ".join(words_of(left_out.as_dict())) or "no documents"
     is_field = any(kind in left_out.counts for kind in OF_FIELDS)
     field = ", or data.jsonl_field to the field that has it" if is_field else ""
     return (
-        f"{files[0]}{after} {'hold' if others else 'holds'} "
-        f"no {'text' if is_text else 'tokens'} ({words}); set data.path to some that do{field}"
+        f"{hold} no {'text' if is_text else 'tokens'} ({words}); "
+        f"set data.path to some that do{field}"
     )
 
 

@@ -19,7 +19,13 @@ from typing import Any, BinaryIO, cast
 
 from vp_train.config import ConfigError, DataConfig
 from vp_train.config.typed import shell_word
-from vp_train.data.json_lines import JsonContent, is_object, json_content, one_value_words
+from vp_train.data.json_lines import (
+    JsonContent,
+    is_object,
+    json_content,
+    one_value_words,
+    short_words,
+)
 from vp_train.data.left_out import (
     ABOUT,
     HIDDEN,
@@ -93,13 +99,13 @@ def no_lines_words(path: Path, field: str, first: bytes) -> str:
     if _suffixes(path)[0] != _JSON or is_object(first):
         return ""
     kind = content_of_json(path, field).kind
-    return "" if kind in ("lines", "text") else one_value_words(path, kind, field)
+    return "" if kind in ("lines", "text") else short_words(path, kind, field)
 
 
 def content_of_json(path: Path, field: str) -> JsonContent:
     """Return what a .json holds.  Raises ConfigError if it cannot be read."""
     with open_unpacked(path) as (file, _):
-        return json_content(file, field)
+        return json_content(file, field, is_packed=bool(_suffixes(path)[1]))
 
 
 def _suffixes(path: Path) -> tuple[str, str]:

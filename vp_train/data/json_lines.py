@@ -14,6 +14,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 LONGEST_LINE = 1 << 26  # bytes of a JSON line; one of small values takes 25 times as much memory
 _HEAD = 1 << 16  # bytes of a JSON value that are searched for the field
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)  # possessive: in linear time
 
 
 class JsonContent(NamedTuple):
@@ -47,11 +48,13 @@ _WAYS = {
 _UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc"}
 
 
-def json_content(stream: BinaryIO, field: str) -> JsonContent:
+def json_content(stream: BinaryIO, field: str, is_packed: bool = False) -> JsonContent:
     """Return what a stream holds, by its beginning.  Empty lines there count as nothing.
 
-    They are lines if the first one is an object with `field`, which is no column, or the first two
-    are objects.
+    They are lines if the first one is an object with `field`, which is no column, or if an object
+    follows an object or an array that ends with its line.
+
+    is_packed: whether lines are expected, so that the first one may also be a broken object.
     """
     first = _next_line(stream).removeprefix(codecs.BOM_UTF8).lstrip()
     if not first.startswith((b"{", b"[", b'"')):
@@ -59,11 +62,14 @@ def json_content(stream: BinaryIO, field: str) -> JsonContent:
     value = _value(first)
     if isinstance(value, dict) and _has(value, field):
         return JsonContent("lines")
-    second = b"" if value is None else _next_line(stream)
+    is_array = isinstance(value, list) or (_is_long_array(first) and _is_closed(first))
+    second = _next_line(stream)
     other = _value(second)
-    if isinstance(value, dict) and isinstance(other, dict) and other:
-        return JsonContent("lines")
-    if isinstance(value, list) and isinstance(other, list):
+    if isinstance(other, dict) and other:
+        is_broken = is_packed and value is None and first.startswith(b"{")
+        if isinstance(value, dict) or is_array or is_broken:
+            return JsonContent("lines")
+    if is_array and second:
         return JsonContent("arrays")
     if first.startswith(b'"'):
         is_string = isinstance(value, str) and (not second or isinstance(other, str))
@@ -89,6 +95,16 @@ def _next_line(stream: BinaryIO) -> bytes:
     return b""
 
 
+def _is_long_array(line: bytes) -> bool:
+    return line.startswith(b"[") and len(line) > _HEAD
+
+
+def _is_closed(line: bytes) -> bool:
+    """Return whether a line ends with a bracket, and has as many that close as that open."""
+    bare = _STRING.sub(b"", line).rstrip()
+    return bare.endswith(b"]") and bare.count(b"[") == bare.count(b"]")
+
+
 def is_object(line: bytes) -> bool:
     """Return whether a line holds a JSON object."""
     return isinstance(_value(line.removeprefix(codecs.BOM_UTF8)), dict)
@@ -96,7 +112,7 @@ def is_object(line: bytes) -> bool:
 
 def _value(line: bytes) -> object:
     """Return the JSON value of a line, None for none and for a long array, which takes memory."""
-    if line.startswith(b"[") and len(line) > _HEAD:
+    if _is_long_array(line):
         return None
     try:
         value: object = json.loads(line.decode())
@@ -110,14 +126,32 @@ def one_value_words(path: Path, kind: str, field: str) -> str:
 
     field: that lines of JSON have their text in.
     """
+    holds, command, more = _answer(path, kind, field)
+    return (
+        f"{path} holds {holds}, not lines of JSON objects, so its quotes and brackets would be "
+        f"text; give each document a line: {command}{more}; or name it .txt{_packed(path)} if all "
+        "of it is meant"
+    )
+
+
+def short_words(path: Path, kind: str, field: str) -> str:
+    """Return what `one_value_words` says, for a line that begins with the path."""
+    holds, command, more = _answer(path, kind, field)
+    return f"{holds}; give each document a line: {command}{more}"
+
+
+def _answer(path: Path, kind: str, field: str) -> tuple[str, str, str]:
+    """Return what a file holds, the command that makes lines of it, and what to know of that."""
     holds, chosen, more = _WAYS[kind]
-    packed = path.suffix.lower() if path.suffix.lower() in _UNPACK else ""
+    packed = _packed(path)
     bare = path.with_suffix("") if packed else path
     source, target = (shlex.quote(str(one)) for one in (path, bare.with_suffix(".jsonl")))
     jq = f"jq -c {shlex.quote(chosen.format(field=json.dumps(field)))}"
     command = f"{_UNPACK[packed]} {source} | {jq}" if packed else f"{jq} {source}"
-    return (
-        f"{path} holds {holds}, not lines of JSON objects, so its quotes and brackets would be "
-        f"text; give each document a line: {command} > {target}{more}; "
-        f"or name it .txt{packed} if all of it is meant"
-    )
+    return holds, f"{command} > {target}", more
+
+
+def _packed(path: Path) -> str:
+    """Return .gz or .zst if a file is packed, else nothing."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in _UNPACK else ""

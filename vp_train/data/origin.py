@@ -12,7 +12,7 @@ from vp_train.data.corpus import (
     begin_with,
     ordinary_warnings,
     prepare_all,
-    unlike_tokenizer,
+    tokenizer_warnings,
 )
 from vp_train.data.tokenizer import (
     begin_by_files,
@@ -69,22 +69,22 @@ def begin_warnings(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
 def _begins_of_another(config: RunConfig, corpora: Sequence[Corpus]) -> list[str]:
     origin = _origin(config)
     if not corpora or origin is None or (place := _find(origin, "tokenizer.json")) is None:
-        return unlike_tokenizer(config.data, corpora)
+        return tokenizer_warnings(config.data, corpora)
     is_import = _find(origin, "model.yaml") is not None
     token = (begin_by_files if is_import else begin_of_run)(place.parent)
     if begin_with(corpora, token) or (is_import and token is None):
         return []
     begin = corpora[0].manifest.begin_token
     ours = None if begin is None else token_of(corpora[0].tokenizer, begin)
-    theirs = f"texts of the tokenizer of run.init_from={origin}"
-    if not is_import:
-        theirs = f"those of the weights of run.init_from={origin}"
+    theirs = f", those of the weights of run.init_from={origin} with {token or 'none'}"
+    if is_import:
+        theirs = f"; the tokenizer of run.init_from={origin} puts {token} in front of a text"
     way_out = "data.begin_token=null"
     if token is not None:
         way_out = shell_word("data.begin_token", token)
     return [
-        f"documents begin with {ours or 'no token'}, {theirs} with {token or 'none'}; where the "
-        f"model expects that, add {way_out}"
+        f"documents begin with {ours or 'no token'}{theirs}; where the model expects that, "
+        f"add {way_out}"
     ]
 
 

@@ -21,9 +21,9 @@ from vp_train.data.corpus import (
     Corpus,
     corpus_names,
     headline,
-    left_out_warnings,
     prepare_validation,
     spare_rows,
+    text_warnings,
     trained_on,
 )
 from vp_train.data.indexed import Share, Windows, hold_out, split_documents
@@ -327,7 +327,7 @@ class _Text:
     def warnings(self) -> tuple[str, ...]:
         names = set(self._validation) - {""}
         found = trained_on(self._config.data, self._corpora) if names else []
-        much = left_out_warnings(self._config.data, self._corpora, self._named)
+        much = text_warnings(self._config.data, self._corpora, self._named)
         begin = begin_warnings(self._config, self._corpora)
         return (*spare_rows(self._config, self._corpora), *begin, *much, *found)
 

@@ -137,7 +137,7 @@ class _Vanished:
 
     def __init__(self, tokenizer: Tokenizer, detector: Tokenizer) -> None:
         self._detector, self._has_normalizer = detector, tokenizer.normalizer is not None
-        self._unknown = detector.token_to_id(_UNKNOWN)
+        self._unknown = detector.token_to_id(_UNKNOWN) or 0  # it is not None
         self._is_marked = marks_words(tokenizer)  # what is spelled depends on the place in a word
         letters = sorted(one for one in tokenizer.get_vocab() if len(one) == 1 and one.isalnum())
         self._around = next((one for one in letters if not self._loses(one)), "")

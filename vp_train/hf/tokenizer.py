@@ -12,6 +12,7 @@ from vp_train.config import ConfigError
 from vp_train.data.tokenizer import (
     LARGEST_TOKENIZER,
     begin_of,
+    begin_of_run,
     end_of,
     front_of,
     token_in,
@@ -196,9 +197,7 @@ def _end_name(kept: Path | None, text: RunText | None) -> str | None:
 
 def _begin_name(kept: Path | None, text: RunText) -> str | None:
     """Return the token that the run has put in front of its documents, None if there is none."""
-    path = None if kept is None else file_in(kept.parent, _CONFIG)
-    words = {} if path is None else read_object(path)
-    token = token_in(words, "bos_token") if words.get("add_bos_token") is True else None
+    token = None if kept is None else begin_of_run(kept.parent)
     return text.begin_token if token is None else token
 
 
