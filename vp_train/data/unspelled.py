@@ -83,8 +83,9 @@ def _example(text: str, origin: str) -> str:
 
 def _spans(encoding: Encoding, token_id: int) -> list[tuple[int, int]]:
     """Return from where to where in its text, in characters, each token `token_id` stands."""
-    pairs = zip(encoding.ids, encoding.offsets, strict=True)
-    return [span for number, span in pairs if number == token_id]
+    places = np.flatnonzero(np.array(encoding.ids, dtype=np.int64) == token_id)
+    found = (encoding.token_to_chars(int(place)) for place in places)
+    return [span for span in found if span is not None]
 
 
 class _Unknown:
