@@ -184,6 +184,13 @@ def test_a_text_that_is_spelled_as_a_whole_loses_nothing(tmp_path: Path, name: s
     assert found == {"lost": 1, "total": total, "first": "'漢' in text 1"}
 
 
+def test_a_letter_at_which_the_library_panics_harms_no_text_without_it(tmp_path: Path) -> None:
+    """Here an added token is normalized to nothing, which the library finds inside of letters."""
+    tokenizer = with_step(bpe("é. "), normalizers.Replace(NO_TAGS, ""))
+    tokenizer.add_tokens(["<|user|>"])
+    assert counted(tokenizer, tmp_path, [". ."]) == {}
+
+
 def test_a_mark_that_is_joined_to_a_letter_which_is_not_there_is_lost(tmp_path: Path) -> None:
     """Each of the two characters is spelled beside others."""
     tokenizer = with_step(bpe(LETTERS + "á\u0301"), normalizers.NFC())

@@ -81,6 +81,20 @@ def _example(text: str, origin: str) -> str:
     return printable(f"{text[:_LONGEST_EXAMPLE]!r} in {origin}")[:1_000]
 
 
+def _encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """Return what the texts become, with places.  Nothing is known of texts where that fails.
+
+    The library may panic here where it does not without places, and at a character by itself.
+    """
+    try:
+        found: list[Encoding] = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # a panic in the library is no Exception
+        return []
+    return found
+
+
 def _spans(encoding: Encoding, token_id: int) -> list[tuple[int, int]]:
     """Return from where to where in its text, in characters, each token `token_id` stands."""
     places = np.flatnonzero(np.array(encoding.ids, dtype=np.int64) == token_id)
@@ -110,9 +124,12 @@ class _Unknown:
 
     def _unknown_texts(self, text: str) -> list[str]:
         """Return what of a text is unknown, without what is the token itself."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        found = (text[start:stop] for start, stop in _spans(encoding, self._id))
-        return [own for own in found if not self._is_token(own)]
+        return [
+            text[start:stop]
+            for encoding in _encodings(self._tokenizer, [text])
+            for start, stop in _spans(encoding, self._id)
+            if not self._is_token(text[start:stop])
+        ]
 
     def _is_token(self, text: str) -> bool:
         """Return whether a text, as it is normalized, is the token, once or several times."""
@@ -152,9 +169,8 @@ class _Vanished:
         if not self._may_lose(whole):
             return
         doubtful = [piece for piece in pieces if self._may_lose(piece.text)]
-        texts = [piece.text for piece in doubtful]
-        encodings = self._detector.encode_batch(texts, add_special_tokens=False)
-        for piece, encoding in zip(doubtful, encodings, strict=True):
+        encodings = _encodings(self._detector, [piece.text for piece in doubtful])
+        for piece, encoding in zip(doubtful, encodings, strict=False):  # there may be none
             is_lost = np.zeros(len(piece.text), dtype=np.bool_)
             for start, stop in _spans(encoding, self._unknown):
                 is_lost[start:stop] = True
@@ -179,7 +195,8 @@ class _Vanished:
         return is_joined or self._loses(f"{self._around}{character}{self._around}")
 
     def _loses(self, text: str) -> bool:
-        return self._unknown in self._detector.encode(text, add_special_tokens=False).ids
+        found = _encodings(self._detector, [text])
+        return not found or self._unknown in found[0].ids
 
     def as_dict(self) -> dict[str, int | str]:
         if not self._lost:
