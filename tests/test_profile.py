@@ -308,3 +308,12 @@ def test_on_a_gpu_a_rank_of_eight_allocates_what_is_predicted(vp_profile, tmp_pa
     assert code == EXIT_OK, err
     for rank in json.loads((tmp_path / "p.json").read_text())["ranks"]:
         assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.05)
+
+
+def test_on_a_cpu_what_goes_to_the_host_is_in_the_same_memory(vp_profile, tmp_path):
+    words = ["model=small", "parallel.pp=2", "cluster.gpus_per_node=2", "num_microbatches=4"]
+    words += ["schedule=interleaved", "parallel.offload_activations=1"]
+    code, _, err = vp_profile(*words, "--ranks", "0", "--json", tmp_path / "p.json")
+    assert code == EXIT_OK, err
+    (rank,) = json.loads((tmp_path / "p.json").read_text())["ranks"]
+    assert rank["predicted_peak_bytes"] == pytest.approx(rank["peak_bytes"], rel=0.03)

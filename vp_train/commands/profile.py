@@ -30,7 +30,7 @@ from vp_train.config import ConfigError, RunConfig
 from vp_train.config.typed import shell_word
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_OK
-from vp_train.planning.memory import machine_bytes, rank_memory
+from vp_train.planning.memory import host_bytes, machine_bytes, rank_memory
 from vp_train.planning.plan import StepPlan, plan_step
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.profile.costs import (
@@ -211,7 +211,7 @@ def _print(
     ):
         table.add_column(head, justify="right", no_wrap=True)
     for profile in profiles:
-        predicted = rank_memory(step, config.optim, profile.rank).total
+        predicted = _peak_bytes(config, step, profile.rank)
         table.add_row(
             str(profile.rank),
             str(sum(map(len, step.layers_of_ranks[profile.rank]))),
@@ -234,6 +234,12 @@ def _print(
     )
 
 
+def _peak_bytes(config: RunConfig, step: StepPlan, rank: int) -> float:
+    """Return the predicted peak of a rank; on a CPU what goes to the host is in the same memory."""
+    own = rank_memory(step, config.optim, rank).total
+    return own + host_bytes(step, config.optim, rank).total * (config.run.device == "cpu")
+
+
 def _summed(config: RunConfig, profile: RankProfile) -> float:
     """Return the seconds of all passes of a step, from their medians."""
     return config.num_microbatches * sum(profile.passes.values())
@@ -243,7 +249,7 @@ def _record(config: RunConfig, step: StepPlan, profile: RankProfile) -> dict[str
     passes = {f"{kind}{stage}": seconds for (kind, stage), seconds in profile.passes.items()}
     return asdict(profile) | {
         "passes": passes,
-        "predicted_peak_bytes": rank_memory(step, config.optim, profile.rank).total,
+        "predicted_peak_bytes": _peak_bytes(config, step, profile.rank),
     }
 
 
