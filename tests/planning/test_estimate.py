@@ -383,7 +383,8 @@ def test_times_that_were_measured_otherwise_are_refused_by_name(name, run, other
     words = f"cost.measured_{name}={other}, but run.{name}={run}".lower()
     with pytest.raises(ConfigError) as raised:
         estimate_cost(work, differs, problem, **parts)
-    assert str(raised.value) == f"{words}: {estimate._OTHER_RUN}"
+    way_out = f"or set run.{name}={other}".lower()
+    assert str(raised.value) == f"{words}: {estimate._OTHER_RUN}; {way_out}"
 
 
 def test_every_rank_is_as_slow_as_it_is_said_to_be():

@@ -421,4 +421,5 @@ def _check_measured(work: Workload, cost: CostConfig) -> None:
     ):
         if of_cost not in (None, of_run):
             words = f"cost.measured_{name}={of_cost}, but run.{name}={of_run}".lower()
-            raise ConfigError(f"{words}: {_OTHER_RUN}")
+            own = f"run.{name}={of_cost}".lower()
+            raise ConfigError(f"{words}: {_OTHER_RUN}; or set {own}")
