@@ -104,6 +104,7 @@ def test_a_rank_that_hangs_ends_the_others_when_its_time_is_up(tmp_path):
     assert "Traceback" not in said.partition("rank 0: stopped")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -146,6 +147,7 @@ train()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_ends_the_job_of_torchrun_with_a_line(programs, tmp_path):
     (tmp_path / "raising.py").write_text(RAISING)
     overrides = [

@@ -689,6 +689,7 @@ def vp_explain(run_here):
     return partial(run_here, command.main, "vp-explain")
 
 
+@pytest.mark.slow
 def test_the_command_names_the_slow_rank_and_what_mends_it(tmp_path, monkeypatch, vp_explain):
     monkeypatch.setattr(command, "_SECONDS", 0.0)  # for the comparison of schedules
     run = traced_run(tmp_path, slow=2)

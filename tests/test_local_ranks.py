@@ -63,6 +63,7 @@ def goes(pid, seconds=30.0):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
 def test_a_job_of_one_machine_listens_on_loopback_alone_and_leaves_nothing_behind(tmp_path):
     words = ["model=nano", "data=synthetic", "parallel.pp=2", "run.steps=1000", "run.name=one"]

@@ -221,6 +221,7 @@ def test_a_stranger_and_a_wrong_number_are_refused_in_one_line(tmp_path):
     assert [ending[0] for ending in ours.endings()] == [0, 0]
 
 
+@pytest.mark.slow
 def test_nodes_that_count_otherwise_are_all_refused(tmp_path):
     first, second = places(2)
     third = Place(3, 1, "host1", "127.0.0.1", first.port, "one")
@@ -231,6 +232,7 @@ def test_nodes_that_count_otherwise_are_all_refused(tmp_path):
     assert second.node == 1
 
 
+@pytest.mark.slow
 def test_a_doubled_node_ends_the_meeting_for_all(tmp_path):
     first, second, third = places(3)
     doubled = Place(3, 1, "host2", "127.0.0.1", first.port, "one")

@@ -379,6 +379,7 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help(vp_plan, 
     assert "more GPUs per replica" in helps[-1]
 
 
+@pytest.mark.slow
 def test_the_gpus_that_a_plan_lacks_come_with_a_split_that_fits(vp_plan):
     """It has the same batch, and the shortest pipeline that fits: of 2 ranks none does."""
     few = [*NANO, "model.num_layers=8", "parallel.pp=1", "cluster.memory_gib=0.009"]
@@ -397,6 +398,7 @@ def test_the_gpus_that_a_plan_lacks_come_with_a_split_that_fits(vp_plan):
         assert (again.fits, duration(again.step_seconds)) == (True, found[2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_search")
 def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     code, out, _ = vp_plan("--search", "--top", 3, *NANO, "--json", tmp_path / "found.json")
@@ -549,6 +551,7 @@ def test_words_of_a_row_stand_below_its_figures_where_the_table_is_too_wide(on_t
         assert row[: head.index("bubble") + len("bubble")].endswith(" -"), "it is not known"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "typed",
     [
@@ -743,6 +746,7 @@ def test_a_file_that_cannot_be_written_is_known_before_the_work(vp_plan, words, 
     assert f"--json {place} cannot be written (" in err
 
 
+@pytest.mark.slow
 def test_a_batch_in_tokens_is_said_as_it_is_rounded_and_where_it_comes_from(vp_plan):
     quick = ("--search", "--top", 1, "--effort", 1, "model=nano")
     code, out, _ = vp_plan(*quick, "--tokens", 1000)

@@ -237,6 +237,7 @@ def test_a_run_that_fails_stops_no_other_and_the_best_is_marked(trained, place, 
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_leaves_goes_on_without_the_finished_runs(trained, place, capsys):
     trained.codes = {"sweep-1": 75}
     assert swept(*SMALL, "optim.lr=0.1,0.3,0.2") == 75

@@ -513,6 +513,7 @@ def test_sixteen_bits_learn_as_float32_does(ranks, tmp_path):
                 assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_bfloat16_converges_to_the_entropy_of_its_data(ranks, tmp_path):
     config = config_of(
         tmp_path,

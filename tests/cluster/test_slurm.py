@@ -157,6 +157,7 @@ def test_two_nodes_train_are_requeued_and_resume(slurm, programs, tmp_path):
     assert job.said.count("vp-train: stopped after step") == 2  # scancel too leaves time to save
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_a_rank_is_that_of_the_job_and_one_line_says_why(
     slurm, programs, tmp_path
 ):
@@ -170,6 +171,7 @@ def test_the_exit_code_of_a_rank_is_that_of_the_job_and_one_line_says_why(
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_one_task_per_rank_is_a_rank(slurm, programs, tmp_path):
     script = tmp_path / "job.sh"
     script.write_text(f'#!/bin/sh\nexec srun {programs}/vp-train "$@"\n')

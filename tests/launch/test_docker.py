@@ -97,6 +97,7 @@ def test_debian_has_the_packages():
     assert "(none)" not in candidates
 
 
+@pytest.mark.slow
 def test_the_package_that_the_image_installs_works_without_the_checkout(tmp_path):
     setuptools = pytest.importorskip("setuptools")
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]

@@ -13,14 +13,17 @@ from vp_train.commands.command import guarded
 from vp_train.config import ConfigError
 
 
+@pytest.mark.slow
 def test_every_override_ends_with_78_or_runs():
     assert overrides.campaign(seed=7, count=20) == []
 
 
+@pytest.mark.slow
 def test_every_crafted_file_is_refused_in_one_line():
     assert inputs.campaign(seed=7, count=30) == []
 
 
+@pytest.mark.slow
 def test_every_change_of_a_corpus_is_found(monkeypatch):
     monkeypatch.setattr(inputs, "CASES", {})
     assert inputs.campaign(seed=7, count=100) == []

@@ -283,6 +283,7 @@ def test_a_named_schedule_takes_as_long_as_ever_or_less(monkeypatch, name, known
     assert all(map(operator.le, found, (seconds * (1 + 1e-6) for seconds in known))), found
 
 
+@pytest.mark.slow
 def test_a_cap_of_p_microbatches_is_enough_for_a_gap_below_one_percent(monkeypatch):
     """A fifth of the usual search is enough."""
     monkeypatch.setattr(auto, "_ROUNDS", ((2, 100_000), (1, 200_000)))

@@ -64,6 +64,7 @@ def test_what_is_no_beat_counts_as_none(text):
     assert Beat.parse(text) is None
 
 
+@pytest.mark.slow
 def test_beats_go_through_the_store_as_json_and_stop():
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     hearts = [Heartbeat(("127.0.0.1", server.port), rank) for rank in range(2)]
