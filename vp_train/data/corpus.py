@@ -194,10 +194,7 @@ def text_warnings(
 
 
 def _much(manifest: Manifest) -> Iterator[str]:
-    """Yield a warning each for many documents, and for large files, that are left out.
-
-    And for any text that the tokenizer cannot spell.
-    """
+    """Yield a warning each for documents, for files, and for text that cannot be spelled."""
     yield from filter(None, [much_left_out(manifest.left_out, manifest.num_documents)])
     if manifest.text_bytes is not None:
         yield from filter(None, [outweighed(manifest.left_out, manifest.text_bytes)])
