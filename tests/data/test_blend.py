@@ -139,7 +139,7 @@ def test_vocabularies_that_differ_are_refused(blend: DataConfig, tmp_path: Path)
 def test_another_tokenizer_is_refused_before_anything_is_tokenized(
     blend: DataConfig, tmp_path: Path
 ) -> None:
-    """Of a stored corpus behind a text, of a validation set, and of another end of documents."""
+    """A stored corpus has it, or a validation set, or documents have another end."""
     assert blend.blend is not None
     train_tokenizer(["xyz" * 20], 262).save(str(tmp_path / "tokenizer.json"))
     other = replace(blend, blend=blend.blend[2:], tokenizer=str(tmp_path / "tokenizer.json"))

@@ -75,7 +75,7 @@ def expected_scores(model, ids, width=64):
 
 @pytest.fixture(scope="module")
 def one_process(trained):
-    """What one process finds."""
+    """Return what one process finds."""
     (found,) = evaluate(0, 1, trained)
     return found
 

@@ -193,12 +193,15 @@ def text_warnings(
     ]
 
 
-def _much(manifest: Manifest) -> Iterator[str]:
-    """Yield a warning each for documents, for files, and for text that cannot be spelled."""
-    yield from filter(None, [much_left_out(manifest.left_out, manifest.num_documents)])
-    if manifest.text_bytes is not None:
-        yield from filter(None, [outweighed(manifest.left_out, manifest.text_bytes)])
-    yield from filter(None, [unspelled_words(manifest.unspelled)])
+def _much(manifest: Manifest) -> list[str]:
+    """Return a warning each for documents, for files, and for text that cannot be spelled."""
+    left_out, size = manifest.left_out, manifest.text_bytes
+    warnings = [
+        much_left_out(left_out, manifest.num_documents),
+        "" if size is None else outweighed(left_out, size),
+        unspelled_words(manifest.unspelled),
+    ]
+    return [words for words in warnings if words]
 
 
 def with_names(

@@ -229,12 +229,15 @@ def spells_bytes(tokenizer: Tokenizer) -> bool:
     steps = json.dumps([described.get("normalizer"), described.get("pre_tokenizer")])
     is_letters = model["type"] in ("BPE", "Unigram") and '"ByteLevel"' in steps
     has_all = set(pre_tokenizers.ByteLevel.alphabet()) <= vocab
-    return is_letters and has_all and not marks_words(tokenizer)
+    return is_letters and has_all and not _marks_words(model)
 
 
 def marks_words(tokenizer: Tokenizer) -> bool:
     """Return whether tokens inside a word, or at its end, are written with a mark of their own."""
-    model = json.loads(tokenizer.to_str())["model"]
+    return _marks_words(json.loads(tokenizer.to_str())["model"])
+
+
+def _marks_words(model: Mapping[str, object]) -> bool:
     return bool(model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
 
 
