@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -39,12 +40,12 @@ _VOCABULARY = frozenset((Kind.S, Kind.T, Kind.E, Kind.G))
 _TOKEN = re.compile(r"(0|[1-9]\d*)([FBIWSTEG])(0|[1-9]\d*)")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Pass:
+class Pass(NamedTuple):
     """One unit of work of one microbatch on one rank.
 
     `stage` is the pipeline stage. For S, T, E and G it is the vocabulary shard, which equals the
-    rank.
+    rank. A search makes millions of passes, and a named tuple takes half of the time of a frozen
+    dataclass.
     """
 
     stage: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from schedules.cost import CostModel
 from schedules.ir import Kind, Pass, Schedule
@@ -18,6 +19,7 @@ from schedules.vocab import End
 Orders = list[list[int]]  # the ids of the passes of every rank, in order
 
 EMBEDDINGS_AHEAD = 2  # microbatches by which E may run ahead of the F of stage 0
+_KEPT_GRAPHS = 64  # of a search
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,48 +52,34 @@ class Network:
     @classmethod
     def of(cls, problem: Problem, cost: CostModel) -> Network:
         """Return the network of `problem`. Raises ValueError where a pass has no cost."""
-        num_ranks, communicators = problem.layout.num_ranks, list(End)
-        passes = [item for rank in range(num_ranks) for item in problem.passes_of(rank, 0)]
-        barriers = list(problem.collectives(0))
-        nodes: tuple[Node, ...] = (*passes, *barriers)
-        numbers = {node: k for k, node in enumerate(nodes)}
-        inputs = tuple(
-            tuple(
-                (numbers[earlier], cost.hop_seconds if problem.is_hop(earlier, node) else 0.0)
-                for earlier in problem.inputs_of(node)
-            )
-            for node in nodes
-        )
-        followers: list[list[tuple[int, float]]] = [[] for _ in nodes]
-        for k, before in enumerate(inputs):
-            for earlier, travel in before:
-                followers[earlier].append((k, travel))
-        lanes = [problem.rank_of(item) for item in passes]
-        lanes += [
-            num_ranks + communicators.index(problem.algorithm.barrier(node.barrier).end)
-            for node in barriers
-        ]
+        graph, hop = _Graph.of(replace(problem, num_microbatches=1)), cost.hop_seconds
+        nodes, num_passes = graph.nodes, graph.num_passes
+        passes = [node for node in nodes if isinstance(node, Pass)]
+        barriers = [node for node in nodes if isinstance(node, Collective)]
         no_bytes = [0.0] * len(nodes)
-        first, back = numbers[Pass(0, Kind.F, 0)], numbers.get(Pass(0, problem.backward, 0), -1)
         return cls(
-            num_ranks=num_ranks,
+            num_ranks=problem.layout.num_ranks,
             num_microbatches=problem.num_microbatches,
             nodes=nodes,
-            num_passes=len(passes),
-            lanes=tuple(lanes),
+            num_passes=num_passes,
+            lanes=graph.lanes,
             seconds=(
                 *map(cost.seconds, passes),
                 *(cost.barrier(node.barrier) for node in barriers),
             ),
-            inputs=inputs,
-            followers=tuple(map(tuple, followers)),
+            inputs=tuple(
+                tuple((k, hop if hops else 0.0) for k, hops in before) for before in graph.inputs
+            ),
+            followers=tuple(
+                tuple((k, hop if hops else 0.0) for k, hops in after) for after in graph.followers
+            ),
             byte_change=tuple(
                 no_bytes
                 if problem.forward_only
-                else (*map(cost.byte_change, passes), *no_bytes[len(passes) :])
+                else (*map(cost.byte_change, passes), *no_bytes[num_passes:])
             ),
-            leaders={k: first for k, item in enumerate(passes) if item.kind is Kind.E},
-            leaders_back={k: back for k, item in enumerate(passes) if item.kind is Kind.G},
+            leaders=graph.leaders,
+            leaders_back=graph.leaders_back,
         )
 
     @property
@@ -171,3 +159,52 @@ class Network:
         """Return the bytes that each pass of `order` adds to those its rank keeps."""
         change_of, size = self.byte_change, self.size
         return [change_of[number % size] for number in order]
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """What of a network depends on no costs. `inputs` and `followers` say which edges are hops."""
+
+    nodes: tuple[Node, ...]
+    num_passes: int
+    lanes: tuple[int, ...]
+    inputs: tuple[tuple[tuple[int, bool], ...], ...]
+    followers: tuple[tuple[tuple[int, bool], ...], ...]
+    leaders: dict[int, int]
+    leaders_back: dict[int, int]
+
+    @staticmethod
+    @lru_cache(maxsize=_KEPT_GRAPHS)
+    def of(problem: Problem) -> _Graph:
+        """Return the graph of one microbatch. A search asks for the same ones again and again."""
+        num_ranks, communicators = problem.layout.num_ranks, list(End)
+        passes = [item for rank in range(num_ranks) for item in problem.passes_of(rank, 0)]
+        barriers = list(problem.collectives(0))
+        nodes: tuple[Node, ...] = (*passes, *barriers)
+        numbers = {node: k for k, node in enumerate(nodes)}
+        inputs = tuple(
+            tuple(
+                (numbers[earlier], problem.is_hop(earlier, node))
+                for earlier in problem.inputs_of(node)
+            )
+            for node in nodes
+        )
+        followers: list[list[tuple[int, bool]]] = [[] for _ in nodes]
+        for k, before in enumerate(inputs):
+            for earlier, hops in before:
+                followers[earlier].append((k, hops))
+        lanes = [problem.rank_of(item) for item in passes]
+        lanes += [
+            num_ranks + communicators.index(problem.algorithm.barrier(node.barrier).end)
+            for node in barriers
+        ]
+        first, back = numbers[Pass(0, Kind.F, 0)], numbers.get(Pass(0, problem.backward, 0), -1)
+        return _Graph(
+            nodes=nodes,
+            num_passes=len(passes),
+            lanes=tuple(lanes),
+            inputs=inputs,
+            followers=tuple(map(tuple, followers)),
+            leaders={k: first for k, item in enumerate(passes) if item.kind is Kind.E},
+            leaders_back={k: back for k, item in enumerate(passes) if item.kind is Kind.G},
+        )

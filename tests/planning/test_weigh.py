@@ -338,7 +338,7 @@ def test_a_candidate_takes_its_passes_and_the_least_after_them(pp):
     scales = Scales(config, math.inf)
     found = scales.draft(choice_of(pp))
     step = minimum_step("1f1b", found.draft)
-    step = replace(step, timeline=weigh._alone("1f1b", found.draft))
+    step = replace(step, timeline=scales._alone("1f1b", found.draft))
     after = [scales.after(step, optim, 0.9) for optim in found.optimizers]
     assert len(after) == 3
     assert min(after) < max(after)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from vp_train.config import ConfigError
-from vp_train.planning.choice import Choice
+from vp_train.planning.choice import KINDS, Choice, Kind
 from vp_train.planning.found import (
     NO_MORE,
     SAME,
@@ -49,14 +49,14 @@ class Book:
     refused: list[Refusal] = field(default_factory=list)
     estimates: list[Estimate] = field(default_factory=list)
     planned: dict[Choice, Found] = field(default_factory=dict)
-    # What follows from these, until something is added: estimates as planned, `distinct`, and the
-    # seconds of the first of each kind.
+    # What follows from these, until something is added: estimates as planned, `distinct`, and what
+    # a choice of each kind has to beat to be the first in something.
     _as_planned: list[Estimate] | None = None
     _distinct: tuple[list[Estimate], set[Choice]] | None = None
-    _first_seconds: dict[bool, float] | None = None
+    _to_be_first: dict[Kind, float] | None = None
 
     def _forget(self) -> None:
-        self._as_planned = self._distinct = self._first_seconds = None
+        self._as_planned = self._distinct = self._to_be_first = None
 
     def add(self, estimate: Estimate) -> None:
         self._forget()
@@ -94,30 +94,41 @@ class Book:
         """Whether a time is known which others have to beat."""
         return bool(self.estimates) or self.below < math.inf
 
-    def to_beat(self, top: int) -> dict[bool, float]:
-        """Return the seconds that a choice without and with vocabulary parallelism has to beat.
+    def to_beat(self, top: int) -> dict[Kind, float]:
+        """Return the seconds that a choice of each kind has to beat.
 
-        Those of the last of the `top`, or of the first of its kind if that is slower.
+        Those of the last of the `top`, or what makes it the first in something if that is slower.
         """
         shown = sorted(one.counted for one in self.distinct()[0])
         last = min(shown[top - 1] if len(shown) >= top else math.inf, self.below)
         if not self.has_kinds:
-            return {False: last, True: last}
-        return {splits: max(last, first) for splits, first in self._firsts().items()}
+            return dict.fromkeys(KINDS, last)
+        return {kind: max(last, first) for kind, first in self._firsts().items()}
 
     def may_be_first(self, choice: Choice, seconds: float) -> bool:
-        """Return whether a step of so many seconds would be the fastest of its kind."""
-        firsts = self._firsts() if self.has_kinds else self.to_beat(1)
-        return counted(choice, seconds) < firsts[choice.splits_vocabulary]
+        """Return whether a step of so many seconds would be the first in something.
 
-    def _firsts(self) -> dict[bool, float]:
-        """Return the seconds of the first without and with vocabulary parallelism, or infinity."""
-        if self._first_seconds is None:
-            self._first_seconds = {False: math.inf, True: math.inf}
+        That is the fastest with or without vocabulary parallelism, or of all that offload nothing.
+        """
+        firsts = self._firsts() if self.has_kinds else self.to_beat(1)
+        return counted(choice, seconds) < firsts[choice.kind]
+
+    def _firsts(self) -> dict[Kind, float]:
+        """Return the seconds below which a choice of each kind is the first in something."""
+        if self._to_be_first is None:
+            of_kinds = dict.fromkeys(KINDS, math.inf)
             for one in self.as_planned():
-                known = self._first_seconds[one.splits_vocabulary]
-                self._first_seconds[one.splits_vocabulary] = min(known, one.counted)
-        return self._first_seconds
+                kind = one.candidate.choice.kind
+                of_kinds[kind] = min(of_kinds[kind], one.counted)
+            on_device = min(of_kinds[splits, False] for splits in (False, True))
+            self._to_be_first = {
+                (splits, moves): max(
+                    min(of_kinds[splits, False], of_kinds[splits, True]),
+                    0.0 if moves else on_device,
+                )
+                for splits, moves in KINDS
+            }
+        return self._to_be_first
 
     def as_planned(self) -> list[Estimate]:
         """Return all estimates, as planned where they were."""

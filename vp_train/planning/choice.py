@@ -13,6 +13,9 @@ from vp_train.config.parallel import RECOMPUTE, shortened
 from vp_train.planning.batch import batch_of
 from vp_train.planning.degrees import Degrees, split_ranks
 
+# Whether a choice has vocabulary parallelism, and whether it offloads activations.
+Kind = tuple[bool, bool]
+KINDS: tuple[Kind, ...] = ((False, False), (False, True), (True, False), (True, True))
 # Settings that a choice makes.  These are printed always, the others where they differ.
 SHOWN_ALWAYS = (
     *("parallel.dp", "parallel.pp", "parallel.tp"),
@@ -66,6 +69,11 @@ class Choice:
     def splits_vocabulary(self) -> bool:
         """Return whether several pipeline ranks own rows of the vocabulary."""
         return self.degrees.pp > 1 and VOCAB_ALGORITHMS[self.vocab].sharded
+
+    @property
+    def kind(self) -> Kind:
+        """Whether it has vocabulary parallelism, and whether it offloads activations."""
+        return self.splits_vocabulary, self.offload > 0
 
     @property
     def redistributes(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from schedules.render import duration
 from vp_train.config import ConfigError
 from vp_train.planning.book import Book
-from vp_train.planning.choice import Choice
+from vp_train.planning.choice import KINDS, Choice, Kind
 from vp_train.planning.found import counted
 from vp_train.planning.queue import Prospect, Queue
 from vp_train.planning.shared import Shared
@@ -238,7 +238,7 @@ class Explorer:
             ]
             if waiting:
                 key, prospect = min(waiting)
-                if key < self._book.to_beat(top)[prospect.splits_vocabulary]:
+                if key < self._book.to_beat(top)[prospect.choice.kind]:
                     return prospect
         return self._lowest(queue, top)
 
@@ -250,9 +250,9 @@ class Explorer:
         """
         to_beat = self._book.to_beat(top)
 
-        def open_kinds() -> dict[bool, float]:
-            keys = {splits: queue.first(splits_vocabulary=splits) for splits in (False, True)}
-            return {splits: key for splits, key in keys.items() if key < to_beat[splits]}
+        def open_kinds() -> dict[Kind, float]:
+            keys = {kind: queue.first(kind) for kind in KINDS}
+            return {kind: key for kind, key in keys.items() if key < to_beat[kind]}
 
         kinds = open_kinds()
         if not kinds:
@@ -261,8 +261,9 @@ class Explorer:
         if not kinds:
             return None
         least = _FOR_OTHER_KIND * sum(self._spent_on) if self._book.has_kinds else 0.0
-        splits = min(kinds, key=lambda splits: (self._spent_on[splits] >= least, kinds[splits]))
-        return queue.pop(splits_vocabulary=splits)
+        return queue.pop(
+            min(kinds, key=lambda kind: (self._spent_on[kind[0]] >= least, kinds[kind]))
+        )
 
     def _is_doubtful(self, item: Candidate, queue: Queue) -> bool:
         """Return whether a draft waits until all others were estimated."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vp_train.planning.choice import Choice
+from vp_train.planning.choice import KINDS, Choice, Kind
 from vp_train.planning.weigh import Candidate
 
 # Drafts without an estimate after which the lowest is estimated, see `Explorer.estimate`.
@@ -56,8 +56,7 @@ class Queue:
 
     def __init__(self, key: Callable[[Prospect], float]) -> None:
         self._key = key
-        # Without (False) and with (True) vocabulary parallelism.
-        self._by_seconds: tuple[list[tuple[float, Prospect]], ...] = ([], [])
+        self._by_seconds: dict[Kind, list[tuple[float, Prospect]]] = {kind: [] for kind in KINDS}
         self._by_bytes: list[tuple[float, Prospect]] = []
         self.drafted: list[Prospect] = []
         self.next_drafts = _FIRST_DRAFTS
@@ -67,17 +66,15 @@ class Queue:
 
     def push(self, prospect: Prospect, num_bytes: float | None = None) -> None:
         """Put a prospect into the queue; by its bytes, too, if they are given."""
-        heapq.heappush(
-            self._by_seconds[prospect.splits_vocabulary], (self._key(prospect), prospect)
-        )
+        heapq.heappush(self._by_seconds[prospect.choice.kind], (self._key(prospect), prospect))
         if num_bytes is not None:
             heapq.heappush(self._by_bytes, (num_bytes, prospect))
 
     def add(self, other: Queue) -> None:
         """Add what another queue has left."""
-        for ours, theirs in zip(self._by_seconds, other._by_seconds, strict=True):
-            ours += theirs
-            heapq.heapify(ours)
+        for kind, heap in self._by_seconds.items():
+            heap += other._by_seconds[kind]
+            heapq.heapify(heap)
         self._by_bytes = sorted(self._by_bytes + other._by_bytes)
         self.drafted += other.drafted
         self.next_drafts = 2 * max(_FIRST_DRAFTS, len(self.drafted))
@@ -88,20 +85,20 @@ class Queue:
     @property
     def left(self) -> list[Prospect]:
         """Those that were not estimated yet, the first ones first."""
-        waiting = {prospect for heap in self._by_seconds for _, prospect in heap}
+        waiting = {prospect for heap in self._by_seconds.values() for _, prospect in heap}
         waiting.update(self.doubtful, self.passed_over)
         return sorted(prospect for prospect in waiting if not prospect.is_done)
 
     @property
     def is_empty(self) -> bool:
-        return not any(self._by_seconds)
+        return not any(self._by_seconds.values())
 
-    def first(self, *, splits_vocabulary: bool) -> float:
+    def first(self, kind: Kind) -> float:
         """Return the seconds expected of the first of a kind, infinite if none is left.
 
         Later simulations may have raised them.
         """
-        heap = self._by_seconds[splits_vocabulary]
+        heap = self._by_seconds[kind]
         while heap:
             known, prospect = heap[0]
             key = self._key(prospect)
@@ -113,9 +110,9 @@ class Queue:
                 return key
         return math.inf
 
-    def pop(self, *, splits_vocabulary: bool) -> Prospect:
+    def pop(self, kind: Kind) -> Prospect:
         """Take the first of a kind, after `first`."""
-        return heapq.heappop(self._by_seconds[splits_vocabulary])[1]
+        return heapq.heappop(self._by_seconds[kind])[1]
 
     def pop_leanest(self) -> Prospect | None:
         """Take the one that seems to need least memory, None if none is left."""
@@ -127,7 +124,7 @@ class Queue:
 
     def renew(self) -> None:
         """Order the prospects again, since simulations may have lowered what is expected."""
-        for heap in self._by_seconds:
+        for heap in self._by_seconds.values():
             heap[:] = [
                 (self._key(prospect), prospect) for _, prospect in heap if not prospect.is_done
             ]

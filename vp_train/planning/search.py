@@ -334,11 +334,10 @@ class _Search:
             around = [other for one in new for other in self._around(one)]
             around += [other for one in nearly for other in self._in_more_stages(one)]
             found = list(dict.fromkeys(around))
-            for splits in (True, False):
-                queue = self._explorer.queue_of(
-                    choice for choice in found if choice.splits_vocabulary is splits
-                )
-                self._explorer.until = min(until, self._effort.spent + part / 2)
+            kinds = sorted({choice.kind for choice in found}, reverse=True)
+            for kind in kinds:
+                queue = self._explorer.queue_of(choice for choice in found if choice.kind == kind)
+                self._explorer.until = min(until, self._effort.spent + part / len(kinds))
                 self._explorer.estimate_apart(queue)
         self._explorer.until = before
 
@@ -543,7 +542,7 @@ class _Search:
                 promising.append((least, place, item, found.get(choice)))
         enough = self._effort.spent + _FOR_BALANCE * self._limits.effort
         for seconds, _, item, estimate in sorted(promising, key=lambda one: one[:2]):
-            is_slow = seconds >= self._book.to_beat(self._limits.top)[True]
+            is_slow = seconds >= self._book.to_beat(self._limits.top)[item.choice.kind]
             if is_slow or self._effort.is_over(enough):
                 return
             try:
@@ -565,11 +564,12 @@ class _Search:
         """
         effort, top = self._effort, self._limits.top
         queue = sorted(self._book.estimates, key=lambda estimate: estimate.key)
-        firsts = [
-            next((e for e in queue if e.splits_vocabulary is splits), None)
-            for splits in (True, False)
-        ]
-        ahead = sorted((e for e in firsts if e is not None), key=lambda estimate: estimate.key)
+        firsts: dict[bool | str, Estimate] = {}
+        for estimate in queue:
+            firsts.setdefault(estimate.splits_vocabulary, estimate)
+            if not estimate.candidate.choice.offload:
+                firsts.setdefault("on the device", estimate)
+        ahead = [one for one in queue if any(one is first for first in firsts.values())]
         beyond = 0
         for estimate in [*ahead, *(e for e in queue if e not in ahead)]:
             times = [one.counted for one in self._book.distinct()[0] if one.is_planned]

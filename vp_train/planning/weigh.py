@@ -17,7 +17,7 @@ from schedules.bound import step_bound
 from schedules.generators import GENERATORS, generate
 from schedules.generators.auto import Watch
 from schedules.generators.weave import waits_for_weights
-from schedules.ir import Kind
+from schedules.ir import Kind, Schedule
 from schedules.layout import Layout
 from schedules.problem import Problem
 from schedules.simulate import simulate_order
@@ -261,6 +261,7 @@ class Scales:
         self._peaks: dict[tuple[str, Layout, int, int], tuple[Peak, ...]] = {}
         self._after: dict[tuple[Degrees, OptimConfig, int], tuple[float, ReplicaSeconds]] = {}
         self._bounds: dict[tuple[object, ...], float] = {}
+        self._orders_alone: dict[tuple[str, Problem], Schedule] = {}
 
     def with_optimizers(self, optimizers: tuple[OptimConfig, ...] | None) -> Scales:
         """Return scales with other optimizers, which share what does not depend on them."""
@@ -478,7 +479,7 @@ class Scales:
         # How late gradients come and how early parameters are read, one microbatch alone says.
         alone = minimum
         if choice.degrees.dp > 1:
-            alone = replace(minimum, timeline=_alone(choice.schedule, drafted))
+            alone = replace(minimum, timeline=self._alone(choice.schedule, drafted))
         after = [self.after(alone, optim, _SURE) for optim in fitting]
         if choice.offload:  # what the link cannot carry and what hosts hold, only the weight says
             seems_to_fit = seems_to_fit and self.weigh(choice).seems_to_fit
@@ -535,6 +536,18 @@ class Scales:
         ranks = _looked_at(step)
         found = [total_bytes(step, optimizers, rank) for rank in ranks]
         return [max(zip(of_ranks, ranks, strict=True)) for of_ranks in zip(*found, strict=True)]
+
+    def _alone(self, name: str, draft: Draft) -> Timeline:
+        """Return the timeline of one microbatch alone.
+
+        Its forward and its backward run through all stages without a pause, about as those of the
+        first and of the last microbatch of a step do.  Costs hardly change the order of its passes,
+        so one is made for all of a schedule.
+        """
+        one = replace(draft.problem, num_microbatches=1)
+        if (name, one) not in self._orders_alone:
+            self._orders_alone[name, one] = generate(name, one, draft.cost, effort=1)
+        return simulate_order(self._orders_alone[name, one], one, draft.cost)
 
     def _bound_of(self, choice: Choice, drafted: Draft) -> float:
         """Return the lower bound of the passes, which several schedules share."""
@@ -679,16 +692,6 @@ class Scales:
             least += optimizer_seconds(work.degrees, cluster, optim, held)
             self._after[key] = least, hideable_seconds(work, cluster, optim, parameters)
         return self._after[key]
-
-
-def _alone(name: str, draft: Draft) -> Timeline:
-    """Return the timeline of one microbatch alone.
-
-    Its forward and its backward run through all stages without a pause, about as those of the first
-    and of the last microbatch of a step do.
-    """
-    one = replace(draft.problem, num_microbatches=1)
-    return simulate_order(generate(name, one, draft.cost, effort=1), one, draft.cost)
 
 
 @dataclass(frozen=True, slots=True)
