@@ -154,8 +154,10 @@ def test_a_searched_plan_keeps_its_cap_and_is_never_slower_than_a_named_one_that
     quick_search, cap
 ):
     plan = make_plan(solved(cap_microbatches=cap), 3)
+    stages = [plan.problem.layout.stages_of(rank) for rank in range(3)]
+    fullest = max(sum(plan.cost.stage_bytes[stage] for stage in own) for own in stages)
     most = (
-        4 * microbatch_bytes(plan) + 2 * max(plan.cost.shard_bytes)
+        4 * fullest + 2 * max(plan.cost.shard_bytes)
         if cap is None
         else cap * microbatch_bytes(plan)
     )
@@ -165,6 +167,17 @@ def test_a_searched_plan_keeps_its_cap_and_is_never_slower_than_a_named_one_that
     for name in GENERATORS:
         named = plan_step(replace(solved(), schedule=ScheduleConfig(name)), 3).timeline
         assert max(named.peak_bytes) > most or plan.timeline.makespan <= named.makespan * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("vocab", ["none", "one_barrier", "two_barrier"])
+def test_without_a_cap_1f1b_takes_part_whatever_stage_keeps_most(quick_search, vocab):
+    """The first stage also keeps what is embedded, so it keeps more than the mean of all."""
+    config = solved(4, 12, vocab=vocab)
+    named = plan_step(replace(config, schedule=ScheduleConfig("1f1b")), 4)
+    plan = plan_step(config, 4)
+    assert len(set(named.cost.stage_bytes)) > 1
+    assert max(named.timeline.peak_bytes) <= plan.caps[0] * (1 + 1e-9)
+    assert plan.timeline.makespan <= named.timeline.makespan * (1 + 1e-9)
 
 
 def test_without_a_cap_a_search_never_refuses(quick_search, monkeypatch):

@@ -32,7 +32,7 @@ from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, order_of
 from vp_train.planning.kept import ALL, Kept
-from vp_train.planning.learned import alike
+from vp_train.planning.learned import Learned, alike
 from vp_train.planning.queue import Prospect
 from vp_train.planning.search import _Search, fits_on, search
 from vp_train.planning.space import Space
@@ -728,6 +728,31 @@ def test_what_is_next_to_the_best_is_tried_though_the_effort_for_others_is_spent
         result = run(world, effort=6_000)
         assert numbers(world, result.best) == [found]
         assert result.num_unseen[True] > 10
+
+
+def test_the_best_that_offloads_nothing_has_its_neighbours_looked_at(enter):
+    """It is slower than the best of all, which offloads, and it has no place among the top."""
+    decoys = [Facts(1.0, 30.0) for _ in range(40)]
+    facts = [Facts(9.0, 9.0, least=0.0), *decoys, Facts(8.0, 8.5), Facts(0.5, 4.0)]
+    choices = [choice_of(number, offload=0.0 if number < 42 else 1.0) for number in range(43)]
+    world = World(facts, choices)
+    world.near = {0: [41]}
+    enter(world)
+    result = run(world, effort=6_000)
+    assert numbers(world, result.best) == [42]
+    assert number_of(world, result.without_offloading) == 41
+
+
+def test_what_a_related_step_exceeds_its_bound_by_postpones_a_choice():
+    """Other vocabulary passes and recomputation leave ranks about as idle, another schedule not."""
+    known, candidate = Learned(), World([Facts(10.0, 10.0)]).draft(choice_of(0))
+    known.note(candidate, 15.0, 0.0)
+    related = replace(candidate.choice, vocab="two_barrier", recompute="full")
+    assert known.factor(candidate.choice) == pytest.approx(0.97 * 1.5)
+    assert known.factor(related) == pytest.approx(0.9 * 1.5)
+    assert known.factor(replace(related, schedule="zb_h1")) == 1.0
+    known.note(replace(candidate, choice=related), 10.5, 0.0)
+    assert known.factor(related) == pytest.approx(0.97 * 1.05)
 
 
 def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_that(enter):

@@ -53,6 +53,27 @@ def test_a_long_step_respects_its_cap_and_is_no_slower_than_the_best_named_sched
     assert timeline.makespan <= min(fitting) * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("cap", [2.0, 3.0, 5.0])
+def test_a_long_step_runs_in_groups_where_no_named_schedule_fits(long, cap):
+    """One microbatch after the other would take p times the work of a rank."""
+    options = options_of(6, 30, names=("gpipe", "1f1b"))
+    assert all(
+        max(timeline_of(generate(o.name, o.problem, o.cost), o).peak_bytes) > cap for o in options
+    )
+    solution = solve(options, [cap] * 6)
+    check_schedule(solution.schedule, solution.option.problem)
+    timeline = timeline_of(solution.schedule, solution.option)
+    assert max(timeline.peak_bytes) <= cap * CLOSE
+    work = max(rank_seconds(timeline, rank) for rank in range(6))
+    in_flight = max(timeline.peak_in_flight)
+    assert in_flight >= int(cap) - 1, "a shard is held beside them"
+    assert timeline.makespan <= work * (in_flight + 7) / in_flight
+
+
+def rank_seconds(timeline, rank):
+    return sum(span.seconds for span in timeline.compute[rank])
+
+
 def test_a_long_step_is_refused_with_what_was_reached(long):
     options = options_of(3, 30, names=NAMES)
     with pytest.raises(CapError) as caught:

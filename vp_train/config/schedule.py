@@ -14,8 +14,8 @@ class ScheduleConfig:
     """The base schedule, into which the vocabulary passes are woven.
 
     The cap limits the activations and held shards of a rank.  Without one, `auto` stays within
-    p + 1 microbatches and two held shards, about what 1F1B with one_barrier keeps.  If no
-    schedule is found under that, the cap is what the best schedule found keeps.
+    about what 1F1B keeps on its fullest rank: p + 1 microbatches (p + 2 with two_barrier) and two
+    held shards.  If no schedule is found under that, the cap is what the best schedule found keeps.
     """
 
     name: str = setting(

@@ -592,7 +592,7 @@ def _solved(config: RunConfig, num_ranks: int, watch: Watch | None) -> StepPlan:
     drafts = searched_drafts(config, num_ranks, names)
     num_ranks = drafts[0][1].work.degrees.pp
     options, cost = [option for option, _ in drafts], drafts[0][1].cost
-    caps = (_cap_bytes(settings, cost, num_ranks),) * num_ranks
+    caps = (_cap_bytes(settings, drafts[0][1]),) * num_ranks
     try:
         solution = solve(options, caps, watch)
     except BaseOrderError as error:
@@ -620,12 +620,19 @@ def _searched_layout(name: str, num_ranks: int, num_chunks: int | None) -> Layou
     return family.layout_of(num_ranks, num_chunks if family.layout == "loop" else None)
 
 
-def _cap_bytes(settings: ScheduleConfig, cost: CostModel, num_ranks: int) -> float:
+def _cap_bytes(settings: ScheduleConfig, step: Draft) -> float:
+    """Return the cap of every rank; unless one is set, what 1F1B keeps on the rank with most."""
+    cost, layout = step.cost, step.problem.layout
     if settings.cap_gib is not None:
         return settings.cap_gib * 2**30
     if settings.cap_microbatches is not None:
-        return settings.cap_microbatches * cost.microbatch_bytes(num_ranks)
-    return (num_ranks + 1) * cost.microbatch_bytes(num_ranks) + 2 * max(cost.shard_bytes)
+        return settings.cap_microbatches * cost.microbatch_bytes(layout.num_ranks)
+    most = max(
+        sum(cost.stage_bytes[stage] for stage in layout.stages_of(rank))
+        for rank in range(layout.num_ranks)
+    )
+    in_flight = layout.num_ranks + max(1, step.problem.algorithm.extra_in_flight)
+    return in_flight * most + 2 * max(cost.shard_bytes)
 
 
 def _cap_words(error: CapError, config: RunConfig, unit: float) -> str:
