@@ -132,9 +132,10 @@ def _memory_seconds(
     The byte-seconds that the rank keeps during a step are at most its cap times the time in which
     it can keep anything. That time starts with its first F and ends with its last backward pass.
     """
-    byte_seconds = _byte_seconds(rank, problem, network)
-    first = min((heads[start] for start, _, _ in lives(rank, problem, network)), default=0.0)
-    last = min((tails[end] for _, _, end in lives(rank, problem, network)), default=0.0)
+    kept = lives(rank, problem, network)
+    byte_seconds = _byte_seconds(kept, network)
+    first = min((heads[start] for start, _, _ in kept), default=0.0)
+    last = min((tails[end] for _, _, end in kept), default=0.0)
     if byte_seconds == 0.0:
         return 0.0
     if cap <= 0:
@@ -231,11 +232,11 @@ def _packed(densest: list[tuple[float, float]], room: float) -> float:
     return best
 
 
-def _byte_seconds(rank: int, problem: Problem, network: Network) -> float:
-    """Return the least byte-seconds that `rank` keeps for one microbatch."""
+def _byte_seconds(tensors: Iterable[tuple[int, float, int]], network: Network) -> float:
+    """Return the least byte-seconds for which the tensors of `lives` are kept."""
     return sum(
-        kept * (longest(network, [start])[end] + network.seconds[end])
-        for start, kept, end in lives(rank, problem, network)
+        kept * ((longest(network, [start])[end] if start != end else 0.0) + network.seconds[end])
+        for start, kept, end in tensors
     )
 
 
@@ -247,7 +248,7 @@ def steady_bytes(rank: int, problem: Problem, network: Network) -> float:
     work = [0.0] * network.num_lanes
     for lane, seconds in zip(network.lanes, network.seconds, strict=True):
         work[lane] += seconds
-    return _byte_seconds(rank, problem, network) / max(work) if any(work) else 0.0
+    return _byte_seconds(lives(rank, problem, network), network) / max(work) if any(work) else 0.0
 
 
 def lives(rank: int, problem: Problem, network: Network) -> list[tuple[int, float, int]]:

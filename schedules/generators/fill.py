@@ -228,22 +228,24 @@ class _State:
                     # The next pass waits for bytes to be freed. A stage must not take them.
                     if of_stage[kind] or change > free:
                         continue
-                elif (
-                    change + self._kept(order, at, place) + (spared if of_stage[kind] else 0.0)
-                    > free
-                ):
-                    continue
+                else:
+                    wanted = change + (spared if of_stage[kind] else 0.0)
+                    if not self._leaves_room(order, at, place, wanted, free):
+                        continue
             found, nearest = other, place
         return found
 
-    def _kept(self, order: list[int], at: int, place: int) -> float:
-        """Return the most bytes that the passes from `at` to before `place` will keep."""
+    def _leaves_room(
+        self, order: list[int], at: int, place: int, wanted: float, free: float
+    ) -> bool:
+        """Return whether the passes from `at` to before `place` still fit beside `wanted` bytes."""
+        if wanted > free:
+            return False
         taken, change_of = self.taken, self._filler.network.byte_change
         size = self._filler.network.size
-        kept = most = 0.0
         for overtaken in order[at:place]:
             if not taken[overtaken]:
-                kept += change_of[overtaken % size]
-                if kept > most:
-                    most = kept
-        return most
+                wanted += change_of[overtaken % size]
+                if wanted > free:
+                    return False
+        return True

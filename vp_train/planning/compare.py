@@ -40,8 +40,9 @@ from vp_train.planning.weigh import Scales
 from vp_train.units import compared, is_as_fast
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
-# of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.
-_EFFORT, _LEAST_STEPS = 60_000, 60
+# of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.  But
+# it takes at most half of a minute.
+_EFFORT, _LEAST_STEPS, _MOST_EFFORT = 60_000, 60, 3_000_000
 _LEAST_GAIN = 0.01  # part of a step that is worth a line
 # Choices with two other settings; of more only those beside the best with one, if there is a best.
 _MANY = 1_000
@@ -292,7 +293,7 @@ def helps_of(
     progress("trying what one other setting would gain")
     of_one, typed = near(now), (config.optim,)
     problem = draft_step(config, config.cluster.num_gpus).problem
-    effort = max(_EFFORT, _LEAST_STEPS * placed_by_short(problem))
+    effort = min(max(_EFFORT, _LEAST_STEPS * placed_by_short(problem)), _MOST_EFFORT)
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
     rounds = [(of_one, typed), *([([now], others)] if others else [])]
     found = list[Help]()
