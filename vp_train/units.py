@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# The part by which predicted times must differ for one to win.  Predictions are less exact.
+AS_FAST = 0.01
+
 
 def plural(count: int, name: str) -> str:
     """Return `name` as it stands behind a count: 1 -> rank, 2 -> ranks, 0 -> microbatches."""
@@ -45,13 +48,16 @@ def large_bytes(count: float) -> str:
 
 
 def is_as_fast(seconds: float, than: float) -> bool:
-    """Return whether seconds differ from others by less than what `compared` prints."""
-    return abs(seconds / than - 1) < 0.0005
+    """Return whether seconds differ from others by less than `AS_FAST`, so that neither wins."""
+    return abs(seconds / than - 1) < AS_FAST
 
 
 def compared(seconds: float, than: float) -> str:
-    """Return how much slower or faster `seconds` are than others: `1.5% slower`, or `as fast`."""
-    if is_as_fast(seconds, than):
-        return "as fast"
+    """Return how much slower or faster `seconds` are than others: `1.5% slower`.
+
+    It is `as fast` where its digits show no difference.
+    """
     change = seconds / than - 1
+    if abs(change) < 0.0005:
+        return "as fast"
     return f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"

@@ -781,8 +781,8 @@ def test_neighbours_take_three_twentieths_of_the_effort_and_each_kind_half_of_th
 def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothing(
     enter, least, leaner
 ):
-    """The leaner one is at most 1 % slower and needs a tenth less; all are planned."""
-    seconds, sizes = (10.0, 10.09, 10.2, 10.1), (1.0, 0.95, 0.1, least)
+    """The leaner one is as fast and needs less by a tenth of the limit; all are planned."""
+    seconds, sizes = (10.0, 10.09, 10.2, 10.09), (1.0, 0.95, 0.1, least)
     facts = [Facts(1.0, s, memory=size * GIB) for s, size in zip(seconds, sizes, strict=True)]
     choices = [choice_of(number, offload=part) for number, part in enumerate((1.0, 0.0, 0.0, 1.0))]
     world = World(facts, choices)
@@ -791,6 +791,29 @@ def test_beside_the_best_there_are_a_much_leaner_one_and_one_that_offloads_nothi
     assert numbers(world, found.best) == [0, 1, 3, 2]
     assert number_of(world, found.without_offloading) == 1
     assert number_of(world, found.leaner) == leaner
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gib", "offload", "is_named"),
+    [
+        (10.03, 52.7, 0.0, True),  # much less memory for next to no time
+        (10.09, 63.4, 0.0, True),
+        (10.09, 63.6, 0.0, False),  # 7.4 GiB are not a tenth of 75
+        (10.11, 52.7, 0.0, False),
+        (10.03, 52.7, 1.0, True),
+        (10.06, 52.7, 1.0, False),  # it counts as 0.5 % longer
+    ],
+)
+def test_what_is_as_fast_with_a_tenth_of_the_memory_less_is_named_and_rows_stay_by_time(
+    enter, seconds, gib, offload, is_named
+):
+    facts = [Facts(1.0, 10.0, memory=71.0 * GIB), Facts(1.0, seconds, memory=gib * GIB)]
+    world = World(facts, [choice_of(0), choice_of(1, offload=offload)])
+    enter(world)
+    config = replace(CONFIG, cluster=replace(CONFIG.cluster, memory_gib=75.0))
+    found = run(world, top=2, config=config)
+    assert number_of(world, found.leaner) == (1 if is_named else None)
+    assert numbers(world, found.best) == [0, 1]
 
 
 @pytest.mark.parametrize("names", [(), ("schedule.name",), ("schedule.num_chunks",)])

@@ -26,10 +26,9 @@ from vp_train.planning.weigh import (
     Scales,
     TooLargeError,
 )
+from vp_train.units import is_as_fast
 
-# Parts of the best plan: a step that takes so much longer is about as fast, and memory that is so
-# much less is worth a line.
-_ABOUT_AS_FAST, _MUCH_LEANER = 0.01, 0.1
+_MUCH_LEANER = 0.1  # part of the memory; a plan that needs so much less is worth a line
 
 
 @dataclass(slots=True)
@@ -180,19 +179,20 @@ class Book:
         """Return the fastest of `distinct` that offloads no activations, as planned if it was."""
         return _fastest(e for e in self.distinct()[0] if not e.candidate.choice.offload)
 
-    def leaner(self, best: Found | None) -> Estimate | None:
-        """Return what needs least memory of what is about as fast as the best, if much less.
+    def leaner(self, best: Found | None, limit: float) -> Estimate | None:
+        """Return what needs least memory of what is as fast as the best or faster, if much less.
 
-        Of what needs as little the fastest counts.
+        Much is a part of `limit`, the bytes that a plan may use.  Times are those that count.  Of
+        what needs as little the fastest counts.
         """
         if best is None:
             return None
-        seconds, memory = best.report.step_seconds, memory_of(best)
+        most = memory_of(best) - _MUCH_LEANER * limit
         near = [
             one
             for one in self.as_planned()
-            if one.seconds <= (1 + _ABOUT_AS_FAST) * seconds
-            and one.memory <= (1 - _MUCH_LEANER) * memory
+            if one.memory <= most
+            and (one.counted <= best.counted or is_as_fast(one.counted, best.counted))
         ]
         least = min((one.memory for one in near), default=0.0)
         return _fastest(one for one in near if one.memory <= (1 + NO_MORE) * least)

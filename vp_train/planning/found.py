@@ -16,7 +16,7 @@ from vp_train.planning.weigh import Candidate
 
 # The part by which a step with offloaded activations must be faster than another to be preferred.
 MARGIN_OF_OFFLOADING = 0.005
-SAME = 0.001  # the part by which times of equally fast plans may differ
+SAME = 0.001  # the part by which times of plans may differ of which one row is shown
 NO_MORE = 0.02  # the part by which the memory of plans that need as much may differ
 
 
@@ -157,8 +157,8 @@ class SearchResult:
         split and needs no less memory is left out.
     with_vocabulary, without_vocabulary: the fastest with and without vocabulary parallelism.
     without_offloading: the fastest that offloads no activations.
-    leaner: what needs least memory of all that take at most 1 % longer than the first of `best`, if
-        it needs at least a tenth less.
+    leaner: what needs least memory of all that are as fast as the first of `best`, if it needs less
+        by at least a tenth of what a plan may use.
     unordered: the first of `best` with schedule=auto and its cap, where that may be faster but was
         not tried to its end, for want of effort or time.
     estimated: those that were not planned and belong among the best by their estimates.

@@ -194,7 +194,7 @@ class _Search:
             with_vocabulary=self._book.first(splits_vocabulary=True),
             without_vocabulary=self._book.first(splits_vocabulary=False),
             without_offloading=self._book.without_offloading(),
-            leaner=self._book.leaner(best[0] if best else None),
+            leaner=self._book.leaner(best[0] if best else None, self._scales.limit),
             unordered=self._unordered.get(replace(best[0].choice, optimizer=None))
             if best
             else None,
