@@ -416,6 +416,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert (record["margin"], record["fsdp"]) == (0.05, None)
     shown = out[out.index("in all rows: ") : out.index("the first:")].splitlines()
     assert max(map(len, shown)) <= 100
+    assert "MFU" not in out, "nothing knows the peak of this machine"
     plans = record["best"]
     degrees = {f"dp={plan['dp']} x pp={plan['pp']} x tp={plan['tp']}" for plan in plans}
     assert (f"in all rows: {degrees.pop()}; " in shown[0]) is (not degrees)

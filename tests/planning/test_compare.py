@@ -83,30 +83,33 @@ def test_the_contention_is_named_where_none_or_twice_as_much_lets_another_win():
 
 @pytest.mark.parametrize("factor", [1.0, 1.005])
 def test_another_contention_turns_what_wins_by_its_seconds_and_as_they_count(factor):
+    """What wins then may be as fast now, but not what is as fast then."""
     config = load_config([*GPT, "cluster.contention=0.1"])
     chosen, told = random.Random(1), Counter()
     for _ in range(2000):
         (first, _), (other, _) = (
             way(
                 words,
-                base=chosen.uniform(9.95, 10.05),
-                slope=chosen.choice((0.0, chosen.uniform(0.0, 0.2))),
+                base=chosen.uniform(9.5, 10.5),
+                slope=chosen.choice((0.0, chosen.uniform(0.0, 0.8))),
                 factor=chosen.choice((1.0, factor)),
             )
             for words in ("the first", "FSDP")
         )
+        is_tie = is_as_fast(first.seconds, other.seconds)
         words = contention_words(config, first, [other])
         for part in (0.0, 0.2):
             pairs = [(first.at(at), other.at(at)) for at in (0.1, part)]
             won, wins = (ours < theirs for ours, theirs in pairs)
             counts = [ours * first.factor < theirs * other.factor for ours, theirs in pairs]
-            is_clear = counts == [won, wins] and not any(is_as_fast(*pair) for pair in pairs)
+            is_clear = counts == [won, wins] and not is_as_fast(*pairs[1])
             turns = is_clear and won is not wins
             names = ("the first", "FSDP") if wins else ("FSDP", "the first")
             assert (f"with {part:g} " in words) is turns
             assert not turns or re.search(rf"with {part:g} {names[0]} is .*than {names[1]}", words)
-            told[turns] += 1
-    assert min(told.values()) > 100
+            told[turns, is_tie] += 1
+    assert len(told) == 4
+    assert min(told.values()) > 50
 
 
 @pytest.mark.parametrize("setting", ["cluster.contention", "cost.contention"])

@@ -184,10 +184,10 @@ def test_on_h100s_a_microbatch_of_gpt_4b_waits_for_the_host_and_one_of_llama3_8b
             ["parallel.dp=2", "parallel.pp=2", "cluster.node_bytes_per_second=1e6"],
             "communication, gradient sum",
         ),
-        (["num_microbatches=256"], r"compute: rank \d is busy for \d+% of the step$"),
+        (["num_microbatches=256"], r"compute: rank \d computes for \d+% of the step$"),
         (
             ["num_microbatches=256", "parallel.recompute=full"],
-            r"compute: rank \d is busy for \d+% of the step, recomputation included$",
+            r"compute: rank \d computes for \d+% of the step, recomputation included$",
         ),
     ],
 )

@@ -47,10 +47,10 @@ from vp_train.planning.compare import (
     rivals_of,
 )
 from vp_train.planning.found import Estimate, Limits, SearchResult
-from vp_train.planning.fsdp import Rivals
 from vp_train.planning.kept import ALL, KEPT_WHERE_TYPED, Kept, searched_words, settings_of
 from vp_train.planning.plan import SEARCHING, read_schedule
 from vp_train.planning.report import PlanReport, make_report
+from vp_train.planning.rivals import Rivals
 from vp_train.planning.search import search
 from vp_train.planning.shared import Shared
 from vp_train.planning.space import space_of

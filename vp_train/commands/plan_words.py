@@ -19,20 +19,19 @@ from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import assumed_costs
 from vp_train.planning.compare import Help, contention_words, fsdp_way, pipeline_way
 from vp_train.planning.found import Estimate, SearchResult
-from vp_train.planning.fsdp import Rivals
 from vp_train.planning.memory import RankMemory
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
-from vp_train.planning.report import Offloading, PlanReport, gpus_words, with_costs
+from vp_train.planning.report import VISIBLE, Offloading, PlanReport, gpus_words, with_costs
+from vp_train.planning.rivals import Rivals
 from vp_train.planning.search import without_vocabulary
 from vp_train.planning.shared import Shared
-from vp_train.units import compared, count_words, human_bytes
+from vp_train.units import compared, count_words, human_bytes, is_as_fast
 
 _SHOWN_RANKS = 16
 _LEFT_OUT = ("params", "layers", "V rows")  # of the ranks, if need be, where a terminal is narrow
 _GIB, _MIB = 2.0**30, 2.0**20
 _LARGE_GAP = 0.1  # above the lower bound
-_VISIBLE = 0.005  # part of a step that exposed communication takes where a line says so
 # What follows a schedule or an algorithm, by parallel.placement.
 PLACED = {"even": "", "balanced": ", layers balanced", "redistribute": ", layers redistributed"}
 _WIDEST = 1000  # columns of a table
@@ -79,7 +78,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         f"memory    {human_bytes(worst.total)} of {config.cluster.memory_gib:,g} GiB "
         f"on rank {report.worst}, {room}; table in {'GiB' if unit == _GIB else 'MiB'}{alike}",
         f"step      {report.num_tokens:,} tokens in {duration(step)}: "
-        f"{report.num_tokens / step:,.0f} tokens/s, MFU {report.mfu:.1%}; "
+        f"{report.num_tokens / step:,.0f} tokens/s, {report.rate_words}; "
         f"the model's work is {_amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
         f"schedule  bubble {report.bubble:.1%}; step {report.gap:.1%} over its bound "
@@ -93,7 +92,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
     if report.launch_words:
         lines.insert(-1, f"launch    {report.launch_words}")
     if rivals is not None and has_fsdp(config):
-        lines.insert(-1, f"fsdp      {fsdp_words(config, report, rivals)}")
+        lines.insert(-1, f"fsdp      {fsdp_words(config, rivals)}")
     if report.gap > _LARGE_GAP:
         held = report.gap_in_its_memory
         cause = "" if held is None or held > report.gap / 2 else " because it keeps so little"
@@ -170,7 +169,7 @@ def _broken(line: str, width: int) -> list[str]:
 
 def exposed_words(report: PlanReport) -> str:
     """Return the communication that nothing hides in words, "" if it takes next to no time."""
-    is_visible = sum(report.exposed.values()) >= _VISIBLE * report.step_seconds
+    is_visible = sum(report.exposed.values()) >= VISIBLE * report.step_seconds
     return f"communication, {report.exposed_words}" if is_visible else ""
 
 
@@ -224,9 +223,10 @@ def without_lines(report: PlanReport, result: SearchResult | None) -> list[str]:
     if best is None:
         reason = "" if result.leanest is None else f": {result.leanest.reason}"
         return [f"{head} nothing fits{reason}"]
-    if is_bare and best.seconds >= 0.995 * report.step_seconds:
+    step = report.step_seconds
+    if is_bare and (best.seconds >= step or is_as_fast(best.seconds, step)):
         return [f"{head} this plan"]
-    return [f"{head} {short_words(best.choice)}: {compared_words(best, report.step_seconds)}"]
+    return [f"{head} {short_words(best.choice)}: {compared_words(best, step)}"]
 
 
 def short_words(choice: Choice) -> str:
@@ -275,11 +275,11 @@ def _offload_lines(found: Offloading | None, step_seconds: float) -> list[str]:
     ]
 
 
-def fsdp_words(config: RunConfig, report: PlanReport, rivals: Rivals) -> str:
+def fsdp_words(config: RunConfig, rivals: Rivals) -> str:
     """Return what fully sharded data parallelism would take for the same batch, in words."""
-    words = rivals.words(report.step_seconds if report.fits else None)
     assumed = config.cost.is_measured and not config.cost.has_rates
-    return f"{words}; passes of FSDP at assumed rates, not as measured" if assumed else words
+    rates = "; passes of FSDP at assumed rates, not as measured" if assumed else ""
+    return f"{rivals.words}{rates}"
 
 
 def model_words(config: RunConfig) -> str:

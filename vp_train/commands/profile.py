@@ -229,7 +229,7 @@ def _print(
     print(
         f"predicted for {count_words(report.degrees.num_ranks, 'rank')}: "
         f"a step of {duration(report.step_seconds)}, "
-        f"{report.num_tokens / report.step_seconds:,.0f} tokens/s, MFU {report.mfu:.1%}; "
+        f"{report.num_tokens / report.step_seconds:,.0f} tokens/s, {report.rate_words}; "
         f"mean bubble {report.bubble:.1%}"
     )
 

@@ -33,9 +33,9 @@ from vp_train.planning.found import (
     order_of,
     rounded,
 )
-from vp_train.planning.fsdp import Rivals
 from vp_train.planning.kept import Kept
 from vp_train.planning.report import PlanReport
+from vp_train.planning.rivals import Rivals
 from vp_train.planning.search import fits_on
 from vp_train.planning.slow_link import SlowLink, link_of
 from vp_train.planning.space import TOO_LONG
@@ -77,7 +77,7 @@ def search_lines(
         lines += _other_lines(config, result, rows)
         rivals = rivals_of(config, first.report, limits.margin, result.kept)
         if has_fsdp(config):
-            lines += [f"fsdp: {fsdp_words(config, first.report, rivals)}"]
+            lines += [f"fsdp: {fsdp_words(config, rivals)}"]
         lines += _contention_lines(config, limits, result, rivals)
         lines += [""]
     excluded = sum(result.excluded.values())
@@ -372,6 +372,8 @@ def _table_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) 
     heads = [head for head in cells[0] if head not in common]
     if not uses_hosts:
         heads.remove(_HOST_MEMORY)
+    if not first.knows_peak:
+        heads.remove("MFU")
     columns = {"": [str(place) for place in range(1, len(rows) + 1)]}
     columns |= {head: [words[head] for words in cells] for head in heads}
     lines = [f"in all rows: {_said(common)}", ""] if common else []

@@ -18,7 +18,14 @@ from vp_train.planning.choice import Choice, as_typed, choice_of, optimizers_of,
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
-from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, Rivals, best_fsdp
+from vp_train.planning.fsdp import (
+    ON_GPUS,
+    ON_HOSTS,
+    FsdpReport,
+    Means,
+    best_fsdp,
+    undivided_batch,
+)
 from vp_train.planning.kept import Kept
 from vp_train.planning.moves import neighbours, offloading, with_larger_microbatches
 from vp_train.planning.outlook import (
@@ -32,18 +39,18 @@ from vp_train.planning.outlook import (
 from vp_train.planning.peaks import keeps_all
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import PlanReport, brief_report, make_report
+from vp_train.planning.rivals import Rivals, runs_like
 from vp_train.planning.search import simulated
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import placed_by_short
 from vp_train.planning.space import Space, space_of
 from vp_train.planning.weigh import Scales
-from vp_train.units import compared, is_as_fast
+from vp_train.units import AS_FAST, compared, is_as_fast
 
 # Passes that one look for what would help may place, and at least so many short steps of the run:
 # of fewer each is dear to a search, which then looks at what is cheap instead of what is fast.  But
 # it takes at most half of a minute.
 _EFFORT, _LEAST_STEPS, _MOST_EFFORT = 60_000, 60, 3_000_000
-_LEAST_GAIN = 0.01  # part of a step that is worth a line
 # Choices with two other settings; of more only those beside the best with one, if there is a best.
 _MANY = 1_000
 _LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
@@ -75,16 +82,29 @@ def rivals_of(
     with_hosts, without_hosts = best(ON_HOSTS), best(ON_GPUS)
     known = {ON_HOSTS: with_hosts, ON_GPUS: without_hosts}
     rival = known[means] if means in known else best(means)
-    return Rivals(rival, with_hosts, without_hosts, means, is_searched=kept is not None)
+    return Rivals(
+        rival,
+        with_hosts,
+        without_hosts,
+        means,
+        seconds=report.step_seconds if report.fits else None,
+        runs=runs_like(config.cluster),
+        batch=undivided_batch(report.work, config.cluster, _num_sequences(report)),
+        is_searched=kept is not None,
+    )
 
 
 def _best_rival(
     config: RunConfig, report: PlanReport, margin: float, means: Means
 ) -> FsdpReport | None:
     work, cluster = report.work, with_margin(config.cluster, margin)
-    sequences = work.num_microbatches * work.micro_batch_size * report.degrees.dp
     settings = work, cluster, config.cost, config.optim
-    return best_fsdp(*settings, num_sequences=sequences, means=means)
+    return best_fsdp(*settings, num_sequences=_num_sequences(report), means=means)
+
+
+def _num_sequences(report: PlanReport) -> int:
+    work = report.work
+    return work.num_microbatches * work.micro_batch_size * report.degrees.dp
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +189,7 @@ def fsdp_way(config: RunConfig, report: PlanReport, rivals: Rivals, margin: floa
         found = _best_rival(_with_contention(config, part), report, margin, rivals.means)
         return found.seconds if found is not None and found.fits else None
 
-    return Way("FSDP", rival.seconds, at)
+    return Way("FSDP at best", rival.seconds, at)
 
 
 def contention_words(config: RunConfig, first: Way, others: Sequence[Way | None]) -> str:
@@ -194,20 +214,24 @@ def contention_words(config: RunConfig, first: Way, others: Sequence[Way | None]
 
 
 def _turn(first: Way, other: Way, now: float, part: float) -> str:
-    """Return in words which of two wins with another contention, "" if none or the same one does.
+    """Return in words which of two wins with another contention, "" if it is not slower now.
 
-    A way wins if it is faster both by its seconds and as they count.
+    A way is faster if it is by its seconds and as they count.  It wins if it is not as fast, too.
     """
+
+    def is_faster(seconds: float, others: float) -> bool | None:
+        """Return whether the first is faster, None if neither is."""
+        by_seconds = seconds < others
+        counts = seconds * first.factor < others * other.factor
+        return by_seconds if by_seconds is counts else None
 
     def wins(seconds: float | None, others: float | None) -> bool | None:
         """Return whether the first wins, None if neither does."""
         if seconds is None or others is None or is_as_fast(seconds, others):
             return None
-        is_faster = seconds < others
-        counts = seconds * first.factor < others * other.factor
-        return is_faster if is_faster is counts else None
+        return is_faster(seconds, others)
 
-    won, most = wins(first.seconds, other.seconds), (1 + part) / (1 + now)
+    won, most = is_faster(first.seconds, other.seconds), (1 + part) / (1 + now)
     if won is None:
         return ""
     # A slow way changes by some factor from 1 to `most`, so only what turns at one of them may.
@@ -306,11 +330,11 @@ def helps_of(
     def look(rounds: Sequence[_Look]) -> Estimate | None:
         """Return the fastest, which is added to `found` if its plan gains enough."""
         nonlocal before
-        best = _fastest(config, rounds, effort, (1 - _LEAST_GAIN) * before, shared)
+        best = _fastest(config, rounds, effort, (1 - AS_FAST) * before, shared)
         planned = None
         if best is not None and best.seconds < before:
             planned = _planned(config, best)
-        if planned is not None and planned.seconds < (1 - _LEAST_GAIN) * before:
+        if planned is not None and planned.seconds < (1 - AS_FAST) * before:
             found.append(planned)
             before = planned.seconds
         return best
@@ -413,7 +437,7 @@ def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
     waiting = 1 - report.ranks[report.busiest].busy / report.step_seconds
     if waiting < _LEAST_WAITING or config.schedule.is_solved or config.schedule.file is not None:
         return None
-    count, enough = 2 * config.num_microbatches, 2 * (1 - _LEAST_GAIN) * report.step_seconds
+    count, enough = 2 * config.num_microbatches, 2 * (1 - AS_FAST) * report.step_seconds
 
     def gains(found: Outlook) -> bool:
         return found.seconds < enough

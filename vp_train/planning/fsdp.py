@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from schedules.ir import Kind
-from schedules.render import duration
 from vp_train.config import ClusterConfig, CostConfig, OptimConfig
 from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
@@ -38,14 +37,12 @@ from vp_train.planning.physics import Device, output_seconds
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.workload import Workload
 from vp_train.tensors.alignment import HOST_BLOCK_BYTES, rounded_up
-from vp_train.units import compared, count_words, is_as_fast
+from vp_train.units import count_words
 from vp_train.vocab.chunks import CHUNKS
 
 _GIB = 2**30
 _GATHERED = 2  # layers whose parameters, and whose gradients, are whole at a time
 _ON_DEVICE = 2  # the last layers, for which a copy to the host and back has no time
-# Medians by which published runs on H100 are below plans (benchmarks/plan_published.py).
-_ONLY_COMPARED = "vp-train has no FSDP; H100 runs of it reach 6 to 12 MFU points less"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,67 +191,29 @@ def _steps_of(
 
 
 @dataclass(frozen=True, slots=True)
-class Rivals:
-    """The best steps with FSDP for the batch of a plan.
+class Batch:
+    """A batch that no split of FSDP divides, and the nearest one that a split divides.
 
-    rival: the one with the `means` of the plan, or of the search that found it.
-    with_hosts, without_hosts: those that may use host memory for everything, and for nothing.
-    is_searched: whether the means are those of a search.
-
-    Each step is None if the batch does not divide over the GPUs.
+    num_sequences, nearest: their sequences.
+    degrees: the split of the nearest.
     """
 
-    rival: FsdpReport | None
-    with_hosts: FsdpReport | None
-    without_hosts: FsdpReport | None
-    means: Means
-    is_searched: bool = False
+    num_sequences: int
+    nearest: int
+    degrees: Degrees
 
-    def words(self, seconds: float | None) -> str:
-        """Return in words whether FSDP wins at best against a plan of `seconds`, and how.
 
-        seconds: None if the plan does not fit.  The words end with the two facts that a reader
-        needs: FSDP is no run of this trainer, and its plan is less sure.
-        """
-        found = self.rival
-        other = self.with_hosts if self.means == ON_GPUS else self.without_hosts
-        if found is None or other is None:
-            return "the batch does not divide over the GPUs"
-        plan = "this search" if self.is_searched else "this plan"
-        where, ends = f", where {self.means.words}, as in {plan}", "it does not fit"
-        if other.fits:
-            ends = duration(other.seconds)
-            ends += "" if seconds is None else f", {compared(other.seconds, seconds)}"
-        ends = f"; {'with' if self.means == ON_GPUS else 'without'} host memory {ends}"
-        if self.with_hosts is not None and not self.with_hosts.host_bytes:
-            where, ends = ", with or without host memory", ""
-        size, limit = f"{found.num_bytes / _GIB:,.2f}", f"{found.limit / _GIB:.4g} GiB"
-        if not found.fits:
-            return f"would not fit{where}: at least {size} GiB, more than {limit}{ends}"
-        verdict, how = "fit", ""
-        if seconds is not None:
-            verdict, than = "win" if found.seconds < seconds else "lose", "than"
-            if is_as_fast(found.seconds, seconds):
-                verdict, than = "tie", "as"
-            how = f", {compared(found.seconds, seconds)} {than} "
-            how += "the first plan" if self.is_searched else plan
-        return (
-            f"would {verdict}: {duration(found.seconds)} at best{how}{where} "
-            f"(dp={found.degrees.dp} x tp={found.degrees.tp}, micro-batch "
-            f"{found.micro_batch_size}, {found.memory_words}, {size} of {limit}){ends}; "
-            f"{_ONLY_COMPARED}"
-        )
-
-    def record(self) -> dict[str, Any]:
-        """Return the steps for JSON, in bytes and seconds."""
-        steps = {
-            "rival": self.rival,
-            "with_hosts": self.with_hosts,
-            "without_hosts": self.without_hosts,
-        }
-        return {"may_be_on_hosts": asdict(self.means)} | {
-            name: None if one is None else one.record() for name, one in steps.items()
-        }
+def undivided_batch(work: Workload, cluster: ClusterConfig, num_sequences: int) -> Batch | None:
+    """Return the batch if it divides over the GPUs with no tensor-parallel degree, else None."""
+    found = list[Batch]()
+    for tp in _tensor_degrees(work, cluster):
+        dp = cluster.num_gpus // tp
+        share, rest = divmod(num_sequences, dp)
+        if share and not rest:
+            return None
+        shares = (max(1, share), share + 1)
+        found += [Batch(num_sequences, dp * count, Degrees(dp, 1, tp)) for count in shares]
+    return min(found, key=lambda batch: abs(batch.nearest - num_sequences))
 
 
 def _tensor_degrees(work: Workload, cluster: ClusterConfig) -> list[int]:

@@ -19,6 +19,7 @@ from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig,
 from vp_train.config.parallel import shortened
 from vp_train.planning.cluster import (
     host_bytes_per_second,
+    known_peak_flops,
     links_of,
     on_cluster,
     peak_flops,
@@ -47,6 +48,7 @@ from vp_train.units import count_words, human_bytes
 
 _GIB = 2**30
 _ROUNDING = 1e-9  # of sums of seconds, as a part
+VISIBLE = 0.005  # part of a step that exposed communication takes where a line says so
 _VOCABULARY = {kind.value for kind in Kind if kind.is_vocabulary}
 _OTHER_CLUSTER = "are there; set cluster.num_nodes or cluster.gpus_per_node, or change a degree"
 
@@ -179,6 +181,19 @@ class PlanReport:
         return self.flops / (self.step_seconds * self.degrees.num_ranks * peak)
 
     @property
+    def knows_peak(self) -> bool:
+        """Whether the cluster has the peak of its device, of which `mfu` is a part."""
+        return known_peak_flops(self.cluster, self.work.dtype) is not None
+
+    @property
+    def rate_words(self) -> str:
+        """The MFU in words, or the FLOP/s of a rank where the cluster has no peak of its device."""
+        if self.knows_peak:
+            return f"MFU {self.mfu:.1%}"
+        rate = self.flops / (self.step_seconds * self.degrees.num_ranks)
+        return f"{rate / 1e9:,.3g} GFLOP/s per rank"
+
+    @property
     def exposed(self) -> dict[str, float]:
         """The seconds of communication that nothing hides, by kind, on the busiest rank."""
         return {
@@ -256,7 +271,9 @@ class PlanReport:
                 }.get(name, f"communication, {name}")
                 return f"{words}: {seconds / step:.0%} of the step; {self._advice(name)}"
         again = ", recomputation included" * (self.recompute != "none")
-        return f"compute: rank {self.busiest} is busy for {rank.busy / step:.0%} of the step{again}"
+        words = f"compute: rank {self.busiest} computes for {(rank.busy - rank.tensor) / step:.0%}"
+        sums = f"; it waits for tensor-parallel sums for {rank.tensor / step:.1%}"
+        return f"{words} of the step{again}{sums * (rank.tensor >= VISIBLE * step)}"
 
     @property
     def launch_words(self) -> str:
@@ -330,7 +347,7 @@ class PlanReport:
             "step_seconds": self.step_seconds,
             "tokens_per_second": self.num_tokens / self.step_seconds,
             "flops": self.flops,
-            "mfu": self.mfu,
+            "mfu": self.mfu if self.knows_peak else None,
             "bubble": self.bubble,
             "bound_seconds": self.bound,
             "gap": self.gap,
