@@ -1,6 +1,7 @@
 """Compare pipelines with FSDP: the same batch, the same H100 cluster.
 
     python benchmarks/plan_fsdp.py [--json FILE]
+    python benchmarks/plan_fsdp.py --read FILE
 
 Both are planned, from the same physics; nothing is measured.  The batch is 4 M tokens.  FSDP is the
 fastest of all micro-batch sizes, recomputations and tensor-parallel degrees of a node
@@ -8,11 +9,15 @@ fastest of all micro-batch sizes, recomputations and tensor-parallel degrees of 
 Pipelines are those that `vp-plan --search` finds with pp of at least 2 and its default effort: the
 fastest with vocabulary parallelism, and the fastest without.  Neither need leave memory free.  Both
 may use host memory.  A pipeline that uses none is compared with FSDP that uses none.
+
+The table also says whether FSDP wins, as `vp-plan` does (`planning.rivals`): `loses` even at best,
+`wins` even at what published runs of it reached, or `open`.  --read prints that of a stored result.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 from collections import Counter
@@ -29,6 +34,7 @@ from vp_train.planning.batch import with_batch_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Found, Limits, SearchResult
 from vp_train.planning.fsdp import ON_GPUS, ON_HOSTS, FsdpReport, Means, best_fsdp
+from vp_train.planning.rivals import PublishedRuns, outcome_of, runs_like
 from vp_train.planning.search import search
 from vp_train.planning.space import Space, space_of
 from vp_train.planning.workload import Workload
@@ -148,6 +154,22 @@ def words_of(fsdp: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+@functools.cache
+def published() -> PublishedRuns:
+    """Return the published runs of FSDP on the card of these plans."""
+    return runs_like(load_config(["cluster=h100_80g_node"]).cluster)
+
+
+def verdict_of(row: dict[str, Any], pipeline: dict[str, Any]) -> str:
+    """Return how much longer FSDP takes at best than a pipeline of the row, and whether it wins."""
+    rival = row["fsdp"] if pipeline["uses_hosts"] else row["fsdp_without_hosts"]
+    if rival is None:
+        return ""
+    outcome = outcome_of(rival["seconds"], pipeline["seconds"], published())
+    mark = "" if pipeline["uses_hosts"] else " *"
+    return f"{pipeline['fsdp_slower_pct']:+.0f} %{mark}, {outcome}"
+
+
 def show(row: dict[str, Any]) -> None:
     cells, fsdp = [row["model"], str(row["gpus"]), str(row["rails"])], row["fsdp"]
     if fsdp is None:
@@ -161,13 +183,8 @@ def show(row: dict[str, Any]) -> None:
         if found is None:
             cells += ["none found that fits", "", "", ""]
             continue
-        slower = found["fsdp_slower_pct"]
-        cells += [
-            f"{found['seconds']:.2f}",
-            f"{found['gib']:.1f}",
-            found["words"],
-            "" if slower is None else f"{slower:+.0f} %{'' if found['uses_hosts'] else ' *'}",
-        ]
+        cells += [f"{found['seconds']:.2f}", f"{found['gib']:.1f}", found["words"]]
+        cells.append(verdict_of(row, found))
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -177,13 +194,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--read", type=Path, help="print the table of that JSON, and plan nothing")
     arguments = parser.parse_args()
-    pipeline = "GiB | how | FSDP takes longer by"
+    pipeline = "GiB | how | FSDP takes longer by, and whether it wins"
     print(
         "| model | GPUs | ports | FSDP s | GiB | how | without hosts s "
         f"| with vocabulary parallelism s | {pipeline} | without s | {pipeline} |"
     )
     print("|---" * 15 + "|")
+    if arguments.read:
+        for row in json.loads(arguments.read.read_text())["rows"]:
+            show(row)
+        return
     rows = []
     for name, (num_gpus, rails) in itertools.product(MODELS, CASES):
         rows.append(row_of(name, num_gpus, rails))
