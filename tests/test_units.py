@@ -1,4 +1,4 @@
-"""A number of things is one thing or several."""
+"""A number of things is one thing or several, and times that are almost alike are as fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vp_train.commands.simulate import headline
 from vp_train.config import ConfigError
 from vp_train.planning.degrees import split_ranks
 from vp_train.settings import load_config
-from vp_train.units import count_words
+from vp_train.units import compared, count_words, is_as_fast, is_faster
 
 # One thing that is said as if it were several.
 _ONE_OF_SEVERAL = re.compile(r"(?<![\w.,/])1 (?:ranks|microbatches|layers|steps|GPUs|replicas)\b")
@@ -37,3 +37,22 @@ def test_one_rank_is_no_ranks():
     for said in (words, str(caught.value)):
         assert re.search("1 (rank|layer)", said)
         assert not _ONE_OF_SEVERAL.search(said)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "faster", "as_fast", "words"),
+    [
+        (10.0, False, True, "as fast"),
+        (9.996, False, True, "as fast"),
+        (9.99, False, True, "0.1% faster"),
+        (9.901, False, True, "1.0% faster"),
+        (9.89, True, False, "1.1% faster"),
+        (10.09, False, True, "0.9% slower"),
+        (10.11, False, False, "1.1% slower"),
+    ],
+)
+def test_times_win_by_a_hundredth_and_their_difference_is_said_from_a_thousandth(
+    seconds, faster, as_fast, words
+):
+    assert (is_faster(seconds, 10.0), is_as_fast(seconds, 10.0)) == (faster, as_fast)
+    assert compared(seconds, 10.0) == words

@@ -52,6 +52,11 @@ def is_as_fast(seconds: float, than: float) -> bool:
     return abs(seconds / than - 1) < AS_FAST
 
 
+def is_faster(seconds: float, than: float) -> bool:
+    """Return whether seconds are fewer than others by `AS_FAST` or more."""
+    return seconds < than and not is_as_fast(seconds, than)
+
+
 def compared(seconds: float, than: float) -> str:
     """Return how much slower or faster `seconds` are than others: `1.5% slower`.
 

@@ -122,7 +122,7 @@ def test_fsdp_wins_what_its_slowest_runs_win_and_loses_what_it_loses_at_best():
     for _ in range(1000):
         planned, seconds = chosen.uniform(9, 11), chosen.uniform(8, 15)
         outcome = outcome_of(planned, seconds, RUNS)
-        wins, loses = 1.3 * planned / seconds - 1 < AS_FAST, planned / seconds - 1 > -AS_FAST
+        wins, loses = seconds / planned / 1.3 - 1 > -AS_FAST, planned / seconds - 1 > -AS_FAST
         assert outcome == ("loses" if loses else "wins" if wins else "open")
         found[outcome] += 1
     assert min(found.values()) > 100

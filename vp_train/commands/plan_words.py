@@ -26,7 +26,7 @@ from vp_train.planning.report import VISIBLE, Offloading, PlanReport, gpus_words
 from vp_train.planning.rivals import Rivals
 from vp_train.planning.search import without_vocabulary
 from vp_train.planning.shared import Shared
-from vp_train.units import compared, count_words, human_bytes, is_as_fast
+from vp_train.units import compared, count_words, human_bytes, is_faster
 
 _SHOWN_RANKS = 16
 _LEFT_OUT = ("params", "layers", "V rows")  # of the ranks, if need be, where a terminal is narrow
@@ -224,7 +224,7 @@ def without_lines(report: PlanReport, result: SearchResult | None) -> list[str]:
         reason = "" if result.leanest is None else f": {result.leanest.reason}"
         return [f"{head} nothing fits{reason}"]
     step = report.step_seconds
-    if is_bare and (best.seconds >= step or is_as_fast(best.seconds, step)):
+    if is_bare and not is_faster(best.seconds, step):
         return [f"{head} this plan"]
     return [f"{head} {short_words(best.choice)}: {compared_words(best, step)}"]
 

@@ -39,7 +39,7 @@ from vp_train.planning.rivals import Rivals
 from vp_train.planning.search import fits_on
 from vp_train.planning.slow_link import SlowLink, link_of
 from vp_train.planning.space import TOO_LONG
-from vp_train.units import compared, count_words, human_bytes, is_as_fast, large_bytes
+from vp_train.units import compared, count_words, human_bytes, is_faster, large_bytes
 
 _SHOWN_REFUSALS = 3
 _HALVINGS = 3  # of the numbers of nodes that are tried where nothing fits
@@ -106,7 +106,7 @@ def _typed_lines(
     words = f"as typed: {duration(typed.step_seconds)}"
     if first is not None:
         seconds, others = typed.step_seconds, first.step_seconds
-        if seconds > others or is_as_fast(seconds, others):
+        if not is_faster(seconds, others):
             return []
         words += f" ({compared(seconds, others)} than the first)"
     words += f", {human_bytes(typed.ranks[typed.worst].memory.total)}"

@@ -26,7 +26,7 @@ from vp_train.planning.weigh import (
     Scales,
     TooLargeError,
 )
-from vp_train.units import is_as_fast
+from vp_train.units import is_faster
 
 _MUCH_LEANER = 0.1  # part of the memory; a plan that needs so much less is worth a line
 
@@ -191,8 +191,7 @@ class Book:
         near = [
             one
             for one in self.as_planned()
-            if one.memory <= most
-            and (one.counted <= best.counted or is_as_fast(one.counted, best.counted))
+            if one.memory <= most and not is_faster(best.counted, one.counted)
         ]
         least = min((one.memory for one in near), default=0.0)
         return _fastest(one for one in near if one.memory <= (1 + NO_MORE) * least)

@@ -1,6 +1,6 @@
 """FSDP beside a plan: who wins if FSDP runs as planned, and if it runs as published runs did.
 
-The plan of FSDP is an upper bound, because published runs of it took longer than such plans of
+The plan of FSDP is its best, because published runs of it took longer than such plans of
 them.  So there are two times: at best, and at what runs reached.  The plan of a pipeline counts as
 it is: published pipelines ran about as planned (docs/results_plans.md).
 """
@@ -15,7 +15,7 @@ from schedules.render import duration
 from vp_train.config import ClusterConfig
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.fsdp import ON_GPUS, Batch, FsdpReport, Means
-from vp_train.units import compared, count_words, is_as_fast
+from vp_train.units import compared, count_words, is_as_fast, is_faster
 
 _GIB = 2**30
 
@@ -55,10 +55,10 @@ def outcome_of(planned: float, seconds: float, runs: PublishedRuns) -> str:
     `loses`: it does not win even at best.  `wins`: it does not lose even at what the slowest source
     of published runs reached.  Else `open`.
     """
-    if planned >= seconds or is_as_fast(planned, seconds):
+    if not is_faster(planned, seconds):
         return "loses"
     _, most = runs.seconds(planned)
-    return "wins" if most <= seconds or is_as_fast(most, seconds) else "open"
+    return "open" if is_faster(seconds, most) else "wins"
 
 
 @dataclass(frozen=True, slots=True)
