@@ -214,13 +214,14 @@ def contention_words(config: RunConfig, first: Way, others: Sequence[Way | None]
 
 
 def _turn(first: Way, other: Way, now: float, part: float) -> str:
-    """Return in words which of two wins with another contention, "" if it is not slower now.
+    """Return in words which of two wins with another contention, "" if none or who leads now.
 
-    A way is faster if it is by its seconds and as they count.  It wins if it is not as fast, too.
+    A way leads if it is faster both by its seconds and as they count.  It wins if it is also not as
+    fast.
     """
 
-    def is_faster(seconds: float, others: float) -> bool | None:
-        """Return whether the first is faster, None if neither is."""
+    def leads(seconds: float, others: float) -> bool | None:
+        """Return whether the first leads, None if neither does."""
         by_seconds = seconds < others
         counts = seconds * first.factor < others * other.factor
         return by_seconds if by_seconds is counts else None
@@ -229,9 +230,9 @@ def _turn(first: Way, other: Way, now: float, part: float) -> str:
         """Return whether the first wins, None if neither does."""
         if seconds is None or others is None or is_as_fast(seconds, others):
             return None
-        return is_faster(seconds, others)
+        return leads(seconds, others)
 
-    won, most = is_faster(first.seconds, other.seconds), (1 + part) / (1 + now)
+    won, most = leads(first.seconds, other.seconds), (1 + part) / (1 + now)
     if won is None:
         return ""
     # A slow way changes by some factor from 1 to `most`, so only what turns at one of them may.
