@@ -22,6 +22,7 @@ from provenance import provenance
 from vp_train.commands.command import collect_rarely
 from vp_train.commands.plan import search_record
 from vp_train.commands.plan_words import short_words
+from vp_train.commands.search_beside import compared_with
 from vp_train.config import ConfigError
 from vp_train.planning.found import Limits
 from vp_train.planning.search import search
@@ -49,7 +50,7 @@ def row_of(model: str, num_gpus: int, limits: Limits, seconds: float) -> dict[st
     except ConfigError as error:
         return row | {"error": str(error), "cpu_seconds": time.process_time() - cpu}
     took = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
-    record = search_record(config, limits, result)
+    record = search_record(config, limits, result, None, compared_with(config, limits, result))
     for plan in record["best"]:
         plan["worst_bytes"] = max(rank["total_bytes"] for rank in plan.pop("ranks"))
     record["excluded"] = dict(result.excluded.most_common(4))

@@ -62,6 +62,7 @@ LONG = (
     "test_cli.py",
     "test_cuda.py",
     "test_search.py",
+    "test_alternatives.py",
     "test_output.py",
     "test_replicas.py",
     "test_stage.py",

@@ -131,7 +131,7 @@ DOORS = {
 # The only modules of planning that know the whole configuration; the others take its sections and
 # the Workload that is made of it.
 KNOW_THE_RUN = {"workload", "plan", "report", "choice", "compare", "weigh", "search", "no_choice"}
-KNOW_THE_RUN |= {"slow_link", "outlook", "batch", "kept", "space"}
+KNOW_THE_RUN |= {"slow_link", "outlook", "batch", "kept", "space", "alternatives"}
 WITHOUT_TORCH = (
     "schedules",
     "vp_train.config",
@@ -145,6 +145,7 @@ WITHOUT_TORCH = (
     "vp_train.commands.plan_words",
     "vp_train.commands.plot",
     "vp_train.commands.report",
+    "vp_train.commands.search_beside",
     "vp_train.commands.search_words",
     "vp_train.commands.simulate",
     "vp_train.explain",

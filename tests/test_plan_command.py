@@ -16,13 +16,15 @@ import pytest
 
 from schedules.render import duration
 from vp_train.commands import plan as plan_module
-from vp_train.commands import search_words
+from vp_train.commands import search_beside
 from vp_train.commands.plan import main
-from vp_train.commands.plan_words import plan_lines, short_words, text_of, without_lines
+from vp_train.commands.plan_words import alternative_lines, plan_lines, text_of
 from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
+from vp_train.planning import alternatives
+from vp_train.planning.alternatives import Alternative
 from vp_train.planning.batch import batch_of
-from vp_train.planning.compare import report_as_typed
+from vp_train.planning.compare import Help, report_as_typed
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
 from vp_train.planning.kept import Kept
@@ -65,7 +67,8 @@ def test_as_in_the_readme_without_torch():
     lines = done.stdout.splitlines()
     assert lines.pop() == "False"
     assert len(lines) <= 28
-    assert max(map(len, lines)) <= 100
+    copied = [line for line in lines if re.fullmatch(r" +(\S+=\S+ ?){2,}", line)]
+    assert max(len(line) for line in lines if line not in copied) <= 100
     found = make_report(load_config(AS_TYPED))
     assert (
         "8 GPUs on one node, 75 GiB, 312 TFLOP/s in bfloat16 each; large products reach 78%, "
@@ -76,9 +79,7 @@ def test_as_in_the_readme_without_torch():
     assert f"step      {found.num_tokens:,} tokens in " in done.stdout
     assert "exposed" not in done.stdout, "it is 0.1 %"
     binds = lines.index(f"binds     {found.binds}")
-    assert lines[binds + 1].startswith(
-        "without   vocabulary parallelism, best found of this split: "
-    )
+    assert lines[binds + 1].startswith("without   vocabulary parallelism ")
     (helps,) = (line for line in lines if line.startswith("helps"))
     helps = re.match(r"helps     (.+): (.+ s) \((.+)% faster\), ", helps)
     again = make_report(load_config([*AS_TYPED, *helps[1].split()]))
@@ -101,7 +102,7 @@ def test_a_plan_is_shown_before_what_it_is_compared_with_or_alone(vp_plan, tmp_p
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vp_train.commands.plan.without_of", interrupted)
+    monkeypatch.setattr("vp_train.commands.plan.without_it", interrupted)
     code, out, _ = vp_plan(*typed)
     assert (code != EXIT_OK, out) == (True, alone)
 
@@ -110,6 +111,7 @@ def test_the_best_without_vocabulary_parallelism_leaves_as_much_memory_free_as_t
     vp_plan, monkeypatch
 ):
     monkeypatch.setattr("vp_train.commands.plan.helps_of", lambda *_: [])
+    monkeypatch.setattr(alternatives, "fastest_of", lambda *_: None)  # of this split alone
     typed = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=16"]
     typed += ["cluster.gpus_per_node=4", "parallel.pp=4", "cluster.host_memory_gib=0"]
     bare = [*typed, "vocab=none", "parallel.placement=redistribute"]
@@ -124,44 +126,44 @@ def test_the_best_without_vocabulary_parallelism_leaves_as_much_memory_free_as_t
         (bare, needs * 1.001, True),
     ):
         _, out, _ = vp_plan(*words, f"cluster.memory_gib={gib}")
-        found = re.search(r"best (?:found|of)\b[\w ]*: (.*)", unbroken(out))[1]
+        found = re.search(r"without vocabulary parallelism(.*)", unbroken(out))[1]
         if words == bare:
-            assert found.startswith("this plan"), "it may use what it does"
+            assert found.startswith(", best found: this plan"), "it may use all"
         elif is_found:
-            assert found.startswith("1f1b, layers redistributed: about ")
-            assert f", {needs:.2f} GiB" in found
+            assert f", ~{needs:.2f} GiB on this split: " in found
+            assert re.match(r".*vocab.algorithm=none parallel.placement=redistribute ", found)
         else:
-            assert found.startswith("nothing fits: ")
+            assert found.startswith(": nothing fits: ")
             assert f"than the {0.95 * gib:.4g} GiB that a plan may use" in found
 
 
-@pytest.mark.parametrize("num_open", [0, 3])
 @pytest.mark.parametrize("vocab", ["none", "one_barrier"])
-def test_of_a_plan_without_vocabulary_parallelism_other_ways_of_its_split_are_named(
-    vocab, num_open
-):
-    """Whether another is faster or not, and whether all were looked at."""
+def test_the_best_without_vocabulary_parallelism_stands_beside_what_this_split_takes(vocab):
+    """It is of the split of the plan or of another, and faster or not."""
     config = load_config([*NANO, "parallel.pp=2", f"vocab={vocab}"])
     report = make_report(config)
-    result = replace(without_vocabulary(config, report.degrees), num_open=num_open)
-    for part, compared in ((0.5, "50.0% faster"), (0.99, "1.0% faster"), (1.5, "50.0% slower")):
+    choice = without_vocabulary(config, report.degrees).without_vocabulary.choice
+    head = "without   vocabulary parallelism"
+    for part, compared in ((0.5, "50.0% faster"), (0.98, "2.0% faster"), (1.5, "50.0% slower")):
         seconds = part * report.step_seconds
-        best = replace(result.without_vocabulary, seconds=seconds)
-        (line,) = without_lines(report, replace(result, without_vocabulary=best))
-        head, _, found = line.partition(": ")
-        other = f"{short_words(best.choice)}: about {duration(seconds)} ({compared}), "
-        assert found.startswith("this plan" if vocab == "none" and part > 1 else other)
-        label, words = head[:10].rstrip(), head[10:]
-        if vocab == "none":
-            assert label == "ways"
-            assert words.startswith("of this split, as this plan without vocabulary parallelism, ")
-        else:
-            assert label == "without"
-            assert words.startswith("vocabulary parallelism, ")
-        if vocab == "none":
-            assert words.endswith("best found" if num_open else "best of all")
-        else:
-            assert words.endswith("best found of this split" if num_open else "best of this split")
+        found = Help("a=1 b=2", seconds, 2.0**20, is_planned=False, choice=choice)
+        other, words = Alternative(False, found, found), f"~{duration(seconds)} ({compared})"
+        (line,) = alternative_lines(report, other)
+        assert line == f"{head} {words}, ~1.0 MiB on this split: a=1 b=2"
+        best = replace(found, seconds=seconds / 2, is_planned=True)
+        (line,) = alternative_lines(report, replace(other, best=best))
+        assert line.startswith(f"{head} {duration(seconds / 2)} (")
+        is_worth_it = vocab != "none" or part < 1
+        assert line.endswith(f", 1.0 MiB{f'; this split {words}' * is_worth_it}: a=1 b=2")
+        (line,) = alternative_lines(report, replace(other, best=replace(best, overrides="")))
+        assert line == f"{head}, best found: this plan"
+    (line,) = alternative_lines(report, Alternative(False, best, reason="too large"))
+    assert line.endswith(", 1.0 MiB; this split does not fit: a=1 b=2")
+    (line,) = alternative_lines(report, Alternative(False, None, reason="too large"))
+    assert line == f"{head}: nothing fits: too large"
+    (line,) = alternative_lines(report, Alternative(True, best))
+    assert line.startswith("with      vocabulary parallelism ")
+    assert line.endswith(", 1.0 MiB: a=1 b=2")
 
 
 def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():
@@ -320,7 +322,44 @@ def test_json_has_every_rank(vp_plan, tmp_path):
     assert record["spare_bytes"] == record["limit_bytes"] - most
     for one in record["helps"]:
         again = make_report(load_config([*NANO, *one["overrides"].split()]))
-        assert one["step_seconds"] == again.step_seconds < 0.99 * record["step_seconds"]
+        assert one["step_seconds"] == again.step_seconds
+        assert one["tokens"] == again.num_tokens
+        assert one["tokens_per_second"] > 1.01 * record["tokens_per_second"]
+
+
+def test_json_has_what_the_screen_says_of_other_plans(vp_plan, tmp_path):
+    """Both kinds, what would help, and a larger batch, with figures that their plans have."""
+    path = tmp_path / "plan.json"
+    few = [*NANO, "parallel.pp=4", "num_microbatches=4"]
+    for words, fits in ((few, True), ([*few, "vocab=none", "cluster.memory_gib=0.005"], False)):
+        code, out, _ = vp_plan(*words, "--json", path)
+        record, report = json.loads(path.read_text()), make_report(load_config(words))
+        assert (code == EXIT_OK) is fits is record["fits"] is report.fits
+        kinds = [f"{kind}_vocabulary_parallelism" for kind in ("without", "with")]
+        assert [record[kind] is not None for kind in kinds] == [True, "vocab=none" in words]
+        said = [record[kind]["best"] for kind in kinds if record[kind] is not None]
+        said += record["helps"]
+        for one in said:
+            assert one["overrides"] in unbroken(out)
+            again = make_report(load_config([*words, *one["overrides"].split()]))
+            mark = "" if one["planned"] else "~"
+            assert f"{mark}{duration(one['step_seconds'])}" in out
+            assert one["step_seconds"] == pytest.approx(again.step_seconds, rel=0.02)
+            assert one["tokens_per_second"] == one["tokens"] / one["step_seconds"]
+        larger = [one for one in record["helps"] if one["overrides"] == "num_microbatches=8"]
+        assert [one["tokens"] for one in larger] == [2 * report.num_tokens] * fits
+        helps = [one for one in record["would_help"] if one["overrides"] is not None]
+        assert bool(helps) is (not fits)
+        for one in helps:
+            assert f"would help: {one['words']} " in f"{unbroken(out)} "
+            if one["saved_bytes"] is None:
+                continue
+            again = make_report(load_config([*words, *one["overrides"].split()]))
+            assert one["step_seconds"] == again.step_seconds
+            needs = [plan.ranks[plan.worst].memory.total for plan in (report, again)]
+            assert one["saved_bytes"] == pytest.approx(needs[0] - needs[1])
+            assert one["enough"] is (needs[1] <= 0.95 * report.limit)
+        assert record["decides"] is None, "CPUs have no contention"
 
 
 # Settings of which each makes some proposal wrong that does not reset it.
@@ -360,13 +399,13 @@ def test_what_a_plan_proposes_can_be_appended_and_gives_what_is_said(vp_plan, ty
     [
         (
             ["parallel.pp=4", "vocab=none", "model.vocab_size=65536"],
-            "vocab.algorithm=one_barrier: about",
+            "vocab.algorithm=one_barrier: ",
         ),
-        (["parallel.dp=2", "parallel.pp=2", "run.dtype=bfloat16"], "optim.name=zero1: about"),
-        (["parallel.pp=4", "micro_batch_size=8"], "micro_batch_size=1 num_microbatches=64: about"),
+        (["parallel.dp=2", "parallel.pp=2", "run.dtype=bfloat16"], "optim.name=zero1: "),
+        (["parallel.pp=4", "micro_batch_size=8"], "micro_batch_size=1 num_microbatches=64: "),
         (
             ["parallel.pp=4", "num_microbatches=2", "model.seq_length=512"],
-            "parallel.recompute=full: about",
+            "parallel.recompute=full: ",
         ),
     ],
 )
@@ -375,7 +414,8 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help(vp_plan, 
     assert code == EXIT_CONFIG
     assert "MiB TOO MUCH" in out
     helps = [line for line in out.splitlines() if line.startswith("would help")]
-    assert any(remedy in line for line in helps)
+    figures = re.compile(rf"would help: {remedy}[\d.]+ MiB less, step [\d.]+ m?s(, which |$)")
+    assert any(figures.match(line) for line in helps)
     assert "more GPUs per replica" in helps[-1]
 
 
@@ -414,6 +454,7 @@ def test_search_prints_a_table_and_what_it_left_out(vp_plan, tmp_path):
     assert record["without_vocabulary_parallelism"]["step_seconds"] > steps[0]
     assert (record["choices"], record["ended"]) > (0, "")
     assert (record["margin"], record["fsdp"]) == (0.05, None)
+    assert (record["decides"], record["link"], record["would_help"]) == (None, None, [])
     shown = out[out.index("in all rows: ") : out.index("the first:")].splitlines()
     assert max(map(len, shown)) <= 100
     assert "MFU" not in out, "nothing knows the peak of this machine"
@@ -440,6 +481,64 @@ def test_what_is_not_planned_whole_has_its_row_as_an_estimate(vp_plan):
     assert len(others) == 2
     assert all("~" in row for row in others)
     assert "\n~ estimated from short steps, not planned whole\n" in out
+
+
+def test_more_time_is_advised_beside_more_effort_only_where_that_takes_more():
+    config, limits = load_config(NANO), Limits(top=1, effort=6_000, seconds=180)
+    result = search(config, limits, lambda: True, lambda words: None)
+    result = replace(result, num_open=1, ended="effort", estimated=())
+    for spent, more in (
+        (None, ""),
+        (90.0, ""),
+        (91.0, ", and --seconds to 360 (now 180)"),
+        (200.5, ", and --seconds to 401 (now 180)"),
+    ):
+        lines = search_lines(config, limits, result, spent_seconds=spent)
+        assert lines[0] == (
+            "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort to 12 "
+            f"(now 6){more}"
+        )
+    late = replace(result, ended="time")
+    assert search_lines(config, limits, late, spent_seconds=180.0)[0] == (
+        "OUT OF TIME with 1 choice left that might be faster; raise --seconds to 360 (now 180)"
+    )
+
+
+def test_of_a_searched_order_a_row_names_the_placement_that_was_found():
+    """It may be another one than that of the choice whose memory it has."""
+    config, limits = load_config(NANO), Limits(top=1, effort=6_000)
+    result = search(config, limits, lambda: True, lambda words: None)
+    first = result.best[0]
+    choice = replace(first.choice, schedule="interleaved", num_chunks=8)
+    for cap, name, words in (
+        (None, "interleaved", "interleaved x 8"),
+        (0.5, "auto from interleaved", "auto from interleaved x 8"),
+        (0.5, "auto from zb_v", "auto from zb_v, V-shaped"),
+        (0.5, "auto from 1f1b", "auto from 1f1b"),
+    ):
+        found = replace(
+            first,
+            choice=replace(choice, cap_gib=cap),
+            report=replace(first.report, schedule=name),
+        )
+        text = "\n".join(search_lines(config, limits, replace(result, best=(found,))))
+        row = re.search(r"^1 .*(?:\n {3}.*)?", text, re.MULTILINE)[0]
+        assert re.search(rf"{re.escape(words)}(;|  )", row)
+
+
+def test_json_has_what_would_help_where_nothing_fits(vp_plan, tmp_path):
+    path = tmp_path / "found.json"
+    code, out, _ = vp_plan("--search", "--json", path, *NANO, "cluster.memory_gib=0.002")
+    record = json.loads(path.read_text())
+    assert code == EXIT_CONFIG
+    assert record["closest"]["overrides"] in unbroken(out)
+    said = [f"would help: {one['words']}" for one in record["would_help"]]
+    assert [line in unbroken(out) for line in said] == [True] * 2
+    memory, nodes = record["would_help"]
+    assert (memory["setting"], nodes["setting"]) == ("cluster.memory_gib", "cluster.num_nodes")
+    assert f"GPUs with more than {memory['least']:.4g} GiB" in out
+    again = load_config([*NANO, f"cluster.num_nodes={nodes['least']}", *nodes["overrides"].split()])
+    assert make_report(again).num_tokens == make_report(load_config(NANO)).num_tokens
 
 
 def test_a_search_says_how_to_ask_for_an_order_that_was_too_dear_for_it():
@@ -667,13 +766,13 @@ def test_the_number_of_nodes_that_would_do_is_about_the_least(monkeypatch):
         def fits(config, *_, least=least):
             return config.cluster.num_nodes >= least or None
 
-        monkeypatch.setattr(search_words, "fits_on", fits)
-        found = search_words._more_nodes(
+        monkeypatch.setattr(search_beside, "fits_on", fits)
+        found = search_beside._more_nodes(
             dataclasses.replace(config, cluster=cluster), Limits(), Kept()
         )
         assert found == (said, True)
-    monkeypatch.setattr(search_words, "fits_on", lambda *_: None)
-    assert search_words._more_nodes(config, Limits(), Kept()) is None
+    monkeypatch.setattr(search_beside, "fits_on", lambda *_: None)
+    assert search_beside._more_nodes(config, Limits(), Kept()) is None
 
 
 def test_where_only_what_is_kept_does_not_fit_the_search_says_so(vp_plan):

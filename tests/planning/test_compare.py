@@ -10,35 +10,37 @@ from dataclasses import replace
 
 import pytest
 
+from schedules.render import duration
 from vp_train.commands.plan_words import help_lines
 from vp_train.commands.search_words import search_lines
 from vp_train.planning import compare, outlook
 from vp_train.planning import shared as shared_module
-from vp_train.planning.cluster import limit_of, with_margin
+from vp_train.planning.alternatives import without_it
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import (
     Way,
-    contention_words,
     for_another_plan,
     helps_of,
     larger_batch_of,
     pipeline_way,
     rivals_of,
+    shared_of,
+    turns_of,
 )
 from vp_train.planning.found import Limits
 from vp_train.planning.fsdp import ON_HOSTS, Means
 from vp_train.planning.kept import Kept
 from vp_train.planning.report import make_report
-from vp_train.planning.search import search, without_vocabulary
-from vp_train.planning.shared import Shared
+from vp_train.planning.search import search
 from vp_train.planning.short import short_step
 from vp_train.planning.space import space_of
-from vp_train.planning.weigh import Scales
 from vp_train.settings import load_config
 from vp_train.units import is_as_fast
 
 GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=8"]
 
 
+NO_HOSTS = "cluster.host_memory_gib=0"
 LITTLE = ["cluster.memory_gib=7"]  # two proposals would fit into all of it, and one into 0.95
 
 
@@ -64,21 +66,28 @@ def test_the_contention_is_named_where_none_or_twice_as_much_lets_another_win():
         (9.5, 0.0, 1.0, []),
     ):
         other, _ = way("FSDP", base=base, slope=slope, factor=factor)
-        words = contention_words(config, plain, [None, other])
+        words = turns_of(config, plain, [None, other]).words
         assert bool(words) is bool(turns)
         assert all(turn in words for turn in turns)
         assert words.startswith("cluster.contention=0.1, ") is bool(turns)
+        record = turns_of(config, plain, [None, other]).record()
+        assert (record is None) is (not turns)
+        for turn in [] if record is None else record["turns"]:
+            assert (record["setting"], record["value"]) == ("cluster.contention", 0.1)
+            figures = [turn["winner_step_seconds"], turn["loser_step_seconds"]]
+            assert f"with {turn['value']:g} {turn['winner']} is " in words
+            assert f" than {turn['loser']} ({' against '.join(map(duration, figures))})" in words
     slow, asked = way("slow", base=20.0, slope=1.0, is_slow=True)
     asked.clear()
-    assert contention_words(config, plain, [slow]) == ""
+    assert turns_of(config, plain, [slow]).words == ""
     assert asked == [], "it cannot turn even if all of it were layers"
     slow, _ = way("the first", base=9.6, slope=0.5, is_slow=True)
     other, _ = way("FSDP", base=9.5, slope=1.0)
-    assert "with 0 FSDP is 1.0% faster" in contention_words(config, slow, [other])
+    assert "with 0 FSDP is 1.0% faster" in turns_of(config, slow, [other]).words
     none = load_config([*GPT, "cluster.contention=0"])
-    assert contention_words(none, plain, [other]) == ""
+    assert turns_of(none, plain, [other]).words == ""
     typed = replace(config, cost=replace(config.cost, contention=0.1))
-    assert contention_words(typed, plain, [other]).startswith("cost.contention=0.1, ")
+    assert turns_of(typed, plain, [other]).words.startswith("cost.contention=0.1, ")
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.005])
@@ -97,7 +106,7 @@ def test_another_contention_turns_what_wins_by_its_seconds_and_as_they_count(fac
             for words in ("the first", "FSDP")
         )
         is_tie = is_as_fast(first.seconds, other.seconds)
-        words = contention_words(config, first, [other])
+        words = turns_of(config, first, [other]).words
         for part in (0.0, 0.2):
             pairs = [(first.at(at), other.at(at)) for at in (0.1, part)]
             won, wins = (ours < theirs for ours, theirs in pairs)
@@ -205,7 +214,8 @@ def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():
 
 def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_more():
     hosts = []
-    for words in ([], LITTLE, [*LITTLE, "cluster.host_memory_gib=3.5"]):
+    least = ["cluster.memory_gib=5"]
+    for words in ([], LITTLE, least, [*least, "cluster.host_memory_gib=47"]):
         config = load_config([*GPT, *words])
         report = make_report(config)
         assert report.fits is (not words)
@@ -237,6 +247,26 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
     assert larger_batch_of(solved, report) is None
 
 
+def test_what_lets_a_plan_fit_without_host_memory_comes_before_what_needs_it():
+    """It is what is proposed where hosts have no memory, and others follow if they are faster."""
+    for gib, fits_without in ((5, False), (6.8, True)):
+        words = [*GPT[:-1], "num_microbatches=32", f"cluster.memory_gib={gib}"]
+        found, alone = (
+            helps_of(config, make_report(config))
+            for config in (load_config([*words, *more]) for more in ([], [NO_HOSTS]))
+        )
+        assert bool(alone) is fits_without
+        assert found[: len(alone)] == alone
+        assert all(one.host == 0 for one in alone)
+        assert any(one.host > 0 for one in found)
+        seconds = [one.seconds for one in found]
+        assert seconds == sorted(seconds, reverse=True)
+    config = load_config([*words, "parallel.offload_activations=1", "parallel.pp=4"])
+    report = make_report(config)
+    assert not report.fits
+    assert all(one.host > 0 for one in helps_of(config, report)), "the plan asks for hosts"
+
+
 @pytest.mark.parametrize(
     ("words", "setting"),
     [
@@ -264,7 +294,7 @@ def test_help_does_not_look_for_the_stages_that_recompute_beside_offloading(monk
     def fastest(config, rounds, *rest):
         seen.extend(choice for choices, _ in rounds for choice in choices)
 
-    monkeypatch.setattr(compare, "_fastest", fastest)
+    monkeypatch.setattr(compare, "fastest_of", fastest)
     config = load_config([*GPT, "parallel.pp=4", "parallel.offload_activations=1"])
     helps_of(config, make_report(config))
     assert any(choice.recompute != "none" for choice in seen if choice.offload)
@@ -283,8 +313,8 @@ def test_of_a_long_step_short_ones_tell_what_a_batch_twice_as_large_gains(monkey
     assert found.overrides == planned.overrides == "num_microbatches=64"
     assert found.seconds == pytest.approx(planned.seconds, rel=0.002)
     assert found.memory == pytest.approx(planned.memory, rel=0.05)
-    assert "about " in help_lines(report, [], found)[0]
-    assert "about " not in help_lines(report, [], planned)[0]
+    assert help_lines(report, [], found)[0].count("~") == 2
+    assert "~" not in help_lines(report, [], planned)[0]
 
 
 @pytest.mark.parametrize(
@@ -308,8 +338,8 @@ def test_searches_that_share_what_they_know_simulate_no_step_twice(part, recompu
     config = replace(config, cluster=replace(config.cluster, memory_gib=gib))
     report, rest = make_report(config), for_another_plan(config, make_report(config))
     assert (rest == config) is (part > 0.95)
-    shared = Shared(Scales(rest, limit_of(rest.cluster)))
-    without_vocabulary(rest, report.degrees, shared)
+    shared = shared_of(config, report)
+    without_it(config, report, space_of(config).choices, shared)
     num_before = len(simulated)
     found = helps_of(config, report, shared=shared)
     assert 0 < num_before < len(simulated)

@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 
 from schedules.ir import Schedule
+from schedules.render import duration
 from vp_train.commands import plan_remedies
 from vp_train.commands.plan_remedies import remedies
-from vp_train.commands.plan_words import plan_lines, remedy_lines
+from vp_train.commands.plan_words import plan_lines, remedies_of, remedy_lines
+from vp_train.commands.search_beside import LeastLink
 from vp_train.commands.search_words import search_lines
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
@@ -216,12 +218,17 @@ def test_a_search_does_not_offload_more_than_hosts_have():
         ended = replace(result, num_open=1, ended="effort")
         assert search_lines(config, Limits(), ended)[0] == (
             "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort to 20000 "
-            "(now 10000), and --seconds to 360 (now 180)"
+            "(now 10000)"
         )
 
 
 def needs_of(report):
     return report.ranks[report.worst].memory.total
+
+
+def words_of(config, report):
+    """Return what would save memory in words."""
+    return [one.words for one in remedies(config, report)]
 
 
 @pytest.mark.parametrize("more", [[], ["optim.name=zero1", "optim.offload=true"]])
@@ -314,6 +321,27 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
     assert line.endswith(": row 2")
 
 
+def test_json_has_the_slowest_link_and_what_fits_with_half_of_it():
+    for with_half, fits, said in (
+        (None, True, ""),
+        ("", False, "; with half of them, 25, nothing named here fits"),
+        ("row 2", False, "; with half of them, 25, the fastest named here that fits is row 2"),
+    ):
+        overrides = "a=1" if with_half else None
+        found = LeastLink(50e9, 46e9, 1.01, 1.0, with_half, overrides)
+        assert found.words == (
+            "link: the first fits down to about 46 of the 50 GB/s per GPU by short steps, and is "
+            f"1.0% slower then{said}"
+        )
+        assert found.record() == {
+            "bytes_per_second": 50e9,
+            "least_bytes_per_second": 46e9,
+            "step_seconds_with_least": 1.01,
+            "fits_with_half": fits,
+            "fastest_with_half": overrides,
+        }
+
+
 def test_a_report_counts_bytes_of_device_and_host():
     config = load_config([*LLAMA, "parallel.offload_activations=0.5"])
     found = make_report(config)
@@ -376,13 +404,18 @@ def test_more_offloading_is_among_what_would_help():
     config = load_config([*LLAMA, "parallel.offload_activations=0.25", "cluster.memory_gib=25"])
     report = make_report(config)
     assert report.excess > 0
-    (line,) = (line for line in remedy_lines(config, report) if "offload_activations=1" in line)
+    (line,) = (
+        line
+        for line in remedy_lines(remedies_of(config, report))
+        if "offload_activations=1" in line
+    )
     whole = replace(config, parallel=replace(config.parallel, offload_activations=1.0))
     moved = make_report(whole)
     saved = human_bytes(needs_of(report) - needs_of(moved))
-    words = f"{saved} less, {large_bytes(moved.host.total)} host RAM of a node"
+    words = f"{saved} less, step {duration(moved.step_seconds)}, "
+    words += f"{large_bytes(moved.host.total)} host RAM of a node"
     assert line.startswith(f"would help: parallel.offload_activations=1: {words}")
-    assert not any("offload_activations=1" in line for line in remedies(whole, report))
+    assert not any("offload_activations=1" in line for line in words_of(whole, report))
 
 
 def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
@@ -399,8 +432,10 @@ def test_what_waits_on_the_hosts_is_not_saved_on_the_gpus():
         cluster = replace(config.cluster, memory_gib=needs / part / GIB)
         small, known = replace(config, cluster=cluster), replace(report, cluster=cluster)
         assert saved > known.excess > 0
-        (line,) = (one for one in remedies(small, known) if "recompute=full:" in one)
-        words = f"parallel.recompute=full: about {human_bytes(saved)} less"
+        (line,) = (one for one in words_of(small, known) if "recompute=full:" in one)
+        words = f"parallel.recompute=full: {human_bytes(saved)} less, step "
+        words += f"{duration(again.step_seconds)}, {large_bytes(again.host.total)} host RAM of a "
+        words += "node"
         lacks = ", which leaves less than 5% of the memory free"
         assert line == words + lacks * (not is_enough)
 
@@ -417,8 +452,9 @@ def test_the_optimizer_is_sent_to_hosts_that_have_the_margin_left_and_their_need
     for part, fits in ((0.999, False), (1.001, True)):
         gib = part * moved.host.total / GIB / (1 - MARGIN)
         config = load_config([*typed, f"cluster.host_memory_gib={gib}"])
-        found = [one for one in remedies(config, make_report(config)) if "offload=true" in one]
-        words = f" less, {large_bytes(moved.host.total)} host RAM of a node, which is not enough"
+        found = [one for one in words_of(config, make_report(config)) if "offload=true" in one]
+        words = f" less, step {duration(moved.step_seconds)}, {large_bytes(moved.host.total)} host "
+        words += "RAM of a node, which is not enough"
         assert [words in one for one in found] == [True] * fits
 
 
@@ -430,8 +466,8 @@ def test_what_a_plan_has_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(
         plan_remedies, "outlook_of", lambda one, **of: tried.append(one) or real(one, **of)
     )
-    found = remedies(config, make_report(config))
-    changed = ["parallel.recompute=selective", "vocab.balance=true"]
+    found = words_of(config, make_report(config))
+    changed = ["optim.offload=true", "parallel.recompute=selective", "vocab.balance=true"]
     assert [changes_of(config, one) for one in tried] == changed
     assert sum("optim.offload=true" in one for one in found) == 1
     assert not any("zero1" in one for one in found)
@@ -463,7 +499,9 @@ def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
     report = make_report(config)
     assert report.excess < 0 < report.host_excess
     missing = report.host_excess + MARGIN * 0.7 * whole
-    helps = [line for line in remedy_lines(config, report) if line.startswith("would help")]
+    helps = [
+        line for line in remedy_lines(remedies_of(config, report)) if line.startswith("would help")
+    ]
     assert helps.pop().endswith(" GiB of host memory per node (cluster.host_memory_gib)")
     settings = []
     for line in helps:
@@ -471,7 +509,8 @@ def test_where_hosts_lack_memory_what_is_advised_saves_theirs(typed, advised):
         words = line.removeprefix("would help: ").partition(":")[0].partition(",")[0]
         changed = make_report(load_config([*typed, *words.split()]))
         saved = report.host.total - changed.host.total
-        assert f": {human_bytes(saved)} less" in line
+        assert f": {human_bytes(saved)} less in host memory per node, step " in line
+        assert f", step {duration(changed.step_seconds)}" in line
         assert ("not enough" in line) is (saved < report.host_excess)
         assert ("leaves less than" in line) is (report.host_excess <= saved < missing)
         lean = replace(changed, cluster=with_margin(changed.cluster))
@@ -677,11 +716,13 @@ def test_what_is_saved_is_found_whole_where_the_backward_is_split(monkeypatch):
     config = load_config([*typed, "cluster.memory_gib=2"])
     report = make_report(config)
     monkeypatch.setattr(plan_remedies, "MOST_AT_ONCE", 0)
-    found = remedies(config, report)
+    found = words_of(config, report)
     for words in ("parallel.recompute=full", "optim.name=zero1"):
         changed = make_report(load_config([*typed, words]))
         saved = human_bytes(needs_of(report) - needs_of(changed))
-        assert f"{words}: about {saved} less, which is not enough alone" in found
+        figures = f"{saved} less, step {duration(changed.step_seconds)}, "
+        figures += f"{large_bytes(changed.host.total)} host RAM of a node"
+        assert f"{words}: {figures}, which is not enough alone" in found
 
 
 def test_balanced_rows_are_proposed_where_they_alone_let_a_plan_fit():
@@ -696,10 +737,11 @@ def test_balanced_rows_are_proposed_where_they_alone_let_a_plan_fit():
     limit = (needs_of(report) + needs_of(balanced)) / 2 / GIB / (1 - Limits().margin)
     small = replace(config, cluster=replace(config.cluster, memory_gib=limit))
     saved = human_bytes(needs_of(report) - needs_of(balanced))
-    assert f"vocab.balance=true: about {saved} less" in remedies(small, make_report(small))
+    figures = f"{saved} less, step {duration(balanced.step_seconds)}"
+    assert f"vocab.balance=true: {figures}" in words_of(small, make_report(small))
     assert not any(
         "balance" in words
-        for words in remedies(
+        for words in words_of(
             replace(small, vocab=replace(small.vocab, balance=True)), make_report(small)
         )
     )

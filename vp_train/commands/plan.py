@@ -19,42 +19,44 @@ from vp_train.commands.command import (
     typed,
     whole_number,
 )
+from vp_train.commands.plan_remedies import Remedy
 from vp_train.commands.plan_words import (
+    alternative_lines,
     cluster_words,
     decides_lines,
+    decision_of,
     has_fsdp,
     help_lines,
     model_words,
     plan_lines,
+    remedies_of,
     remedy_lines,
     text_of,
-    without_lines,
-    without_of,
 )
+from vp_train.commands.search_beside import Compared, compared_with
 from vp_train.commands.search_words import search_lines
 from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
+from vp_train.planning.alternatives import Alternative, with_it, without_it
 from vp_train.planning.batch import batch_of, with_batch_of, with_replicas
-from vp_train.planning.cluster import MARGIN, limit_of
+from vp_train.planning.cluster import MARGIN
 from vp_train.planning.compare import (
-    Help,
-    for_another_plan,
     helps_of,
     larger_batch_of,
     report_as_typed,
     rivals_of,
+    shared_of,
+    with_degrees,
 )
-from vp_train.planning.found import Estimate, Limits, SearchResult
+from vp_train.planning.found import Estimate, Limits, Refusal, SearchResult
 from vp_train.planning.kept import ALL, KEPT_WHERE_TYPED, Kept, searched_words, settings_of
 from vp_train.planning.plan import SEARCHING, read_schedule
 from vp_train.planning.report import PlanReport, make_report
 from vp_train.planning.rivals import Rivals
 from vp_train.planning.search import search
-from vp_train.planning.shared import Shared
 from vp_train.planning.space import space_of
-from vp_train.planning.weigh import Scales
 from vp_train.units import count_words
 
 _MOST_TOKENS = 10**9
@@ -62,6 +64,9 @@ _MARGIN = round(100 * MARGIN)  # percent
 _DEFAULT = Limits()
 _EFFORT = _DEFAULT.effort // 1000  # thousand passes
 _DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
+# What a plan is compared with in JSON; null where that was not looked for.
+KIND = {False: "without_vocabulary_parallelism", True: "with_vocabulary_parallelism"}
+_COMPARED = (*KIND.values(), "decides", "helps", "would_help")
 _EXAMPLES = """\
   vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
   vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 \\
@@ -201,50 +206,46 @@ def show_plan(config: RunConfig, path: Path | None, *, compares: bool = True) ->
         report = make_report(config, searching.watch)
         rivals = rivals_of(config, report)
     print(text_of([*plan_lines(config, report, rivals), *searching.words]), flush=True)
-    helps = _compare(config, report, rivals) if compares else None
-    _write(path, report.record() | _compared_record(config, rivals, helps))
+    record = report.record() | {"fsdp": rivals.record() if has_fsdp(config) else None}
+    record |= _compare(config, report, rivals) if compares else dict.fromkeys(_COMPARED)
+    _write(path, record)
     return searching.exit_code if report.fits else EXIT_CONFIG
 
 
-def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> list[Help]:
-    """Print what a plan is compared with, each as soon as it is known; return what helps."""
+def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> dict[str, Any]:
+    """Print what a plan is compared with as soon as it is known; return that for JSON."""
     with Searching(keeps_best=False) as comparing:
+        found = list[Remedy]()
         if not report.fits:
             comparing.work_on("planning what would help")
-            comparing.print(text_of(remedy_lines(config, report, comparing.work_on)))
-        comparing.work_on("searching the same split without vocabulary parallelism")
-        rest = for_another_plan(config, report)
-        shared = Shared(Scales(rest, limit_of(rest.cluster)))
-        without = without_of(rest, report, shared)
-        comparing.print(text_of(without_lines(report, without)))
+            found = remedies_of(config, report, comparing.work_on)
+            comparing.print(text_of(remedy_lines(found)))
+        comparing.work_on("searching without vocabulary parallelism")
+        choices = space_of(with_degrees(config, report.degrees)).choices
+        shared = shared_of(config, report)
+        others = list[Alternative]()
+        if config.cluster.num_gpus > 1:
+            others.append(without_it(config, report, choices, shared))
+        if others and report.vocab == "none":
+            comparing.work_on("searching with vocabulary parallelism")
+            others.append(with_it(config, report, choices, shared))
+        helps = helps_of(config, report, comparing.work_on, choices, shared)
+        others = [other.beside(helps) for other in others]
+        for other in others:
+            comparing.print(text_of(alternative_lines(report, other)))
         comparing.work_on("planning with another contention")
-        comparing.print(text_of(decides_lines(config, report, rivals, without)))
-        helps = helps_of(config, report, comparing.work_on, shared)
+        decision = decision_of(config, report, rivals, others)
+        comparing.print(text_of(decides_lines(decision)))
         comparing.work_on("planning a batch twice as large")
         larger = larger_batch_of(config, report) if report.fits else None
         comparing.print(text_of(help_lines(report, helps, larger)))
-    return helps
-
-
-def _compared_record(
-    config: RunConfig, rivals: Rivals, helps: Sequence[Help] | None
-) -> dict[str, Any]:
-    """Return for JSON what a plan was compared with; `helps` is None if that was not looked for."""
-    return {
-        "fsdp": rivals.record() if has_fsdp(config) else None,
-        "helps": None
-        if helps is None
-        else [
-            {
-                "overrides": one.overrides,
-                "step_seconds": one.seconds,
-                "bytes": one.memory,
-                "host_total_bytes": one.host,
-                "planned": one.is_planned,
-            }
-            for one in helps
-        ],
-    }
+    tokens = report.num_tokens
+    proposed = [one.record(tokens) for one in helps]
+    proposed += [] if larger is None else [larger.record(2 * tokens)]
+    kinds = {KIND[other.splits_vocabulary]: other.record(tokens) for other in others}
+    compared = kinds | {"decides": decision.record(), "helps": proposed}
+    compared["would_help"] = [one.record() for one in found]
+    return dict.fromkeys(_COMPARED) | compared
 
 
 def show_search(
@@ -280,24 +281,29 @@ def show_search(
                 )
             if not in_time():  # schedule=auto may have had an end too early
                 typed = None
-    lines = search_lines(config, limits, result, typed, is_stopped=searching.is_stopped)
+    spent, is_stopped = time.process_time() - started, searching.is_stopped
+    beside = compared_with(config, limits, result)
+    lines = search_lines(
+        config, limits, result, typed, beside, is_stopped=is_stopped, spent_seconds=spent
+    )
     print(text_of(lines), flush=True)
-    _write(path, search_record(config, limits, result, typed))
+    _write(path, search_record(config, limits, result, typed, beside))
     if searching.is_stopped or result.best:
         return searching.exit_code
     return EXIT_TIME if result.num_open else EXIT_CONFIG
 
 
 def search_record(
-    config: RunConfig, limits: Limits, result: SearchResult, typed: PlanReport | None = None
+    config: RunConfig,
+    limits: Limits,
+    result: SearchResult,
+    typed: PlanReport | None,
+    beside: Compared,
 ) -> dict[str, Any]:
-    """Return the result of a search for JSON, in bytes and seconds; typed: see `search_lines`."""
-    rivals = None
-    if result.best and has_fsdp(config):
-        rivals = rivals_of(config, result.best[0].report, limits.margin, result.kept).record()
+    """Return the result of a search for JSON, in bytes and seconds; see `search_lines`."""
     firsts = {
-        "with_vocabulary_parallelism": result.with_vocabulary,
-        "without_vocabulary_parallelism": result.without_vocabulary,
+        KIND[True]: result.with_vocabulary,
+        KIND[False]: result.without_vocabulary,
         "without_offloading": result.without_offloading,
         "leaner": result.leaner,
     }
@@ -313,20 +319,25 @@ def search_record(
             for name, first in firsts.items()
         },
         "unordered": None if result.unordered is None else result.unordered.overrides(config),
-        "refused": [
-            {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
-            for refusal in result.refused
-        ],
-        "fsdp": rivals,
+        "refused": [_refusal_record(config, refusal) for refusal in result.refused],
+        "closest": None if result.leanest is None else _refusal_record(config, result.leanest),
+        **beside.record(),
         "margin": limits.margin,
         "kept": dict(result.kept.values),
         "excluded": dict(result.excluded.most_common()),
         "choices": result.num_choices,
         "estimates": result.num_estimated,
         "planned": result.num_planned,
+        "added": result.num_added,
+        "same": result.num_same,
         "open": result.num_open,
+        "unseen": {KIND[splits]: result.num_unseen[splits] for splits in KIND},
         "ended": result.ended,
     }
+
+
+def _refusal_record(config: RunConfig, refusal: Refusal) -> dict[str, Any]:
+    return {"overrides": refusal.choice.overrides(config), "reason": refusal.reason}
 
 
 def _estimate_record(config: RunConfig, estimate: Estimate) -> dict[str, Any]:

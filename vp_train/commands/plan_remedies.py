@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product, takewhile
+from typing import Any
 
 from schedules.generators import GENERATORS
 from schedules.render import duration
@@ -30,30 +31,74 @@ _MORE_GPUS = "more GPUs per replica"
 FACTORS = (2, 4, 8, 16, 32, 64)  # by which a pipeline may become longer, or nodes more
 
 
-def remedies(config: RunConfig, report: PlanReport) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change that saves memory of GPUs or hosts where a plan needs too much.
+
+    text: what to do in words, and `overrides` what to append for it; None if that is not known.
+    saved: the bytes of the rank, or with `on_hosts` of the node, that needs most.
+    seconds: those of the step then, None if only a search says.
+    host: the bytes that a node then needs of its memory.
+    is_planned: whether the whole step was planned.
+    lacks: what it lacks to let the plan fit, in words; "" if nothing.
+    memory: the bytes of the rank that needs most where they are said.
+    """
+
+    text: str
+    overrides: str | None
+    saved: float | None = None
+    seconds: float | None = None
+    host: float = 0.0
+    is_planned: bool = True
+    on_hosts: bool = False
+    lacks: str = ""
+    memory: float | None = None
+
+    @property
+    def words(self) -> str:
+        """The remedy in a line, with figures that were not planned whole behind `~`."""
+        mark, found = "" if self.is_planned else "~", list[str]()
+        if self.saved is not None:
+            where = " in host memory per node" if self.on_hosts else ""
+            found.append(f"{mark}{human_bytes(self.saved)} less{where}")
+        if self.seconds is not None:
+            step = "step " if found else ""
+            found.append(f"{step}{mark}{duration(self.seconds)}")
+        if self.memory is not None:
+            found.append(f"{mark}{human_bytes(self.memory)}")
+        if not self.on_hosts and self.host:
+            found.append(host_words(self.host, mark).removeprefix(", "))
+        figures = f": {', '.join(found)}" if found else ""
+        return f"{self.text}{figures}{self.lacks}"
+
+    def record(self) -> dict[str, Any]:
+        """Return the remedy for JSON."""
+        return {
+            "words": self.words,
+            "overrides": self.overrides,
+            "saved_bytes": None if self.on_hosts else self.saved,
+            "saved_host_bytes": self.saved if self.on_hosts else None,
+            "step_seconds": self.seconds,
+            "bytes": self.memory,
+            "host_total_bytes": self.host,
+            "planned": self.is_planned,
+            "enough": None if self.overrides is None else not self.lacks,
+        }
+
+
+def remedies(
+    config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
+) -> list[Remedy]:
     """Return the changes that save memory on the worst rank of `config`, the largest saving first.
 
     Every change is tried on its own, and the words say where it is not enough to leave as much free
-    as a proposal does.
+    as a proposal does.  `progress` gets lines to show meanwhile.
     """
     excess = report.excess
     config, report = _proposing(config, report)
     replicas = split_ranks(config.parallel, config.cluster.num_gpus).dp
-    # What waits in host memory, and so is not saved on the GPU, only a simulation says.
-    offloads = bool(config.parallel.offload_activations) and not config.schedule.is_solved
     needed = report.ranks[report.worst].memory.total
-
-    def saved_by(changed: RunConfig) -> float:
-        if changed == replace(config, optim=changed.optim):
-            return needed - report.memory_with(changed.optim)
-        # Balanced rows move bytes between ranks, and which one needs most then, a plan says.  Where
-        # about these bytes suffice it is asked, too: several shards may be held at once.
-        if not offloads and changed.vocab.balance == config.vocab.balance:
-            saved = about_bytes(config) - about_bytes(changed)
-            if saved < report.excess:
-                return saved
-        return needed - _changed(changed).memory
-
+    is_solved = config.schedule.is_solved
     tried: list[RunConfig] = []
     if replicas > 1:
         tried.append(replace(config, optim=replace(config.optim, name="zero1")))
@@ -69,30 +114,49 @@ def remedies(config: RunConfig, report: PlanReport) -> list[str]:
         tried.append(replace(config, vocab=replace(config.vocab, algorithm="one_barrier")))
     elif config.vocab.shards is None:
         tried.append(replace(config, vocab=replace(config.vocab, balance=True)))
-    found = []
+    parallel = config.parallel
+    if config.run.device == "cuda" and parallel.offload_activations < 1 and not is_solved:
+        tried.append(replace(config, parallel=replace(parallel, offload_activations=1.0)))
+    found = list[Remedy]()
     for changed in tried:
         if changed == config:
             continue
-        try:
-            saved = saved_by(changed)
-        except ConfigError:
-            continue
-        if saved > 0.01 * needed:
-            words = f"{changes_of(config, changed)}: about {human_bytes(saved)} less"
-            if changed.optim != config.optim and changed.optim.offload:
-                words += host_words(needs_of_host)
-            found.append((saved, words))
-    saved, words = _saved_by_offloading(config, report)
-    if saved > 0.01 * needed:
-        found.append((saved, words))
+        words = _changes(config, changed)
+        progress(f"planning with {words}")
+        with suppress(ConfigError):
+            then = None if is_solved else _changed(changed)
+            host = needs_of_host if changed.optim.offload else 0.0
+            if then is not None:
+                host = then.host
+            if host > max(config.cluster.host_limit, report.host.total):
+                continue
+            if changed == replace(config, optim=changed.optim):
+                saved = needed - report.memory_with(changed.optim)
+            elif then is None:
+                saved = about_bytes(config) - about_bytes(changed)
+            else:
+                saved = needed - then.memory
+            if saved > 0.01 * needed:
+                lacks = _lack(saved, excess, report.excess)
+                seconds = None if then is None else then.seconds
+                is_planned = then is not None and then.is_planned
+                found.append(Remedy(words, words, saved, seconds, host, is_planned, lacks=lacks))
+    found.sort(key=lambda one: (one.saved or 0.0, one.text), reverse=True)
+    progress("planning longer pipelines")
+    return [*found, _more_gpus(config, report.degrees)]
 
-    def enough(saved: float) -> str:
-        if saved >= report.excess:
-            return ""
-        return _NOT_ALONE if saved < excess else _NO_MARGIN
 
-    ordered = [words + enough(saved) for saved, words in sorted(found, reverse=True)]
-    return [*ordered, _more_gpus_words(config, report.degrees)]
+def _changes(config: RunConfig, changed: RunConfig) -> str:
+    """Return the overrides of a change; all layers are offloaded with `=1`."""
+    words = changes_of(config, changed)
+    return words.replace("offload_activations=1.0", "offload_activations=1")
+
+
+def _lack(saved: float, excess: float, with_margin: float) -> str:
+    """Return what a saving lacks of the excess, and of that with the margin of a proposal."""
+    if saved >= with_margin:
+        return ""
+    return _NOT_ALONE if saved < excess else _NO_MARGIN
 
 
 def _proposing(config: RunConfig, report: PlanReport) -> tuple[RunConfig, PlanReport]:
@@ -109,14 +173,14 @@ def _recomputing(config: RunConfig) -> list[RunConfig]:
     ]
 
 
-def host_words(num_bytes: float) -> str:
+def host_words(num_bytes: float, mark: str = "") -> str:
     """Return what a node needs of its memory, if it does, to be put behind other words."""
-    return f", {large_bytes(num_bytes)} host RAM of a node" if num_bytes else ""
+    return f", {mark}{large_bytes(num_bytes)} host RAM of a node" if num_bytes else ""
 
 
-def about_word(found: Outlook | Help | Estimate) -> str:
-    """Return the word in front of what was estimated, "" where the whole step was planned."""
-    return "" if found.is_planned else "about "
+def about_mark(found: Help | Estimate) -> str:
+    """Return the mark in front of what was estimated, "" where the whole step was planned."""
+    return "" if found.is_planned else "~"
 
 
 def _changed(config: RunConfig) -> Outlook:
@@ -130,7 +194,7 @@ def _changed(config: RunConfig) -> Outlook:
     return outlook_of(config, whole=MOST_PLANNED if is_split else MOST_AT_ONCE)
 
 
-def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
+def _more_gpus(config: RunConfig, degrees: Degrees) -> Remedy:
     """Return a longer pipeline that fits, how to get it, and what its step takes.
 
     Of those with 2, 4, 8 ... times as many stages it is the first.
@@ -144,15 +208,21 @@ def _more_gpus_words(config: RunConfig, degrees: Degrees) -> str:
             words = changes_of(config, longer)
             if longer.cluster != cluster:
                 words = f"cluster.num_nodes={longer.cluster.num_nodes} {words}"
-            how = "may fit"
-            if found is not None:
-                if not found.fits:
-                    continue
-                memory = f"{human_bytes(found.memory)}{host_words(found.host)}"
-                how = f"{about_word(found)}{duration(found.seconds)}, {memory}"
-            return f"{_MORE_GPUS}: {words}: {how}"
+            text = f"{_MORE_GPUS}: {words}"
+            if found is None:
+                return Remedy(f"{text}: may fit", words, is_planned=False)
+            if found.fits:
+                return Remedy(
+                    text,
+                    words,
+                    seconds=found.seconds,
+                    host=found.host,
+                    is_planned=found.is_planned,
+                    memory=found.memory,
+                )
     fewer = " or a smaller parallel.dp" if degrees.dp > 1 else ""
-    return f"{_MORE_GPUS}: cluster.num_nodes above {cluster.num_nodes}{fewer}, with another split"
+    nodes = f"cluster.num_nodes above {cluster.num_nodes}{fewer}, with another split"
+    return Remedy(f"{_MORE_GPUS}: {nodes}", None)
 
 
 def _longer(config: RunConfig, degrees: Degrees) -> Iterator[RunConfig]:
@@ -186,37 +256,47 @@ def _longer(config: RunConfig, degrees: Degrees) -> Iterator[RunConfig]:
 
 def host_remedies(
     config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
-) -> list[str]:
-    """Return the changes that save memory of the hosts, the largest saving first, in words.
+) -> list[Remedy]:
+    """Return the changes that save memory of the hosts, the largest saving first.
 
     Every change is planned on its own.  Bytes are those of a node.  What does not fit on the GPUs
     then comes last.  More nodes may not help: a longer pipeline has more microbatches in flight.
     """
     excess = report.host_excess
     config, report = _proposing(config, report)
-    found: list[tuple[bool, float, str]] = []
+    found: list[tuple[bool, float, str, Remedy]] = []
     for words, changed in _lighter_on_hosts(config, report).items():
         progress(f"planning with {words}")
         try:
             then = _changed(changed)
         except ConfigError:
             continue
-        saved, about = report.host.total - then.host, about_word(then)
+        saved, mark = report.host.total - then.host, "" if then.is_planned else "~"
         if saved < 0.01 * report.host.total:
             continue
-        words += f": {about}{human_bytes(saved)} less in host memory per node"
+        lacks = ""
         if then.host_excess > 0:
-            words += _NOT_ALONE if saved < excess else _NO_MARGIN
+            lacks = _NOT_ALONE if saved < excess else _NO_MARGIN
         if then.excess > 0:
-            words += (
-                f"; but then a GPU needs {about}{human_bytes(then.memory)}, "
+            lacks += (
+                f"; but then a GPU needs {mark}{human_bytes(then.memory)}, "
                 f"{human_bytes(then.excess)} more than the {config.cluster.memory_gib:.4g} GiB "
                 "that a proposal may use"
             )
-        found.append((then.excess > 0, -saved, words))
+        remedy = Remedy(
+            words,
+            words,
+            saved,
+            then.seconds,
+            then.host,
+            then.is_planned,
+            on_hosts=True,
+            lacks=lacks,
+        )
+        found.append((then.excess > 0, -saved, words, remedy))
     least = large_bytes(report.host.total / (1 - MARGIN))
     more = f"more than {least} of host memory per node (cluster.host_memory_gib)"
-    return [*(words for *_, words in sorted(found)), more]
+    return [*(remedy for *_, remedy in sorted(found, key=lambda one: one[:3])), Remedy(more, None)]
 
 
 def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunConfig]:
@@ -258,18 +338,3 @@ def _moved_layers(config: RunConfig, part: float) -> int:
     layout = family.layout_of(degrees.pp, chunks)
     stages = split_layers(config.model, config.parallel, layout)
     return sum(offloaded_layers(len(layers), part) for layers in stages)
-
-
-def _saved_by_offloading(config: RunConfig, report: PlanReport) -> tuple[float, str]:
-    """Return what the worst rank saves if all activations may go to its host, also in words."""
-    parallel, is_whole = config.parallel, config.parallel.offload_activations == 1
-    if config.run.device != "cuda" or is_whole or config.schedule.is_solved:
-        return 0.0, ""
-    offloads = replace(config, parallel=replace(parallel, offload_activations=1.0))
-    with suppress(ConfigError):
-        then = _changed(offloads)
-        if then.host_excess <= 0:
-            saved = report.ranks[report.worst].memory.total - then.memory
-            words = f"parallel.offload_activations=1: {about_word(then)}{human_bytes(saved)} less"
-            return saved, words + host_words(then.host)
-    return 0.0, ""

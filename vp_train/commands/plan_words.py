@@ -12,20 +12,25 @@ from rich.table import Table
 
 from schedules.render import duration
 from vp_train.commands.command import text_width
-from vp_train.commands.plan_remedies import about_word, host_remedies, host_words, remedies
+from vp_train.commands.plan_remedies import (
+    Remedy,
+    about_mark,
+    host_remedies,
+    host_words,
+    remedies,
+)
 from vp_train.config import RunConfig
 from vp_train.model import shape
+from vp_train.planning.alternatives import Alternative
 from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import assumed_costs
-from vp_train.planning.compare import Help, contention_words, fsdp_way, pipeline_way
-from vp_train.planning.found import Estimate, SearchResult
+from vp_train.planning.compare import Help, Turns, Way, fsdp_way, pipeline_way, turns_of
+from vp_train.planning.found import Estimate
 from vp_train.planning.memory import RankMemory
 from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
 from vp_train.planning.report import VISIBLE, Offloading, PlanReport, gpus_words, with_costs
 from vp_train.planning.rivals import Rivals
-from vp_train.planning.search import without_vocabulary
-from vp_train.planning.shared import Shared
 from vp_train.units import compared, count_words, human_bytes, is_faster
 
 _SHOWN_RANKS = 16
@@ -130,16 +135,20 @@ def _links_lines(config: RunConfig, report: PlanReport) -> list[str]:
     ]
 
 
-def remedy_lines(
+def remedies_of(
     config: RunConfig, report: PlanReport, progress: Callable[[str], object] = lambda words: None
-) -> list[str]:
-    """Return what would save memory where a plan needs too much, in lines.
+) -> list[Remedy]:
+    """Return what would save memory where a plan needs too much, of GPUs first.
 
     `progress` gets lines to show meanwhile.
     """
-    helps = remedies(config, report) if report.excess > 0 else []
-    helps += host_remedies(config, report, progress) if report.host_excess > 0 else []
-    return ["", *(f"would help: {words}" for words in helps)] if helps else []
+    found = remedies(config, report, progress) if report.excess > 0 else []
+    return found + (host_remedies(config, report, progress) if report.host_excess > 0 else [])
+
+
+def remedy_lines(found: Sequence[Remedy]) -> list[str]:
+    """Return what would save memory in lines."""
+    return ["", *(f"would help: {remedy.words}" for remedy in found)] if found else []
 
 
 def text_of(lines: Iterable[str]) -> str:
@@ -173,24 +182,28 @@ def exposed_words(report: PlanReport) -> str:
     return f"communication, {report.exposed_words}" if is_visible else ""
 
 
-def without_of(config: RunConfig, report: PlanReport, shared: Shared) -> SearchResult | None:
-    """Return the plans of this split that do not split the vocabulary; None without a pipeline."""
-    return None if report.degrees.pp == 1 else without_vocabulary(config, report.degrees, shared)
+def decision_of(
+    config: RunConfig, report: PlanReport, rivals: Rivals, others: Sequence[Alternative]
+) -> Turns:
+    """Return with which contention this plan, or another that it is compared with, is faster."""
+    ways = [] if not report.fits else [_way_of(config, one) for one in others]
+    if report.fits and has_fsdp(config):
+        ways.append(fsdp_way(config, report, rivals, 0.0))
+    return turns_of(config, pipeline_way("this plan", config, report.step_seconds), ways)
 
 
-def decides_lines(
-    config: RunConfig, report: PlanReport, rivals: Rivals, without: SearchResult | None
-) -> list[str]:
+def _way_of(config: RunConfig, other: Alternative) -> Way | None:
+    best = other.best
+    if best is None or best.choice is None or not best.overrides:
+        return None
+    where = " of this split" if other.is_here else ""
+    words = f"the best{where} {kind_words(other)}"
+    return pipeline_way(words, best.choice.applied(config), best.seconds)
+
+
+def decides_lines(decision: Turns) -> list[str]:
     """Return what says that the contention decides whether this plan is faster than others."""
-    best = None if without is None else without.without_vocabulary
-    other = None
-    if best is not None and report.vocab != "none":
-        words = "the best of this split without vocabulary parallelism"
-        other = pipeline_way(words, best.choice.applied(config), best.seconds)
-    rival = fsdp_way(config, report, rivals, 0.0) if has_fsdp(config) else None
-    first = pipeline_way("this plan", config, report.step_seconds)
-    words = contention_words(config, first, (other, rival)) if report.fits else ""
-    return [f"decides   {words}"] if words else []
+    return [f"decides   {decision.words}"] if decision.turns else []
 
 
 def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -> list[str]:
@@ -201,32 +214,37 @@ def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -
         nothing = "nothing found with one or two other settings; vp-plan --search tries all"
         return [f"would fit: {one}" for one in words or [nothing]]
     if larger is not None:
-        gain = 2 * before / larger.seconds - 1
-        more = f"{about_word(larger)}{gain:.1%} more tokens/s"
+        mark, gain = about_mark(larger), 2 * before / larger.seconds - 1
+        more = f"{mark}{duration(larger.seconds)}, {mark}{gain:.1%} more tokens/s"
         words.append(f"{larger.overrides}: {more}, with twice the batch")
     return [f"{'' if place else 'helps':{_LABEL}}{one}" for place, one in enumerate(words)]
 
 
-def without_lines(report: PlanReport, result: SearchResult | None) -> list[str]:
-    """Return a line with the best plan of this split that does not split the vocabulary.
+def kind_words(other: Alternative) -> str:
+    """Return `with vocabulary parallelism`, or without."""
+    return f"{'with' if other.splits_vocabulary else 'without'} vocabulary parallelism"
 
-    Of a plan that does not either, these are other ways to run it, and it may be the best.
+
+def alternative_lines(report: PlanReport, other: Alternative) -> list[str]:
+    """Return a line with the best plan found with, or without, vocabulary parallelism.
+
+    Where that has another split or other settings, it also says what the split of the plan takes.
     """
-    if result is None:
-        return []
-    best, is_bare = result.without_vocabulary, report.vocab == "none"
-    how = "of all" if is_bare else "of this split"
-    if result.num_open:
-        how = "found" if is_bare else "found of this split"
-    what = "ways      of this split, as this plan without" if is_bare else "without  "
-    head = f"{what} vocabulary parallelism, best {how}:"
+    best, here = other.best, other.here
+    label, _, rest = kind_words(other).partition(" ")
+    head, before = f"{label:{_LABEL}}{rest}", report.step_seconds if report.fits else None
     if best is None:
-        reason = "" if result.leanest is None else f": {result.leanest.reason}"
-        return [f"{head} nothing fits{reason}"]
-    step = report.step_seconds
-    if is_bare and not is_faster(best.seconds, step):
-        return [f"{head} this plan"]
-    return [f"{head} {short_words(best.choice)}: {compared_words(best, step)}"]
+        return [f"{head}: nothing fits{f': {other.reason}' * bool(other.reason)}"]
+    if not best.overrides:
+        return [f"{head}, best found: this plan"]
+    words = f"{head} {compared_words(best, before)}"
+    if other.is_here:
+        words += " on this split"
+    elif here is None:
+        words += "; this split does not fit" * bool(other.reason)
+    elif before is None or report.vocab != "none" or is_faster(here.seconds, before):
+        words += f"; this split {step_words(here, before)}"
+    return [f"{words}: {best.overrides}"]
 
 
 def short_words(choice: Choice) -> str:
@@ -240,9 +258,15 @@ def compared_words(estimate: Estimate | Help, seconds: float | None) -> str:
 
     seconds: those of the plan; None if it does not fit.
     """
+    mark = about_mark(estimate)
+    memory = f"{mark}{human_bytes(estimate.memory)}{host_words(estimate.host, mark)}"
+    return f"{step_words(estimate, seconds)}, {memory}"
+
+
+def step_words(estimate: Estimate | Help, seconds: float | None) -> str:
+    """Return the time of an estimate in words, see `compared_words`."""
     how = "" if seconds is None else f" ({compared(estimate.seconds, seconds)})"
-    memory = f"{human_bytes(estimate.memory)}{host_words(estimate.host)}"
-    return f"{about_word(estimate)}{duration(estimate.seconds)}{how}, {memory}"
+    return f"{about_mark(estimate)}{duration(estimate.seconds)}{how}"
 
 
 def _host_lines(report: PlanReport) -> list[str]:

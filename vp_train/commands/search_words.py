@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from schedules.generators import GENERATORS
 from schedules.render import duration
 from vp_train.commands.command import MOST_NUMBER, text_width
-from vp_train.commands.plan_remedies import FACTORS
 from vp_train.commands.plan_words import (
     PLACED,
     compared_words,
     exposed_words,
     fsdp_words,
-    has_fsdp,
     table_lines,
 )
-from vp_train.config import ConfigError, RunConfig
+from vp_train.commands.search_beside import Compared, compared_with, rows_of
+from vp_train.config import RunConfig
 from vp_train.config.parallel import recompute_words
 from vp_train.planning.choice import Choice, unsearched
-from vp_train.planning.cluster import limit_of, with_margin
-from vp_train.planning.compare import Way, contention_words, fsdp_way, pipeline_way, rivals_of
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.found import (
     MARGIN_OF_OFFLOADING,
     Estimate,
     Found,
     Limits,
     SearchResult,
-    counted,
     memory_of,
-    order_of,
     rounded,
 )
-from vp_train.planning.kept import Kept
 from vp_train.planning.report import PlanReport
-from vp_train.planning.rivals import Rivals
-from vp_train.planning.search import fits_on
-from vp_train.planning.slow_link import SlowLink, link_of
+from vp_train.planning.slow_link import link_of
 from vp_train.planning.space import TOO_LONG
 from vp_train.units import compared, count_words, human_bytes, is_faster, large_bytes
 
@@ -56,14 +51,19 @@ def search_lines(
     limits: Limits,
     result: SearchResult,
     typed: PlanReport | None = None,
+    beside: Compared | None = None,
     *,
     is_stopped: bool = False,
+    spent_seconds: float | None = None,
 ) -> list[str]:
     """Return the best plans in lines, and why others are not among them.
 
     typed: the run as it was typed, if it fits and no search makes it.
+    beside: what the result is compared with, see `compared_with`, which is asked if it is None.
+    spent_seconds: the CPU time of the search; None if it is not known.
     """
-    lines = _unfinished_lines(limits, result, is_stopped=is_stopped)
+    beside = compared_with(config, limits, result) if beside is None else beside
+    lines = _unfinished_lines(limits, result, spent_seconds, is_stopped=is_stopped)
     if result.best:
         first, rows = result.best[0], _rows(result)
         lines += [*_table_lines(config, result, rows), "", *_override_lines(config, first, rows)]
@@ -72,13 +72,13 @@ def search_lines(
         lines += [f"exposed: {words}" for words in [exposed_words(first.report)] if words]
         lines += [f"binds: {first.report.binds}"]
         lines += _host_memory_lines(first, rows, limits)
-        lines += _slow_link_lines(config, limits, result, rows)
+        lines += [] if beside.link is None else [beside.link.words]
         lines += _vocabulary_lines(config, result, rows)
         lines += _other_lines(config, result, rows)
-        rivals = rivals_of(config, first.report, limits.margin, result.kept)
-        if has_fsdp(config):
-            lines += [f"fsdp: {fsdp_words(config, rivals)}"]
-        lines += _contention_lines(config, limits, result, rivals)
+        if beside.rivals is not None:
+            lines += [f"fsdp: {fsdp_words(config, beside.rivals)}"]
+        if beside.decision is not None and beside.decision.turns:
+            lines += [f"decides: {beside.decision.words}"]
         lines += [""]
     excluded = sum(result.excluded.values())
     at_first = result.num_choices - result.num_added + result.num_same
@@ -93,7 +93,9 @@ def search_lines(
     summary += "; none of the others that were weighed seems faster" if is_whole else ""
     lines += [summary, *_excluded_lines(result)]
     if not result.best:
-        lines += _misses(config, limits, result) + _typed_lines(config, typed)
+        lines += _miss_lines(config, limits, result)
+        lines += [f"would help: {one.words}" for one in beside.ways_out]
+        lines += _typed_lines(config, typed)
     return lines
 
 
@@ -154,15 +156,8 @@ class _Row:
 
 
 def _rows(result: SearchResult) -> list[_Row]:
-    """Return the rows of the table.  What is as fast stands by its memory, plans first.
-
-    Where all of them offload activations, the best that does not is added.
-    """
-    rows = [*map(_Row, result.best), *map(_Row, result.estimated)]
-    other = result.without_offloading
-    if other is not None and all(row.choice.offload for row in rows):
-        rows.append(_Row(other))
-    return sorted(rows, key=lambda row: order_of(row.choice, row.found.seconds))
+    """Return the rows of the table."""
+    return [*map(_Row, rows_of(result))]
 
 
 def _override_lines(config: RunConfig, first: Found, rows: Sequence[_Row]) -> list[str]:
@@ -180,23 +175,26 @@ def _override_lines(config: RunConfig, first: Found, rows: Sequence[_Row]) -> li
     ]
 
 
-def _unfinished_lines(limits: Limits, result: SearchResult, *, is_stopped: bool) -> list[str]:
+def _unfinished_lines(
+    limits: Limits, result: SearchResult, spent_seconds: float | None, *, is_stopped: bool
+) -> list[str]:
     """Return what ended a search before all that might be faster was looked at, and a blank line.
 
     They come first, so that nobody takes a plan for the best there is, nor an estimate for a plan.
+    Where the effort ended it, twice as much is advised, and more time only if that takes more.
     """
     if not result.num_open:
         return []
     now = limits.effort // 1000  # thousand passes, as --effort takes them
-    more = f"--effort to {min(2 * now, MOST_NUMBER)} (now {now})"
-    more_time = f"--seconds to {min(2 * limits.seconds, MOST_NUMBER)} (now {limits.seconds})"
-    why, way_out = {
-        "effort": (
-            "THE EFFORT IS SPENT",
-            f"; raise {more}, and {more_time}",
-        ),
-        "time": ("OUT OF TIME", f"; raise {more_time}"),
-    }[result.ended]
+    seconds = 2 * limits.seconds
+    if result.ended == "effort":
+        why, way_out = "THE EFFORT IS SPENT", f"; {_more_words('effort', 2 * now, now)}"
+        needs = 0.0 if spent_seconds is None else 2 * spent_seconds
+        if needs > limits.seconds:
+            seconds = max(seconds, math.ceil(needs))
+            way_out += f", and {_more_words('seconds', seconds, limits.seconds, verb='')}"
+    else:
+        why, way_out = "OUT OF TIME", f"; {_more_words('seconds', seconds, limits.seconds)}"
     if is_stopped:
         why, way_out = "STOPPED", ""
     left = f"{_choices(result.num_open)} left that might be faster"
@@ -204,6 +202,11 @@ def _unfinished_lines(limits: Limits, result: SearchResult, *, is_stopped: bool)
         best = len(result.best) + len(result.estimated)
         left += f", and {len(result.estimated)} of the best {best} not planned whole"
     return [f"{why} with {left}{way_out}", ""]
+
+
+def _more_words(option: str, value: int, now: int, *, verb: str = "raise ") -> str:
+    """Return in words to raise an option: `raise --effort to 20000 (now 10000)`."""
+    return f"{verb}--{option} to {min(value, MOST_NUMBER)} (now {now})"
 
 
 def _choices(count: int) -> str:
@@ -227,32 +230,6 @@ def _vocabulary_lines(config: RunConfig, result: SearchResult, rows: Sequence[_R
         found = f"not searched to the end, {_choices(left)} left" if left else "nothing fits"
         return [f"{kind}: {found}"]
     return [f"{kind}: {_other_words(config, first, other, rows)}"]
-
-
-def _contention_lines(
-    config: RunConfig, limits: Limits, result: SearchResult, rivals: Rivals
-) -> list[str]:
-    """Return a line if the contention decides which of the compared plans is the fastest."""
-    first = result.best[0]
-    splits = first.choice.splits_vocabulary
-    other = result.without_vocabulary if splits else result.with_vocabulary
-    rival = None
-    if has_fsdp(config):
-        rival = fsdp_way(config, first.report, rivals, limits.margin)
-    lean = replace(config, cluster=with_margin(config.cluster, limits.margin))
-
-    def way(words: str, choice: Choice, seconds: float) -> Way:
-        base = replace(choice, cap_gib=None)  # another contention changes every order as much
-        return pipeline_way(words, base.applied(lean), seconds, counted(choice, 1.0))
-
-    best = None
-    if other is not None:
-        kind = "without" if splits else "with"
-        words = f"the best {kind} vocabulary parallelism"
-        best = way(words, other.choice, other.seconds)
-    fastest = way("the first", first.choice, first.report.step_seconds)
-    words = contention_words(config, fastest, (best, rival))
-    return [f"decides: {words}"] if words else []
 
 
 def _other_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) -> list[str]:
@@ -304,50 +281,6 @@ def _host_memory_lines(found: Found, rows: Sequence[_Row], limits: Limits) -> li
     return [line]
 
 
-def _slow_link_lines(
-    config: RunConfig, limits: Limits, result: SearchResult, rows: Sequence[_Row]
-) -> list[str]:
-    """Return a line with the slowest link to the host with which the first plan fits.
-
-    Where it does not fit with half of the link, the fastest that does is named, if there is any:
-    a plan, or an estimate that moves nothing.
-    """
-    first, now = result.best[0], link_of(config)
-    if not first.choice.offload:
-        return []
-    limit, link = limit_of(config.cluster, limits.margin), SlowLink(config, first.choice)
-    least = link.least(limit)
-    slowest = f"down to about {least / 1e9:.2g} of the {now / 1e9:.3g} GB/s per GPU"
-    if least == now:
-        slowest = f"with no less than the {now / 1e9:.3g} GB/s per GPU"
-    then = compared(first.report.step_seconds + link.later(least), first.report.step_seconds)
-    line = f"link: the first fits {slowest} by short steps, and is {then} then"
-    half = now / 2
-    if least <= half:
-        return [line]
-    rest = ((f"row {n}", row.found) for n, row in enumerate(rows, 1))
-    firsts = {
-        "the best with vocabulary parallelism": result.with_vocabulary,
-        "the best without vocabulary parallelism": result.without_vocabulary,
-        "the best without offloaded activations": result.without_offloading,
-    }
-    named = {
-        found.choice: (words, found.counted)
-        for words, found in (*firsts.items(), *rest)
-        if isinstance(found, Found)
-        or (found is not None and (found.is_planned or not found.choice.offload))
-    }
-    fitting = list[tuple[float, str]]()
-    for choice, (words, seconds) in named.items():
-        link = SlowLink(config, choice)
-        if not choice.offload or link.needs(half) <= limit:
-            fitting.append((seconds + link.later(half), words))
-    of_half = f"with half of them, {half / 1e9:.3g},"
-    if not fitting:
-        return [f"{line}; {of_half} nothing named here fits"]
-    return [f"{line}; {of_half} the fastest named here that fits is {min(fitting)[1]}"]
-
-
 def _known_words(config: RunConfig) -> str:
     """Return the memory of a host in words."""
     known = config.cluster.host_memory_gib
@@ -361,7 +294,7 @@ def _table_lines(config: RunConfig, result: SearchResult, rows: Sequence[_Row]) 
     """
     first = result.best[0].report
     unit = _GIB if memory_of(result.best[0]) >= _GIB else _MIB
-    chosen = [_choice_words(row.choice) for row in rows]
+    chosen = [_choice_words(row.choice, row.found.report) for row in rows]
     common = {
         head: word
         for head, word in chosen[0].items()
@@ -424,18 +357,34 @@ def _said(words: Mapping[str, str]) -> str:
     return "; ".join(said.values())
 
 
-def _choice_words(choice: Choice) -> dict[str, str]:
-    """Return what a row of the table says of a choice, by column."""
-    degrees, chunks = choice.degrees, choice.num_chunks
+def _choice_words(choice: Choice, report: PlanReport | None) -> dict[str, str]:
+    """Return what a row of the table says of a choice and its plan, by column."""
+    degrees = choice.degrees
     return {
         _DEGREES: f"{degrees.dp} x {degrees.pp} x {degrees.tp}",
         "microbatches": f"{choice.num_microbatches:,} x {choice.micro_batch_size}",
-        _SCHEDULE: choice.schedule_name + ("" if chunks is None else f" x {chunks}"),
+        _SCHEDULE: _schedule_words(choice, report),
         "vocab": _vocab_words(choice),
         "recompute": _recompute_words(choice),
         "sp": "yes" if choice.sequence_parallel else "no",
         "optim": _optimizer_words(choice),
     }
+
+
+def _schedule_words(choice: Choice, report: PlanReport | None) -> str:
+    """Return the schedule with its chunks: `interleaved x 5`.
+
+    Of schedule=auto these are the base schedule and the placement of stages that it has found,
+    which may be others than those of the choice: `auto from zb_v, V-shaped`.
+    """
+    name, chunks = choice.schedule_name, choice.num_chunks
+    layout = GENERATORS[choice.schedule].layout
+    if choice.cap_gib is not None and report is not None:
+        name = report.schedule  # `auto from` a base schedule
+        layout = GENERATORS[name.split()[-1]].layout
+    if layout == "loop" and chunks is not None:
+        return f"{name} x {chunks}"
+    return f"{name}, V-shaped" if choice.cap_gib is not None and layout == "v" else name
 
 
 def _report_words(report: PlanReport, unit: float) -> dict[str, str]:
@@ -486,83 +435,19 @@ def _excluded_lines(result: SearchResult) -> list[str]:
     return lines
 
 
-def _misses(config: RunConfig, limits: Limits, result: SearchResult) -> list[str]:
-    """Return how far the smallest choice is from fitting, and what would help it."""
+def _miss_lines(config: RunConfig, limits: Limits, result: SearchResult) -> list[str]:
+    """Return how far the smallest choice is from fitting."""
     leanest = result.leanest
     if leanest is None:
         return ["", "nothing can be run: change what rules out the choices above"]
     what = "NOTHING TRIED SO FAR FITS" if result.num_open else "NOTHING FITS"
     lines = ["", f"{what}.  Closest: {leanest.choice.overrides(config)}"]
     known = with_margin(config.cluster, limits.margin).host_memory_gib
-    if leanest.host_needs is not None and known is not None:
-        needs = leanest.host_needs / _GIB
-        lines += [
-            f"  may fit on the GPUs, but needs {needs:,.2f} GiB of host memory per node, "
-            f"{needs - known:,.2f} GiB more than the {known:,.6g} GiB that a plan may use",
-            f"would help: more than {_gib(needs / (1 - limits.margin))} GiB of host memory per "
-            "node (cluster.host_memory_gib)",
-        ]
-    else:
-        enough = (leanest.needs or 0.0) / (1 - limits.margin) / _GIB
-        lines += [
-            f"  {leanest.reason}",
-            f"would help: GPUs with more than {_gib(enough)} GiB (cluster.memory_gib), which state "
-            "and the leanest activations take",
-        ]
-    if result.kept.values:
-        free = fits_on(config, limits.margin)
-        if free is not None:
-            lines.append(f"would help: to keep less with --keep; then {_may_fit(free, config)}")
-    more = _more_nodes(config, limits, result.kept)
-    if more is None:
-        words = "a smaller model.seq_length; more nodes do not suffice"
-    else:
-        words = f"cluster.num_nodes={more[0]}, where {_may_fit(more[1], config)}"
-    return [*lines, f"would help: {words}"]
-
-
-def _more_nodes(config: RunConfig, limits: Limits, kept: Kept) -> tuple[int, Choice] | None:
-    """Return about the fewest nodes on which a choice may fit, and this.
-
-    They are doubled until one fits, and the interval is halved a few times.  None if 64 times as
-    many do not suffice, or more than a cluster can have.
-    """
-
-    def fits(num_nodes: int) -> Choice | None:
-        try:
-            cluster = replace(config.cluster, num_nodes=num_nodes)
-        except ConfigError:
-            return None
-        return fits_on(replace(config, cluster=cluster), limits.margin, kept)
-
-    fewest = config.cluster.num_nodes
-    for factor in FACTORS:
-        found, num_nodes = fits(factor * fewest), factor * fewest
-        if found is None:
-            continue
-        low = num_nodes // 2
-        for _ in range(_HALVINGS):
-            between = (low + num_nodes) // 2
-            if between == low:
-                break
-            other = fits(between)
-            if other is None:
-                low = between
-            else:
-                found, num_nodes = other, between
-        return num_nodes, found
-    return None
-
-
-def _gib(count: float) -> str:
-    """Return a number of GiB in four digits or more."""
-    return f"{count:,.0f}" if count >= 1000 else f"{count:.4g}"
-
-
-def _may_fit(choice: Choice, config: RunConfig) -> str:
-    """Return that a choice may fit in words, with its optimizer where that is not the typed one."""
-    optim = choice.optimizer or config.optim
-    words = [f"optim.name={optim.name}"] * (optim.name != config.optim.name)
-    if optim.offload != config.optim.offload:
-        words.append(f"optim.offload={str(optim.offload).lower()}")
-    return f"{choice.degrees}{' with ' * bool(words)}{' '.join(words)} may fit"
+    if leanest.host_needs is None or known is None:
+        return [*lines, f"  {leanest.reason}"]
+    needs = leanest.host_needs / _GIB
+    return [
+        *lines,
+        f"  may fit on the GPUs, but needs {needs:,.2f} GiB of host memory per node, "
+        f"{needs - known:,.2f} GiB more than the {known:,.6g} GiB that a plan may use",
+    ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from schedules.generators import GENERATORS
 from schedules.generators.auto import Watch
@@ -56,7 +57,7 @@ _MANY = 1_000
 _LEAST_WAITING = 0.05  # part of a step that no pass fills: from then on a larger batch may help
 
 
-_Look = tuple[Sequence[Choice], tuple[OptimConfig, ...] | None]  # choices and their optimizers
+Look = tuple[Sequence[Choice], tuple[OptimConfig, ...] | None]  # choices and their optimizers
 
 
 def rivals_of(
@@ -192,29 +193,85 @@ def fsdp_way(config: RunConfig, report: PlanReport, rivals: Rivals, margin: floa
     return Way("FSDP at best", rival.seconds, at)
 
 
-def contention_words(config: RunConfig, first: Way, others: Sequence[Way | None]) -> str:
-    """Return in words with which contention another one wins: none, or twice as much.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A contention with which another way wins than with that of the run.
 
-    "" if neither changes whether `first` is faster than each of the `others`.
+    part: the contention.
+    winner, loser: the faster and the slower of two ways then, as `Way.words` calls them.
+    seconds, than: those of the step of the winner, and of the loser.
+    """
+
+    part: float
+    winner: str
+    loser: str
+    seconds: float
+    than: float
+
+    @property
+    def words(self) -> str:
+        return (
+            f"with {self.part:g} {self.winner} is {compared(self.seconds, self.than)} than "
+            f"{self.loser} ({duration(self.seconds)} against {duration(self.than)})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """The contentions that decide which way is the fastest; `turns` is empty if none does.
+
+    setting, now: the setting that has the contention of the run, and its value.
+    """
+
+    setting: str
+    now: float
+    turns: tuple[Turn, ...]
+
+    @property
+    def words(self) -> str:
+        if not self.turns:
+            return ""
+        found = "; ".join(turn.words for turn in self.turns)
+        return (
+            f"{self.setting}={self.now:g}, by which layers take longer beside collectives: {found}"
+            "; the presets have what A100s lost: measure yours (docs/planning.md) and set it"
+        )
+
+    def record(self) -> dict[str, Any] | None:
+        """Return the turns for JSON, None if there is none."""
+        if not self.turns:
+            return None
+        turns = [
+            {
+                "value": turn.part,
+                "winner": turn.winner,
+                "loser": turn.loser,
+                "winner_step_seconds": turn.seconds,
+                "loser_step_seconds": turn.than,
+            }
+            for turn in self.turns
+        ]
+        return {"setting": self.setting, "value": self.now, "turns": turns}
+
+
+def turns_of(config: RunConfig, first: Way, others: Sequence[Way | None]) -> Turns:
+    """Return with which contention another way wins: none, or twice as much.
+
+    There is no turn if neither changes whether `first` is faster than each of the `others`.
     """
     setting, now = _contention_of(config)
-    turns = [
-        words
+    found = [
+        turn
         for part in (0.0, 2 * now)
         for other in others
         if now and other is not None
-        if (words := _turn(first, other, now, part))
+        if (turn := _turn(first, other, now, part)) is not None
     ]
-    if not turns:
-        return ""
-    return (
-        f"{setting}={now:g}, by which layers take longer beside collectives: {'; '.join(turns)}; "
-        "the presets have what A100s lost: measure yours (docs/planning.md) and set it"
-    )
+    return Turns(setting, now, tuple(found))
 
 
-def _turn(first: Way, other: Way, now: float, part: float) -> str:
-    """Return in words which of two wins with another contention, "" if none or who leads now.
+def _turn(first: Way, other: Way, now: float, part: float) -> Turn | None:
+    """Return which of two wins with another contention, None if none or who leads now.
 
     A way leads if it is faster both by its seconds and as they count.  It wins if it is also not as
     fast.
@@ -234,22 +291,19 @@ def _turn(first: Way, other: Way, now: float, part: float) -> str:
 
     won, most = leads(first.seconds, other.seconds), (1 + part) / (1 + now)
     if won is None:
-        return ""
+        return None
     # A slow way changes by some factor from 1 to `most`, so only what turns at one of them may.
     if not any(
         wins(a, b) is (not won)
         for factor in (1.0, most)
         for a, b in [[w.seconds * factor if w.is_slow else w.at(part) for w in (first, other)]]
     ):
-        return ""
+        return None
     ours, theirs = first.at(part), other.at(part)
     if ours is None or theirs is None or wins(ours, theirs) is not (not won):
-        return ""
+        return None
     (fast, winner), (slow, loser) = sorted(((ours, first.words), (theirs, other.words)))
-    return (
-        f"with {part:g} {winner} is {compared(fast, slow)} than {loser} "
-        f"({duration(fast)} against {duration(slow)})"
-    )
+    return Turn(part, winner, loser, fast, slow)
 
 
 def _contention_of(config: RunConfig) -> tuple[str, float]:
@@ -273,6 +327,7 @@ class Help:
     memory: the bytes of the rank that needs most.
     host: the bytes of a node's host memory.
     is_planned: whether the whole step was planned, not a short one.
+    choice: what the settings choose, None where they only change the batch.
     """
 
     overrides: str
@@ -280,26 +335,44 @@ class Help:
     memory: float
     host: float = 0.0
     is_planned: bool = True
+    choice: Choice | None = None
+
+    def record(self, num_tokens: int) -> dict[str, Any]:
+        """Return the proposal for JSON, whose step has so many tokens."""
+        return {
+            "overrides": self.overrides,
+            "step_seconds": self.seconds,
+            "tokens": num_tokens,
+            "tokens_per_second": num_tokens / self.seconds,
+            "bytes": self.memory,
+            "host_total_bytes": self.host,
+            "planned": self.is_planned,
+        }
 
 
 def helps_of(
     config: RunConfig,
     report: PlanReport,
     progress: Callable[[str], object] = lambda words: None,
+    choices: Sequence[Choice] | None = None,
     shared: Shared | None = None,
 ) -> list[Help]:
     """Return what makes a plan faster, or lets it fit: one setting, and two if they do more.
 
     Schedules, chunks, vocabulary algorithms, degrees, micro-batch sizes, recomputation, offloading
     and optimizers are tried by short steps, and the best are planned unless their step is long.
-    What gains less than 1 % does not count, nor what leaves less memory free than a search.  There
-    is none for a schedule from a file or from schedule=auto.  `shared` has what another search
-    knows of `config`.
+    What gains less than 1 % does not count, nor what leaves less memory free than a search.  What
+    lets a plan fit that has nothing in host memory comes first without that, and with it only if it
+    is faster then.  There is none for a schedule from a file or from schedule=auto.
+
+    choices: those of `space_of`.
+    shared: that of `shared_of`, with what other searches know of `config`.
     """
     if config.schedule.is_solved or config.schedule.file is not None:
         return []
-    config = proposing(_with_degrees(config, report.degrees))
-    now, choices = choice_of(config, report.degrees), space_of(config).choices
+    config = proposing(with_degrees(config, report.degrees))
+    now = choice_of(config, report.degrees)
+    choices = space_of(config).choices if choices is None else choices
 
     def near(choice: Choice, number: int = 1) -> list[Choice]:
         found = neighbours(choice, choices, number)
@@ -315,39 +388,50 @@ def helps_of(
             if one != now and not (one.offload and one.recompute_where_needed)
         ]
 
-    progress("trying what one other setting would gain")
-    of_one, typed = near(now), (config.optim,)
+    def near_two(first: Estimate | None) -> list[Choice]:
+        """Return what has two other settings; of many, what is near the `first` with one."""
+        found = near(now, 2)
+        if first is not None and len(found) > _MANY:
+            found = near(first.candidate.choice)
+        # Which stages recompute is dear to find out, so it is combined with the optimizer only.
+        return [choice for choice in found if not choice.recompute_where_needed]
+
+    typed = (config.optim,)
     problem = draft_step(config, config.cluster.num_gpus).problem
     effort = min(max(_EFFORT, _LEAST_STEPS * placed_by_short(problem)), _MOST_EFFORT)
     others = tuple(one for one in optimizers_of(config, report.degrees.dp) if one != config.optim)
-    rounds = [(of_one, typed), *([([now], others)] if others else [])]
     found = list[Help]()
-    scales = Scales(config, limit_of(config.cluster))
-    shared = Shared(scales) if shared is None else shared.beside(scales)
+    shared = shared_of(config, report) if shared is None else shared
     if as_typed(config) == now:  # else its layers or rows are others
         shared.passes[replace(now, offload=0.0)] = report.passes
     before = report.step_seconds if report.fits else math.inf
 
-    def look(rounds: Sequence[_Look]) -> Estimate | None:
+    def look(rounds: Sequence[Look]) -> Estimate | None:
         """Return the fastest, which is added to `found` if its plan gains enough."""
         nonlocal before
-        best = _fastest(config, rounds, effort, (1 - AS_FAST) * before, shared)
+        best = fastest_of(config, rounds, effort, (1 - AS_FAST) * before, shared)
         planned = None
         if best is not None and best.seconds < before:
-            planned = _planned(config, best)
+            planned = planned_help(config, best)
         if planned is not None and planned.seconds < (1 - AS_FAST) * before:
             found.append(planned)
             before = planned.seconds
         return best
 
-    first = look(rounds)
-    progress("trying what two other settings would gain")
-    of_two = near(now, 2)
-    if first is not None and len(of_two) > _MANY:
-        of_two = near(first.candidate.choice)
-    # Which stages recompute is dear to find out, so it is combined with the optimizer only.
-    of_two = [choice for choice in of_two if not choice.recompute_where_needed]
-    look([(of_two, typed), (of_one, None)])
+    def look_around(*, hosts: bool) -> None:
+        """Look at one other setting, and at two; only with `hosts` at what needs their memory."""
+        of_one = [choice for choice in near(now) if hosts or not choice.offload]
+        optimizers = tuple(one for one in others if hosts or not one.offload)
+        where = "" if hosts else " without host memory"
+        progress(f"trying what one other setting would gain{where}")
+        first = look([(of_one, typed), *([([now], optimizers)] if optimizers else [])])
+        progress(f"trying what two other settings would gain{where}")
+        of_two = [choice for choice in near_two(first) if hosts or not choice.offload]
+        look([(of_two, typed), (of_one, None if hosts else (*typed, *optimizers))])
+
+    if not report.fits and not (now.offload or config.optim.offload):
+        look_around(hosts=False)
+    look_around(hosts=True)
     return found
 
 
@@ -372,6 +456,12 @@ def proposing(config: RunConfig) -> RunConfig:
     return replace(config, cluster=with_margin(config.cluster))
 
 
+def shared_of(config: RunConfig, report: PlanReport) -> Shared:
+    """Return what searches beside a plan share, which have the memory of a proposal."""
+    lean = proposing(with_degrees(config, report.degrees))
+    return Shared(Scales(lean, limit_of(lean.cluster)))
+
+
 def for_another_plan(config: RunConfig, report: PlanReport) -> RunConfig:
     """Return `config` with the memory that another plan may use in the place of its own.
 
@@ -386,13 +476,14 @@ def _fits_with(report: PlanReport, cluster: ClusterConfig) -> bool:
     return replace(report, cluster=cluster).fits
 
 
-def _with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
+def with_degrees(config: RunConfig, degrees: Degrees) -> RunConfig:
+    """Return `config` with all degrees set."""
     dp, pp, tp = degrees.dp, degrees.pp, degrees.tp
     return replace(config, parallel=replace(config.parallel, dp=dp, pp=pp, tp=tp))
 
 
-def _fastest(
-    config: RunConfig, rounds: Sequence[_Look], effort: int, below: float, shared: Shared
+def fastest_of(
+    config: RunConfig, rounds: Sequence[Look], effort: int, below: float, shared: Shared
 ) -> Estimate | None:
     """Return the fastest of choices with their optimizers (None: all) that fits.
 
@@ -408,25 +499,35 @@ def _fastest(
     return best
 
 
-def _planned(config: RunConfig, estimate: Estimate) -> Help | None:
+def planned_help(
+    config: RunConfig, estimate: Estimate, *, whole: int = MOST_PLANNED
+) -> Help | None:
     """Return the plan of an estimate, the estimate of a long step, None if it does not fit.
 
-    None also for a long step of which no short ones tell what it keeps.
+    A step is long from `whole` forward passes on.  None also for a long step of which no short ones
+    tell what it keeps.
     """
     choice = replace(estimate.choice, balance=config.vocab.balance)
     if not choice.redistributes and config.parallel.placement == "balanced":
         choice = replace(choice, placement="balanced")
     chosen, words = choice.applied(config), choice.changes(config)
-    if num_passes(chosen) > MOST_PLANNED and not keeps_all(chosen.schedule.name):
-        return Help(words, estimate.seconds, estimate.memory, estimate.host, is_planned=False)
+    if num_passes(chosen) > whole and not keeps_all(chosen.schedule.name):
+        return estimated_help(words, estimate, choice)
     with suppress(ConfigError):
         found = outlook_of(chosen)
-        return _help_of(words, found) if found.fits else None
+        return _help_of(words, found, choice) if found.fits else None
     return None
 
 
-def _help_of(words: str, found: Outlook) -> Help:
-    return Help(words, found.seconds, found.memory, found.host, found.is_planned)
+def estimated_help(words: str, estimate: Estimate, choice: Choice) -> Help:
+    """Return what short steps say of a choice with the overrides `words`."""
+    return Help(
+        words, estimate.seconds, estimate.memory, estimate.host, is_planned=False, choice=choice
+    )
+
+
+def _help_of(words: str, found: Outlook, choice: Choice | None = None) -> Help:
+    return Help(words, found.seconds, found.memory, found.host, found.is_planned, choice)
 
 
 def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:

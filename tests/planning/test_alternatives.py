@@ -1,0 +1,143 @@
+"""The best alternative of a plan with, and without, vocabulary parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vp_train.planning import alternatives, outlook
+from vp_train.planning.alternatives import Alternative, with_it, without_it
+from vp_train.planning.cluster import with_margin
+from vp_train.planning.compare import Help, helps_of, shared_of
+from vp_train.planning.report import make_report
+from vp_train.planning.search import without_vocabulary
+from vp_train.planning.space import space_of
+from vp_train.settings import load_config
+
+GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=16"]
+BARE = "vocab=none"
+
+
+def found_by(look, config, report):
+    return look(config, report, space_of(config).choices, shared_of(config, report))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        [BARE],
+        ["parallel.pp=4", "parallel.offload_activations=1"],
+        ["parallel.pp=1", "vocab=none", "num_microbatches=2"],
+        ["cluster.memory_gib=7"],
+        ["schedule=auto", "parallel.pp=2", "num_microbatches=4"],
+    ],
+    ids=" ".join,
+)
+def test_the_best_alternative_is_as_fast_as_its_plan_and_leaves_what_a_proposal_does(words):
+    """It is of its kind, no slower than the ways of the own split, and uses hosts as the plan."""
+    config = load_config([*GPT, *words])
+    report = make_report(config)
+    looks = [(without_it, False), (with_it, True)] if report.vocab == "none" else [(without_it, 0)]
+    for look, splits in looks:
+        found = found_by(look, config, report)
+        assert found.splits_vocabulary == splits
+        best = found.best
+        assert best.choice.splits_vocabulary == splits
+        assert found.here is None or best.seconds <= found.here.seconds
+        if found.is_here:
+            continue
+        again = make_report(load_config([*GPT, *words, *best.overrides.split()]))
+        assert (again.vocab != "none") == splits
+        assert best.seconds == again.step_seconds
+        assert best.memory == again.ranks[again.worst].memory.total
+        assert not best.overrides or replace(again, cluster=with_margin(again.cluster)).fits
+        assert (best.host > 0) <= (config.parallel.offload_activations > 0)
+
+
+def test_another_split_is_named_only_where_it_is_faster_than_the_own_one():
+    config = load_config([*GPT, "parallel.pp=8"])
+    report = make_report(config)
+    found = found_by(without_it, config, report)
+    own = without_vocabulary(config, report.degrees).without_vocabulary
+    assert found.here.seconds == own.seconds
+    assert found.best.choice.degrees != report.degrees
+    assert found.best.seconds < own.seconds
+    assert not found.is_here
+
+
+def test_a_plan_is_its_own_best_unless_another_way_is_faster_by_a_percent(monkeypatch):
+    config = load_config([*GPT, BARE, "parallel.pp=1", "num_microbatches=2"])
+    report = make_report(config)
+    choice = found_by(without_it, config, report).best.choice
+    for part, is_itself in ((0.992, True), (0.988, False), (1.1, True)):
+        other = Help("a=1", part * report.step_seconds, 1.0, choice=choice)
+        monkeypatch.setattr(alternatives, "_best", lambda *_, other=other: other)
+        best = found_by(without_it, config, report).best
+        assert (best.overrides == "") is is_itself
+        assert best.seconds == (report.step_seconds if is_itself else other.seconds)
+
+
+def test_no_proposal_of_the_same_kind_is_faster_than_the_best_alternative():
+    for words in ([], [BARE]):
+        config = load_config([*GPT, *words])
+        report = make_report(config)
+        helps = helps_of(config, report)
+        for splits in (False, True):
+            slow = Help("a=1", 1e9, 1.0, choice=replace(helps[0].choice))
+            best = Alternative(splits, slow).beside(helps).best
+            kinds = [one for one in helps if one.choice.splits_vocabulary is splits]
+            assert best == min([slow, *kinds], key=lambda one: one.seconds)
+            assert Alternative(splits, None).beside(kinds).best == (best if kinds else None)
+
+
+def test_what_does_not_fit_as_it_is_planned_gives_way_to_the_next(monkeypatch):
+    config = load_config(GPT)
+    report = make_report(config)
+    first = found_by(without_it, config, report).best
+    real, refused = alternatives.planned_help, []
+
+    def planned(config, estimate, **options):
+        if not refused:
+            refused.append(estimate)
+            return None
+        return real(config, estimate, **options)
+
+    monkeypatch.setattr(alternatives, "planned_help", planned)
+    second = found_by(without_it, config, report).best
+    assert refused[0].choice.degrees == first.choice.degrees
+    assert second.choice != first.choice
+    assert second.seconds >= 0.99 * first.seconds
+
+
+def test_the_best_of_a_long_step_is_an_estimate(monkeypatch):
+    monkeypatch.setattr(alternatives, "MOST_AT_ONCE", 0)
+    monkeypatch.setattr(outlook, "MOST_AT_ONCE", 0)
+    config = load_config(GPT)
+    report = make_report(config)
+    best = found_by(without_it, config, report).best
+    assert not best.is_planned
+    again = make_report(load_config([*GPT, *best.overrides.split()]))
+    assert best.seconds == pytest.approx(again.step_seconds, rel=0.02)
+
+
+def test_json_has_both_ways_with_their_splits():
+    config = load_config([*GPT, "parallel.pp=8"])
+    report = make_report(config)
+    found = found_by(without_it, config, report)
+    record = found.record(report.num_tokens)
+    for name, one in (("best", found.best), ("of_this_split", found.here)):
+        assert record[name]["overrides"] == one.overrides
+        assert record[name]["step_seconds"] == one.seconds
+        assert record[name]["tokens_per_second"] == report.num_tokens / one.seconds
+        degrees = one.choice.degrees
+        split = [record[name][axis] for axis in ("dp", "pp", "tp")]
+        assert split == [degrees.dp, degrees.pp, degrees.tp]
+        assert record[name]["planned"] is one.is_planned
+    nothing = Alternative(False, None, reason="too large").record(1)
+    assert (nothing["best"], nothing["of_this_split"], nothing["reason"]) == (
+        None,
+        None,
+        "too large",
+    )
