@@ -274,8 +274,11 @@ def moments(step, optim, rank):
             beside = 2 * precise * tokens * model.hidden_size
         else:
             beside = message
+        grown = max(0.0, after - before)
+        if kind is Kind.I and grown:  # the last of the layers has kept nothing for W yet
+            grown *= 1 - 1 / len(step.layers[stage])
         yield (
-            max(before, after) - sum(away.values()),
+            before + grown - sum(away.values()),
             max(held_before, held) + pool,
             always + sent + beside,
         )
@@ -437,6 +440,16 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
             "num_microbatches=4",
         ],
         [
+            "model=small",
+            "model.vocab_size=8192",
+            "parallel.pp=2",
+            "model.num_layers=4",
+            "schedule=v_half",
+            "parallel.recompute=full",
+            "micro_batch_size=2",
+            "num_microbatches=4",
+        ],
+        [
             "model=small_qwen",
             "model.vocab_size=8192",
             "parallel.pp=1",
@@ -447,7 +460,7 @@ def test_what_a_gpu_keeps_does_not_grow_with_microbatches(num_microbatches):
             "num_microbatches=4",
         ],
     ],
-    ids=["1f1b", "v_half", "norms of q and k, bfloat16, zero1"],
+    ids=["1f1b", "v_half", "v_half, recomputed", "norms of q and k, bfloat16, zero1"],
 )
 def test_predicted_bytes_are_what_torch_allocates(overrides, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -457,8 +470,10 @@ def test_predicted_bytes_are_what_torch_allocates(overrides, monkeypatch, tmp_pa
     monkeypatch.setattr(plan_memory.multiprocessing, "spawn", in_processes)
     rows = list(plan_memory.measured("case", overrides, tmp_path))
     assert rows
+    # A step that recomputes keeps so little that messages which are soon gone count more.
+    most, of_kept = (0.07, 0.2) if "parallel.recompute=full" in overrides else (0.05, 0.1)
     for row in rows:
         assert row.measured > row.measured_state > 0
-        assert abs(row.error) < 0.05
+        assert abs(row.error) < most
         kept = row.activations + row.vocabulary + row.working
-        assert kept == pytest.approx(row.measured - row.state, rel=0.1)
+        assert kept == pytest.approx(row.measured - row.state, rel=of_kept)

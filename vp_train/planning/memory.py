@@ -299,7 +299,7 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
     offloads = [one for one in step.schedule.offloads if one.item.stage in stages]
     hosted = HostBytes.of(offloads, cost).away(order) if offloads else repeat((0.0, 0.0))
     # Microbatches are equal, so what a pass does to memory is computed once for its stage and kind.
-    effects: dict[tuple[int, Kind], tuple[float, float, float, float]] = {}
+    effects: dict[tuple[int, Kind], tuple[float, ...]] = {}
     for item, (away, away_after) in zip(order, hosted, strict=False):
         key = (item.stage, item.kind)
         if key not in effects:
@@ -312,9 +312,13 @@ def passes_peak(step: StepPlan, rank: int) -> tuple[float, float, float]:
             meanwhile = _working_bytes(item, step)
             if not item.kind.is_vocabulary and _has_graphs(step, item.stage):
                 layers, meanwhile = 0.0, message  # it gives a copy of its result away
-            effects[key] = (layers, shards, left, meanwhile)
-        layers, shards, left, meanwhile = effects[key]
-        kept = activations + (layers if layers > 0.0 else 0.0) - away
+            grown = max(0.0, layers)
+            if item.kind is Kind.I and grown:
+                # Layers end one after the other: when the last one needs most, it has not grown.
+                grown -= grown / len(step.layers[item.stage])
+            effects[key] = (layers, shards, left, meanwhile, grown)
+        layers, shards, left, meanwhile, grown = effects[key]
+        kept = activations + grown - away
         sharded = held + (shards if shards > 0.0 else 0.0)
         during = working + left + meanwhile
         if kept + sharded + during > highest:
