@@ -1,10 +1,12 @@
-"""Bubble against memory: the fastest schedule that `auto` finds under every cap, and its picture.
+"""Bubble against memory: the best schedule known under every cap, and its picture.
 
     python benchmarks/frontier.py [--ranks 8] [--microbatches 64] [--vocab one_barrier none]
-        [--caps 4.15 4.65 ...] [--json FILE] [--picture FILE.png]
+        [--caps 20] [--json FILE] [--picture FILE.png]
+    python benchmarks/frontier.py --drawn FILE.json --picture FILE.png
 
 Costs are those of family.py, with an output layer of 2.4 layers.  A cap counts microbatches of a
 rank's layers, where a shard held from S to T counts 0.15.  The seconds are those of the processor.
+The second form draws a result again.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from family import HELD_SHARD, named, option
+from family import option
 from provenance import provenance
 
-from schedules.generators import GENERATORS, searched_schedules
-from schedules.generators.auto import CapError, Solution, solve
+from schedules.bound import step_bound
+from schedules.generators import GENERATORS, generate, searched_schedules
+from schedules.generators.auto import Option, Solution
+from schedules.generators.frontier import FrontierPoint, caps_of, frontier
 from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
 from vp_train.commands.plot import Frontier, Marker, frontier_figure
@@ -27,41 +32,76 @@ from vp_train.commands.plot import Frontier, Marker, frontier_figure
 HEAD = 2.4  # layers that the output layer costs
 
 
-def curve(vocab: str, num_ranks: int, num_microbatches: int, caps: list[float]) -> list[dict]:
-    """Return a row for every cap, from the lowest: more memory never makes a step slower."""
-    rules = VOCAB_ALGORITHMS[vocab]
-    options = [
-        option(name, rules, num_microbatches, HEAD, (1.0,) * num_ranks) for name in GENERATORS
-    ]
-    rows: list[dict[str, Any]] = []
-    known: list[Solution] = []
-    for cap in sorted(caps):
-        started = time.process_time()
-        try:
-            solution = solve(options, [cap] * num_ranks, known=known)
-        except CapError:
-            continue
+def named(name: str, choice: Option) -> FrontierPoint:
+    """Return a named schedule, whose cap is what its fullest rank keeps."""
+    schedule = generate(name, choice.problem, choice.cost)
+    timeline = simulate(schedule, choice.problem, choice.cost)
+    solution = Solution(choice, schedule, step_bound(choice.problem, choice.cost))
+    return FrontierPoint(max(timeline.peak_bytes), solution, timeline)
+
+
+def row(vocab: str, point: FrontierPoint) -> dict[str, Any]:
+    """Return the figures of a point for the JSON file."""
+    timeline = point.timeline
+    return {
+        "vocab": vocab,
+        "schedule": point.solution.schedule.name,
+        "cap": point.cap,
+        "bubble_pct": 100 * timeline.mean_bubble,
+        "gap_pct": 100 * (timeline.gap or 0.0),
+        "peak_microbatches": max(timeline.peak_bytes),
+        "makespan": timeline.makespan,
+    }
+
+
+def curve(
+    vocab: str, num_ranks: int, num_microbatches: int, most: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of the frontier with at most `most` caps, and those of named schedules."""
+    options = {
+        name: option(name, VOCAB_ALGORITHMS[vocab], num_microbatches, HEAD, (1.0,) * num_ranks)
+        for name in GENERATORS
+    }
+    known = [named(name, options[name]) for name in searched_schedules()]
+    caps = caps_of([*options.values()], most)
+    rows, started = list[dict[str, Any]](), time.process_time()
+    for point in frontier([*options.values()], caps, named=known):
+        bounds = [
+            step_bound(choice.problem, choice.cost, (point.cap,) * num_ranks).seconds
+            for choice in options.values()
+        ]
+        least = 1 - (1 - point.timeline.mean_bubble) * point.timeline.makespan / min(bounds)
         taken = time.process_time() - started
-        timeline = simulate(solution.schedule, solution.option.problem, solution.option.cost)
-        known = [solution]
-        rows.append(
-            {
-                "vocab": vocab,
-                "cap": cap,
-                "bubble_pct": 100 * timeline.mean_bubble,
-                "gap_pct": 100 * (timeline.gap or 0.0),
-                "peak_microbatches": max(timeline.peak_bytes),
-                "makespan": timeline.makespan,
-                "found_as": solution.schedule.name,
-                "processor_seconds": taken,
-            }
-        )
+        rows.append(row(vocab, point) | {"least_pct": 100 * least, "processor_seconds": taken})
         print(
-            f"| `{vocab}` | {cap:g} | {100 * timeline.mean_bubble:.2f} % | "
-            f"{100 * (timeline.gap or 0.0):.2f} % | {taken:.1f} s |",
+            f"| `{vocab}` | {point.cap:.4g} | {rows[-1]['bubble_pct']:.2f} % | "
+            f"{rows[-1]['least_pct']:.2f} % | {rows[-1]['schedule']} | {taken:.0f} s |",
             flush=True,
         )
-    return rows
+    return rows, [row(vocab, point) for point in known]
+
+
+def draw(table: Mapping[str, Any], path: Path) -> None:
+    """Draw the rows of a result."""
+    names = dict.fromkeys(row["vocab"] for row in table["frontier"])
+    lines = [
+        Frontier(
+            vocab,
+            [
+                (row["cap"], row["bubble_pct"] / 100)
+                for row in table["frontier"]
+                if row["vocab"] == vocab
+            ],
+        )
+        for vocab in names
+    ]
+    marks = [
+        Marker(row["schedule"], row["vocab"], row["bubble_pct"] / 100, row["peak_microbatches"])
+        for row in table["named"]
+    ]
+    sizes = f"{table['ranks']} ranks, {table['microbatches']} microbatches"
+    title = f"{sizes}: bubble against memory, simulated"
+    frontier_figure(lines, marks, title, unit=1.0).savefig(path)
 
 
 def main() -> None:
@@ -71,36 +111,26 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--microbatches", type=int, default=64)
     parser.add_argument("--vocab", nargs="+", default=["one_barrier", "none"])
-    parser.add_argument("--caps", type=float, nargs="+", help="in microbatches")
+    parser.add_argument("--caps", type=int, default=20, help="at most so many per algorithm")
     parser.add_argument("--json", type=Path, help="write the rows as JSON")
+    parser.add_argument("--drawn", type=Path, help="search nothing: take the rows of this file")
     parser.add_argument("--picture", type=Path, help="draw them")
     arguments = parser.parse_args()
     p, m = arguments.ranks, arguments.microbatches
-    caps = arguments.caps or [half / 2 + HELD_SHARD for half in range(5, 2 * p + 3)]
-    print("| vocab | cap | bubble | gap | processor |\n|---|---|---|---|---|", flush=True)
-    rows = [row for vocab in arguments.vocab for row in curve(vocab, p, m, caps)]
-    points = [
-        named(name, VOCAB_ALGORITHMS[vocab], m, HEAD, p)
-        for vocab in arguments.vocab
-        for name in searched_schedules()
-    ]
+    if arguments.drawn is None:
+        heads = ("vocab", "cap", "bubble", "least", "found as", "processor, so far")
+        print(f"| {' | '.join(heads)} |\n|---|---|---|---|---|---|", flush=True)
+        table: dict[str, Any] = {"ranks": p, "microbatches": m, "frontier": [], "named": []}
+        for vocab in arguments.vocab:
+            rows, points = curve(vocab, p, m, arguments.caps)
+            table["frontier"] += rows
+            table["named"] += points
+    else:
+        table = json.loads(arguments.drawn.read_text())
     if arguments.json:
-        table = {"ranks": p, "microbatches": m, "frontier": rows, "named": points}
         arguments.json.write_text(json.dumps(provenance() | table, indent=1) + "\n")
     if arguments.picture:
-        lines = [
-            Frontier(
-                vocab,
-                [(row["cap"], row["bubble_pct"] / 100) for row in rows if row["vocab"] == vocab],
-            )
-            for vocab in arguments.vocab
-        ]
-        marks = [
-            Marker(row["schedule"], row["vocab"], row["bubble_pct"] / 100, row["peak_microbatches"])
-            for row in points
-        ]
-        title = f"{p} ranks, {m} microbatches: bubble against memory, simulated"
-        frontier_figure(lines, marks, title, unit=1.0).savefig(arguments.picture)
+        draw(table, arguments.picture)
 
 
 if __name__ == "__main__":

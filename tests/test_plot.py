@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from schedules.generators import GENERATORS, generate
 from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.schedules.cases import cost, problem
-from vp_train.commands.plot import Marker, comparison_figure, schedule_figure
+from vp_train.commands.labels import Box, Ground, Wish
+from vp_train.commands.plot import (
+    Frontier,
+    Marker,
+    comparison_figure,
+    frontier_figure,
+    schedule_figure,
+)
 
 EVERY = list(product(GENERATORS, VOCAB_ALGORITHMS))
 
@@ -46,3 +57,238 @@ def test_a_long_step_is_drawn_without_its_middle(num_microbatches, is_cut):
     ticks = [float(label.get_text()) for label in axes.get_xticklabels()]
     assert ticks[0] == 0
     assert ticks[-1] > 0.9 * step.makespan
+
+
+FOUND = Path(__file__).parents[1] / "benchmarks" / "results" / "frontier.json"
+# The named schedules of four and sixteen ranks on the costs of the family: microbatches that the
+# fullest rank keeps, and the mean bubble in per cent (`python benchmarks/frontier.py --ranks 4`).
+NAMED = {
+    4: {
+        "one_barrier": {
+            "1f1b": (5.3, 6.622),
+            "interleaved": (6.8, 3.518),
+            "zb_h1": (5.15, 2.519),
+            "zb_h2": (8.15, 2.519),
+            "zb_v": (5.15, 1.363),
+            "v_half": (4.15, 1.635),
+            "v_min": (3.15, 2.424),
+        },
+        "none": {
+            "1f1b": (4, 42.74),
+            "interleaved": (5.5, 41.59),
+            "zb_h1": (4, 41.76),
+            "zb_h2": (7, 41.76),
+            "zb_v": (4, 40.95),
+            "v_half": (3, 41.37),
+            "v_min": (2, 41.64),
+        },
+    },
+    16: {
+        "one_barrier": {
+            "1f1b": (17.3, 10.07),
+            "interleaved": (24.95, 5.538),
+            "zb_h1": (17.15, 4.117),
+            "zb_h2": (32.15, 3.658),
+            "zb_v": (17.15, 1.913),
+            "v_half": (10.15, 4.605),
+            "v_min": (7.15, 9.81),
+        },
+        "none": {
+            "1f1b": (16, 53.52),
+            "interleaved": (23.5, 52.36),
+            "zb_h1": (16, 52.01),
+            "zb_h2": (31, 52.01),
+            "zb_v": (16, 51.18),
+            "v_half": (9, 51.61),
+            "v_min": (6, 51.78),
+        },
+    },
+}
+
+
+def case_of(num_ranks):
+    """Return the frontiers and marks of a picture on the costs of the family."""
+    if num_ranks == 8:
+        table = json.loads(FOUND.read_text())
+        lines = [
+            Frontier(
+                vocab,
+                [
+                    (row["cap"], row["bubble_pct"] / 100)
+                    for row in table["frontier"]
+                    if row["vocab"] == vocab
+                ],
+            )
+            for vocab in ("one_barrier", "none")
+        ]
+        marks = [
+            Marker(row["schedule"], row["vocab"], row["bubble_pct"] / 100, row["peak_microbatches"])
+            for row in table["named"]
+        ]
+        return lines, marks
+    marks = [
+        Marker(name, vocab, bubble / 100, kept)
+        for vocab, points in NAMED[num_ranks].items()
+        for name, (kept, bubble) in points.items()
+    ]
+    lines = [
+        Frontier(vocab, staircase([mark for mark in marks if mark.vocab == vocab]))
+        for vocab in NAMED[num_ranks]
+    ]
+    return lines, marks
+
+
+def staircase(marks):
+    """Return a line below all marks, with steps between them."""
+    points, best = [(0.8 * min(mark.peak_bytes for mark in marks), 0.9)], math.inf
+    for mark in sorted(marks, key=lambda mark: mark.peak_bytes):
+        if mark.bubble < best:
+            best = mark.bubble
+            points += [(mark.peak_bytes, best), (1.04 * mark.peak_bytes, best - 0.001)]
+    return points
+
+
+def drawn_boxes(figure):
+    """Return what a picture of a frontier has, in pixels: labels, marks, curves and leaders."""
+    figure.draw_without_rendering()
+    labels, marks, curves, leaders = {}, [], [], []
+    for axes in figure.axes:
+        frame = Box(*axes.bbox.extents)
+        for text in axes.texts:
+            if text.get_text():
+                labels[text.get_text(), text.get_color(), len(labels)] = Box(
+                    *text.get_window_extent().extents
+                )
+                assert labels[[*labels][-1]].is_within(frame)
+            if getattr(text, "arrow_patch", None) is not None:
+                path = text.arrow_patch.get_path()
+                leaders.append(
+                    tuple(
+                        map(
+                            tuple,
+                            text.arrow_patch.get_transform().transform(path.vertices)[[0, -1]],
+                        )
+                    )
+                )
+        for line in axes.lines:
+            at = line.get_transform().transform(np.column_stack(line.get_data()))
+            if line.get_marker() == "o":
+                size = line.get_markersize() / 72 * figure.dpi / 2
+                marks.append(Box.around([tuple(at[0])], size))
+            elif line.get_drawstyle() == "steps-post":
+                corners = [at[0]]
+                for x, y in at[1:]:
+                    corners += [(x, corners[-1][1]), (x, y)]
+                inside = [frame.nearest(corner) for corner in corners]
+                width = line.get_linewidth() / 72 * figure.dpi / 2
+                curves += [
+                    Box.around(part, width) for part in pairwise(inside) if part[0] != part[1]
+                ]
+    return labels, marks, curves, leaders
+
+
+def assert_nothing_overlaps(figure, *, marks_too):
+    labels, marks, curves, leaders = drawn_boxes(figure)
+    for (name, box), (other, taken) in combinations(labels.items(), 2):
+        assert not box.overlaps(taken), (name, other)
+    for name, box in labels.items():
+        assert not any(box.overlaps(mark) for mark in marks), name
+        assert not any(box.overlaps(curve) for curve in curves), name
+        assert not any(box.padded(-1).is_crossed(*leader) for leader in leaders), name
+    if marks_too:
+        assert not any(one.overlaps(other) for one, other in combinations(marks, 2))
+    return labels
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8, 16])
+def test_a_frontier_names_every_mark_and_line_and_nothing_overlaps(num_ranks):
+    lines, marks = case_of(num_ranks)
+    labels = assert_nothing_overlaps(frontier_figure(lines, marks, "title", 1.0), marks_too=True)
+    words = [name for name, *_ in labels]
+    assert sorted(words) == sorted(
+        [mark.schedule for mark in marks] + [f"vocab {line.vocab}" for line in lines]
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("spread", [0.0, 0.05, 1.0], ids=["one point", "crowded", "apart"])
+def test_labels_of_any_frontier_cover_nothing(seed, spread):
+    draw = random.Random(seed)
+    lines, marks = [], []
+    for number, vocab in enumerate(VOCAB_ALGORITHMS):
+        start = draw.choice([0.02, 0.03, 0.4])
+        marks += (
+            own := [
+                Marker(
+                    name,
+                    vocab,
+                    start + spread * 0.2 * draw.random(),
+                    2**30 * (2 + spread * 9 * draw.random()),
+                )
+                for name in list(GENERATORS)[number:]
+            ]
+        )
+        lines.append(Frontier(vocab, staircase(own)))
+    labels = assert_nothing_overlaps(frontier_figure(lines, marks, "title"), marks_too=False)
+    named = {part for name, *_ in labels for part in name.split(", ")}
+    assert spread < 1 or named >= set(GENERATORS)
+
+
+def test_an_axis_has_a_cut_only_where_most_of_it_would_be_empty_and_one_scale():
+    for bubbles, is_cut in (((0.02, 0.5), True), ((0.02, 0.06), False), ((0.3, 0.31), False)):
+        lines = [
+            Frontier(name, [(1.0, b + 0.02), (3.0, b)])
+            for name, b in zip("ab", bubbles, strict=True)
+        ]
+        figure = frontier_figure(lines, [], "title", 1.0)
+        assert (len(figure.axes) == 2) == is_cut
+        figure.draw_without_rendering()
+        scales = [axes.bbox.height / np.ptp(axes.get_ylim()) for axes in figure.axes]
+        assert scales == pytest.approx([scales[0]] * len(scales))
+        for line in lines:
+            for _, bubble in line.points:
+                inside = [
+                    low <= 100 * bubble <= high
+                    for low, high in (axes.get_ylim() for axes in figure.axes)
+                ]
+                assert sum(inside) == 1
+
+
+def test_a_frontier_of_one_point_without_marks_or_bubble_is_drawn():
+    frontier_figure([Frontier("none", [(0.0, 0.0)])], [], "title").draw_without_rendering()
+    marks = [Marker("1f1b", "none", 0.0, 0.0)]
+    frontier_figure([Frontier("none", [(0.0, 0.0)])], marks, "title").draw_without_rendering()
+
+
+def test_a_line_crosses_a_box_if_a_point_of_it_is_inside():
+    draw = random.Random(7)
+    for _ in range(300):
+        box = Box.around([(draw.uniform(0, 9), draw.uniform(0, 9)) for _ in range(2)])
+        start, end = ((draw.uniform(0, 9), draw.uniform(0, 9)) for _ in range(2))
+        parts = [k / 2000 for k in range(2001)]
+        inside = any(
+            box.left < start[0] + t * (end[0] - start[0]) < box.right
+            and box.bottom < start[1] + t * (end[1] - start[1]) < box.top
+            for t in parts
+        )
+        # A line that only cuts a corner is missed by the points.
+        assert box.is_crossed(start, end) == inside or not box.padded(-0.01).is_crossed(start, end)
+    assert not Box(0, 0, 2, 2).is_crossed((0, -1), (0, 3)), "along a side"
+    assert Box(0, 0, 2, 2).is_crossed((1, -1), (1, 3))
+
+
+def test_a_label_without_a_free_place_gets_none_and_a_far_one_gets_a_leader_line():
+    mark = Box.around([(50.0, 50.0)], 5)
+    wish = Wish(((50.0, 50.0),), 20, 8, mark, farthest=60)
+    assert Ground(Box(40, 40, 62, 62), [mark]).place(wish) is None
+    near = Ground(Box(0, 0, 100, 100), [mark]).place(wish)
+    assert near is not None
+    assert near.leader is None
+    walls = [
+        Box.around([(50.0 + x, 50.0 + y)], 8) for x in (-20, 0, 20) for y in (-20, 0, 20) if x or y
+    ]
+    far = Ground(Box(0, 0, 100, 100), [mark], walls).place(wish)
+    assert far is not None
+    assert far.leader is not None
+    assert far.leader[0] == (50.0, 50.0)
+    assert not any(far.box.overlaps(wall) for wall in walls)

@@ -31,7 +31,9 @@ def test_a_log_gets_a_line_every_ten_seconds_and_none_of_a_short_search(clock, c
             clock[0] += 0.1
             assert searching.watch(BEST)
     lines = capsys.readouterr().err.splitlines()
-    words = "1,200 orders tried, the best so far takes 250 ms (zb_v with one_barrier)"
+    words = (
+        "schedule=auto: 1,200 orders tried, the best so far takes 250 ms (zb_v with one_barrier)"
+    )
     assert lines == [f"{seconds} s: {words}" for seconds in (2, 12, 22)]
     with Searching() as searching:
         clock[0] += 1.9
@@ -72,7 +74,7 @@ def test_a_terminal_gets_one_line_that_is_gone_at_the_end(clock, capsys, monkeyp
             clock[0] += 1
             searching.watch(BEST)
         during = capsys.readouterr().err
-    assert "4 s: 1,200 orders tried" in during
+    assert "4 s: schedule=auto: 1,200 orders tried" in during
     assert "…" in during, "a narrow terminal gets one line"
     assert capsys.readouterr().err.endswith("\x1b[2K"), "the line is erased"
 

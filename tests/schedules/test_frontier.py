@@ -12,10 +12,10 @@ import pytest
 from schedules.bound import step_bound
 from schedules.check import check_program, check_schedule
 from schedules.cost import CostModel
-from schedules.generators import auto
-from schedules.generators.auto import Shared, solve
+from schedules.generators import auto, generate
+from schedules.generators.auto import Shared, Solution, solve
 from schedules.generators.ends import Ends
-from schedules.generators.frontier import caps_of, frontier
+from schedules.generators.frontier import FrontierPoint, caps_of, frontier
 from schedules.generators.refine import Refiner, judge
 from schedules.generators.tight import tight_rings
 from schedules.ir import Kind
@@ -69,6 +69,40 @@ def test_points_respect_their_caps_and_more_memory_is_never_slower(
         assert point.timeline.makespan >= point.solution.bound.seconds / CLOSE
     makespans = [point.timeline.makespan for point in points]
     assert makespans == sorted(makespans, reverse=True)
+
+
+def named_points(options):
+    """Return the named schedule of every option, with what it keeps as its cap."""
+    points = []
+    for option in options:
+        schedule = generate(option.name, option.problem, option.cost)
+        timeline = simulate(schedule, option.problem, option.cost)
+        solution = Solution(option, schedule, step_bound(option.problem, option.cost))
+        points.append(FrontierPoint(max(timeline.peak_bytes), solution, timeline))
+    return points
+
+
+@pytest.mark.parametrize("algorithm", ["none", "one_barrier"])
+@pytest.mark.parametrize(
+    ("searched", "goes_on"),
+    [((0.1,), True), ((2.3, 4.0), True), ((4.0,), True), ((3.2, 9.0), True), ((3.2, 9.0), False)],
+    ids=["too low", "between", "high", "all", "stopped"],
+)
+def test_no_named_schedule_lies_below_the_frontier(quick_search, algorithm, searched, goes_on):
+    names = ("1f1b", "interleaved", "zb_h1", "zb_v", "v_half", "v_min")
+    options = options_of(3, 9, (algorithm,), spread=0.05, names=names)
+    named = named_points(options)
+    points = list(frontier(options[-2:], searched, lambda _: goes_on, named))
+    for known in named:
+        below = [point for point in points if point.cap <= known.cap * CLOSE]
+        assert below, "the curve begins with the named schedule that keeps least, or before"
+        assert below[-1].timeline.makespan <= known.timeline.makespan * CLOSE
+    makespans = [point.timeline.makespan for point in points]
+    assert makespans == sorted(makespans, reverse=True)
+    assert [point.cap for point in points] == sorted({point.cap for point in points})
+    assert all(max(point.timeline.peak_bytes) <= point.cap * CLOSE for point in points)
+    added = {point.cap for point in points} - set(searched)
+    assert added <= {known.cap for known in named}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from schedules.generators.frontier import FrontierPoint, caps_of, frontier
 from schedules.render import duration
+from schedules.timeline import Timeline
 from vp_train.commands.plot import Frontier, Marker, frontier_figure, frontier_pictures
 from vp_train.commands.searching import Searching
 from vp_train.config import RunConfig
@@ -27,16 +29,18 @@ class Curve:
     vocab: str
     points: tuple[FrontierPoint, ...]
 
-    def bubble_within(self, kept: float) -> float | None:
-        """Return the bubble of the best point that keeps at most `kept` bytes; None without one."""
-        fitting = [p.timeline.mean_bubble for p in self.points if p.cap <= kept * (1 + 1e-9)]
-        return min(fitting, default=None)
+
+# The named schedules of every algorithm, with what each keeps as its cap.
+Named = Mapping[str, Sequence[FrontierPoint]]
 
 
-def curves(config: RunConfig, algorithms: Sequence[str], searching: Searching) -> list[Curve]:
+def curves(
+    config: RunConfig, algorithms: Sequence[str], named: Named, searching: Searching
+) -> list[Curve]:
     """Search the frontier of every algorithm, and print a line for each point as it is found.
 
-    Raises ConfigError if the settings allow no schedule.
+    No schedule in `named` lies below the frontier of its algorithm. Raises ConfigError if the
+    settings allow no schedule.
     """
     width = max(map(len, ("vocab", *algorithms)))
     figures = f"{'cap':>10} {'keeps':>10} {'bubble':>7} {'gap':>7} {'makespan':>9}"
@@ -47,7 +51,8 @@ def curves(config: RunConfig, algorithms: Sequence[str], searching: Searching) -
         drafts = searched_drafts(chosen, wanted_ranks(config.parallel), (algorithm,))
         options = [option for option, _ in drafts]
         points = []
-        for point in frontier(options, caps_of(options, MOST_CAPS), searching.watch):
+        caps = caps_of(options, MOST_CAPS)
+        for point in frontier(options, caps, searching.watch, named.get(algorithm, ())):
             print(f"{algorithm:<{width}} {_line(point)}", flush=True)
             points.append(point)
         if points:
@@ -67,7 +72,7 @@ def _line(point: FrontierPoint) -> str:
 
 
 def write(
-    directory: Path, found: Sequence[Curve], named: Sequence[Marker], heading: str, unit: float
+    directory: Path, found: Sequence[Curve], named: Named, heading: str, unit: float
 ) -> list[str]:
     """Write table, schedules and pictures to `directory`, and return the names of the files.
 
@@ -87,21 +92,53 @@ def write(
         "frontiers": {curve.vocab: [record(point) for point in curve.points] for curve in found},
         "named": [
             {
-                "schedule": mark.schedule,
-                "vocab": mark.vocab,
-                "mean_bubble": mark.bubble,
-                "peak_bytes": mark.peak_bytes,
+                "schedule": point.solution.schedule.name,
+                "vocab": vocab,
+                "mean_bubble": point.timeline.mean_bubble,
+                "peak_bytes": point.cap,
             }
-            for mark in named
+            for vocab, points in named.items()
+            for point in points
         ],
     }
     (directory / "frontier.json").write_text(json.dumps(table, indent=1) + "\n")
+    figure = frontier_figure(*drawn(found, named), heading)
+    return ["frontier.json", *frontier_pictures(figure, directory), *schedules]
+
+
+def drawn(found: Sequence[Curve], named: Named) -> tuple[list[Frontier], list[Marker]]:
+    """Return the lines and the marks of a picture.
+
+    What a schedule computes beyond the leanest one of its algorithm, as with more or with split
+    passes, counts as bubble. So the faster one of two is always the lower one.
+    """
+    least: dict[str, float] = {}
+    for vocab, points in (*named.items(), *((curve.vocab, curve.points) for curve in found)):
+        seconds = min((_work(point.timeline) for point in points), default=math.inf)
+        least[vocab] = min(seconds, least.get(vocab, math.inf))
     lines = [
-        Frontier(curve.vocab, [(p.cap, p.timeline.mean_bubble) for p in curve.points])
+        Frontier(
+            curve.vocab, [(p.cap, _bubble(p.timeline, least[curve.vocab])) for p in curve.points]
+        )
         for curve in found
     ]
-    figure = frontier_figure(lines, named, heading)
-    return ["frontier.json", *frontier_pictures(figure, directory), *schedules]
+    marks = [
+        Marker(p.solution.schedule.name, vocab, _bubble(p.timeline, least[vocab]), p.cap)
+        for vocab, points in named.items()
+        for p in points
+    ]
+    return lines, marks
+
+
+def _work(timeline: Timeline) -> float:
+    """Return the seconds of all passes of all ranks."""
+    return sum(timeline.busy(rank) for rank in range(timeline.num_ranks))
+
+
+def _bubble(timeline: Timeline, least: float) -> float:
+    """Return the part of the time of all ranks beyond `least` seconds of work; 0 for no time."""
+    whole = timeline.makespan * timeline.num_ranks
+    return 1 - least / whole if whole > 0 else 0.0
 
 
 def record(point: FrontierPoint) -> Mapping[str, Any]:

@@ -6,24 +6,30 @@ Matplotlib is an optional dependency and is imported when a picture is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from schedules.excerpt import Excerpt
 from schedules.render import COLOURS, LINK, STAGE_KINDS, duration, facts, notes, present
 from schedules.timeline import Span, Timeline
+from vp_train.commands.labels import Box, Ground, Wish
 from vp_train.config import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox, BboxBase
 
 _MARKERS = "osD^vPX*"
 # The colours of Okabe and Ito that are dark enough for small marks on white.
 _INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_MARK = 6.5  # points: the size of a mark of a frontier
+_BEST = "least bubble found under every cap (schedule=auto)"
+_CLEAR = 0.025  # the part of a whole axis beside a cut that has no tick
+_EMPTY = 0.5  # the part of a whole axis that must be empty for a cut
+_INSIDE = 4.0  # pixels between labels and the edges of the axes
 _GAP = 0.022  # the width of a cut, as a part of the time shown
 
 
@@ -226,7 +232,7 @@ def comparison_figure(marks: Sequence[Marker], title: str) -> Figure:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     _add_keys(figure, inks, shapes)
-    _label(figure, axes, marks, inks)
+    _label_marks(figure, axes, marks, inks)
     return figure
 
 
@@ -259,48 +265,319 @@ def frontier_figure(
     """Return a picture of the frontiers, with the named schedules `marks` as points.
 
     Every algorithm has a colour, its frontier a line of steps and its schedules marks of that
-    colour, which are labelled where there is room.  Memory is counted in GiB, or in microbatches
-    of `unit` bytes if that is given.
+    colour, with labels.  Memory is counted in GiB, or in microbatches of `unit` bytes if that is
+    given.  Where algorithms are far apart, the axis of bubbles has a cut, with one scale on both
+    sides.  Caps under which the best bubble is above those of all marks are not shown.
     """
-    figure = _figure(8, 5.2, dpi=150)
-    axes = figure.add_subplot()
     names = dict.fromkeys([line.vocab for line in frontiers] + [mark.vocab for mark in marks])
     inks = dict(zip(names, _INKS * 4, strict=False))
-    right = max(at for line in frontiers for at, _ in line.points) / unit
-    right = max([right, *(mark.peak_bytes / unit for mark in marks)])
-    for line in frontiers:
-        places = [at / unit for at, _ in line.points]
-        bubbles = [100 * bubble for _, bubble in line.points]
+    marks = [replace(mark, peak_bytes=mark.peak_bytes / unit * 2**30) for mark in marks]
+    lines = [
+        Frontier(line.vocab, [(at / unit, 100 * bubble) for at, bubble in line.points])
+        for line in frontiers
+    ]
+    shown = {name: [mark.at for mark in marks if mark.vocab == name] for name in names}
+    for line in lines:
+        shown[line.vocab] += _near_the_marks(line, shown[line.vocab])
+    places = [at for points in shown.values() for at, _ in points]
+    margin = 0.05 * (max(places) - min(places)) or 0.1 * max(places) or 1.0
+    figure = _figure(8, 5.2, dpi=150)
+    ranges = [sorted(bubble for _, bubble in points) for points in shown.values()]
+    panels = _panels(figure, [(values[0], values[-1]) for values in ranges])
+    panels[-1].set_xlim(max(0.0, min(places) - margin), max(places) + margin)
+    for line in lines:
+        axes = _panel_of(panels, line.points[-1][1])
         # What the last cap allows, more memory allows too.
-        axes.plot(
-            [*places, 1.05 * right],
-            [*bubbles, bubbles[-1]],
-            drawstyle="steps-post",
-            color=inks[line.vocab],
-            linewidth=1.8,
-            label=f"auto, {line.vocab}",
-            zorder=2,
-        )
-        axes.plot(places, bubbles, ".", color=inks[line.vocab], markersize=5, zorder=2)
-    scaled = [replace(mark, peak_bytes=mark.peak_bytes / unit * 2**30) for mark in marks]
-    for mark in scaled:
-        axes.plot(
-            *mark.at, "D", color=inks[mark.vocab], markersize=6, markeredgecolor="white", zorder=3
-        )
-    places = [at / unit for line in frontiers for at, _ in line.points]
-    values = [100 * bubble for line in frontiers for _, bubble in line.points]
-    _spread(axes, "y", values + [mark.at[1] for mark in scaled])
-    axes.set_xlim(0.9 * min([*places, *(mark.at[0] for mark in scaled)]), 1.05 * right)
+        xs, ys = zip(*line.points, (2 * max(places) + margin, line.points[-1][1]), strict=True)
+        axes.plot(xs, ys, drawstyle="steps-post", color=inks[line.vocab], linewidth=1.8, zorder=2)
     words = "GiB" if unit == 2**30 else "microbatches of a rank's layers"
-    axes.set_xlabel(f"activations of the fullest rank, {words}")
-    axes.set_ylabel("mean bubble, %")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.grid(color="#E5E5E5")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    _label(figure, axes, scaled, {mark.schedule: "#333333" for mark in scaled}, with_vocab=False)
+    panels[-1].set_xlabel(f"activations of the fullest rank, {words}")
+    figure.supylabel("mean bubble, %", fontsize=10)
+    panels[0].set_title(title, loc="left", fontsize=10)
+    _explain_frontier(figure)
+    _label_frontier(figure, panels, lines, marks, inks)
     return figure
+
+
+def _near_the_marks(
+    line: Frontier, marks: Sequence[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """Return the points of a line that are not far above the marks of its algorithm."""
+    if not marks:
+        return list(line.points)
+    least, most = line.points[-1][1], max(bubble for _, bubble in marks)
+    return [point for point in line.points if point[1] <= most + 0.1 * (most - least)]
+
+
+def _panels(figure: Figure, ranges: Sequence[tuple[float, float]]) -> list[Axes]:
+    """Return axes with a common horizontal axis for ranges of values in per cent, highest first.
+
+    There are several where most of the vertical axis would be empty between two ranges. All have
+    one scale.
+    """
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
+    if isinstance(engine := figure.get_layout_engine(), ConstrainedLayoutEngine):
+        engine.set(hspace=0.0, h_pad=0.06)
+    ranges = sorted(ranges)
+    span = max(high for _, high in ranges) - ranges[0][0] or max(ranges[0][0], 1.0)
+    groups = [ranges[0]]
+    for low, high in ranges[1:]:
+        first, last = groups[-1]
+        if low - last > _EMPTY * span:
+            groups.append((low, high))
+        else:
+            groups[-1] = (first, max(last, high))
+    used = sum(high - low for low, high in groups) or span
+    limits = [(low - 0.1 * used, high + 0.08 * used) for low, high in groups]
+    bottom, top = limits[0]
+    limits[0] = (0.0 if bottom < 0.3 * top else bottom, top)
+    least = 0.12 * sum(top - bottom for bottom, top in limits)
+    limits = [
+        (bottom - missing / 2, top + missing / 2)
+        for bottom, top in limits
+        for missing in [max(0.0, least - (top - bottom))]
+    ][::-1]
+    grid = figure.add_gridspec(
+        len(limits), hspace=0, height_ratios=[top - low for low, top in limits]
+    )
+    panels = [figure.add_subplot(grid[0])]
+    panels += [figure.add_subplot(grid[k], sharex=panels[0]) for k in range(1, len(limits))]
+    height = sum(top - bottom for bottom, top in limits)
+    _, tick, *_ = MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(0, height)
+    for number, (axes, (bottom, top)) in enumerate(zip(panels, limits, strict=True)):
+        axes.set_ylim(bottom, top)
+        is_first, is_last = number == 0, number == len(panels) - 1
+        low, high = bottom + (not is_last) * _CLEAR * height, top - (not is_first) * _CLEAR * height
+        axes.set_yticks([k * tick for k in range(math.ceil(low / tick), int(high / tick) + 1)])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="y", color="#ECECEC", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if not is_first:
+            _draw_break(axes, 1.0)
+        if not is_last:
+            _draw_break(axes, 0.0)
+            axes.spines["bottom"].set_visible(False)
+            axes.tick_params(axis="x", bottom=False, labelbottom=False)
+    return panels
+
+
+def _draw_break(axes: Axes, height: float) -> None:
+    """Draw the mark of a cut across the left axis, at its lower end 0 or its upper end 1."""
+    axes.plot(
+        [0],
+        [height],
+        transform=axes.transAxes,
+        marker=[(-1, -0.5), (1, 0.5)],
+        markersize=10,
+        linestyle="none",
+        color="k",
+        markeredgewidth=1,
+        clip_on=False,
+        label="_break",
+    )
+
+
+def _panel_of(panels: Sequence[Axes], bubble: float) -> Axes:
+    """Return the axes whose limits have a value in per cent."""
+    for axes in panels:
+        low, high = axes.get_ylim()
+        if low <= bubble <= high:
+            return axes
+    raise ValueError(f"a bubble of {bubble} % is outside of all axes")
+
+
+def _explain_frontier(figure: Figure) -> None:
+    """Add a line that says what lines and marks are."""
+    from matplotlib.lines import Line2D
+
+    line = Line2D([], [], color="#555555", linewidth=1.8, label=_BEST)
+    mark = Line2D([], [], color="#555555", marker="o", linestyle="", label="named schedule")
+    figure.legend(
+        handles=[line, mark], loc="outside lower center", ncols=2, frameon=False, fontsize=9
+    )
+
+
+def _label_frontier(
+    figure: Figure,
+    panels: Sequence[Axes],
+    lines: Sequence[Frontier],
+    marks: Sequence[Marker],
+    inks: dict[str, str],
+) -> None:
+    """Draw the marks, and name marks and lines where that covers nothing.
+
+    Marks of an algorithm that lie on each other have one label.
+    """
+    figure.draw_without_rendering()  # positions are known only now
+    figure.set_layout_engine("none")  # and labels must not change them
+    pixel = figure.dpi / 72
+    for axes in panels:
+        low, high = axes.get_ylim()
+        here = [mark for mark in marks if low <= mark.at[1] <= high]
+        at = [tuple(axes.transData.transform(mark.at)) for mark in here]
+        groups = _on_each_other(here, at, 0.6 * _MARK * pixel)
+        gaps = [
+            math.dist(at[one], at[other])
+            for group, rest in combinations(groups, 2)
+            for one, other in product(group, rest)
+        ]
+        size = max(0.6 * _MARK, min([_MARK, *(0.95 * gap / pixel for gap in gaps)]))
+        boxes = [Box.around([point], size * pixel / 2) for point in at]
+        for mark in here:
+            axes.plot(
+                *mark.at,
+                "o",
+                color=inks[mark.vocab],
+                markersize=size,
+                markeredgecolor="white",
+                markeredgewidth=0.7,
+                zorder=3,
+            )
+        curves = [line for line in lines if low <= line.points[-1][1] <= high]
+        paths = {line.vocab: _staircase(axes, line) for line in curves}
+        parts = [Box.around(part, 1.2 * pixel) for path in paths.values() for part in path]
+        frame = _box_of(axes).padded(-_INSIDE)
+        heights = axes.transData.transform([(0, tick) for tick in axes.get_yticks()])[:, 1]
+        grid = [Box(frame.left, y - 1, frame.right, y + 1) for y in heights]
+        ground = Ground(frame, boxes, parts, grid)
+        for line in curves:
+            ends = [end for part in paths[line.vocab] for end in part if part[0][1] == part[1][1]]
+            words = f"vocab {line.vocab}"
+            _write(axes, ground, words, _along(ends), None, inks[line.vocab], size=10)
+        # Those with the nearest neighbours have the fewest places.
+        groups.sort(key=lambda group: _room(group, at))
+        for group in groups:
+            name = ", ".join(dict.fromkeys(here[k].schedule for k in group))
+            ink = inks[here[group[0]].vocab]
+            _write(axes, ground, name, (at[group[0]],), boxes[group[0]], ink)
+
+
+def _on_each_other(
+    marks: Sequence[Marker], at: Sequence[tuple[float, float]], near: float
+) -> list[list[int]]:
+    """Return the numbers of the marks, in groups of one algorithm that are within `near`."""
+    groups: list[list[int]] = []
+    for k, mark in enumerate(marks):
+        for group in groups:
+            first = group[0]
+            if marks[first].vocab == mark.vocab and math.dist(at[first], at[k]) < near:
+                group.append(k)
+                break
+        else:
+            groups.append([k])
+    return groups
+
+
+def _room(group: Sequence[int], at: Sequence[tuple[float, float]]) -> float:
+    """Return how far the nearest other mark is from a group, in pixels."""
+    others = [point for k, point in enumerate(at) if k not in group]
+    return min((math.dist(at[group[0]], point) for point in others), default=math.inf)
+
+
+def _staircase(axes: Axes, line: Frontier) -> list[tuple[tuple[float, float], ...]]:
+    """Return the straight parts of a line as it is drawn, as pairs of points in pixels."""
+    frame = _box_of(axes)
+    corners = [line.points[0]]
+    for at, bubble in line.points[1:]:
+        corners += [(at, corners[-1][1]), (at, bubble)]
+    pixels = [(float(x), float(y)) for x, y in axes.transData.transform(corners)]
+    pixels.append((frame.right, pixels[-1][1]))
+    return [
+        (frame.nearest(one), frame.nearest(other))
+        for one, other in pairwise(pixels)
+        if one != other and Box.around((one, other), 0.5).overlaps(frame)
+    ]
+
+
+def _along(ends: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Return points on the level parts of a line, given their ends, from the right on."""
+    points = []
+    for (x0, y), (x1, _) in zip(ends[-2::-2], ends[::-2], strict=True):
+        count = max(1, round((x1 - x0) / 10))
+        points += [(x1 + (x0 - x1) * step / count, y) for step in range(count + 1)]
+    return tuple(points)
+
+
+def _box_of(axes: Axes) -> Box:
+    return Box(*axes.bbox.extents)
+
+
+def _write(
+    axes: Axes,
+    ground: Ground,
+    words: str,
+    at: tuple[tuple[float, float], ...],
+    own: Box | None,
+    ink: str,
+    *,
+    size: float = 9,
+    farthest: float = 0.3,
+) -> None:
+    """Write `words` beside a mark, or along a line if `own` is None, where there is room.
+
+    size: of the letters in points. farthest: from its mark, as a part of the width.
+    """
+    label = axes.annotate(
+        words,
+        (0, 0),
+        xycoords="figure pixels",
+        va="bottom",
+        fontsize=size,
+        fontweight="bold" if own is None else "normal",
+        color=ink,
+        zorder=4,
+    )
+    extent = label.get_window_extent()
+    wish = Wish(at, extent.width, extent.height, own, farthest * axes.bbox.width)
+    place = ground.place(wish)
+    if place is None:
+        label.remove()
+        return
+    label.xyann = (place.box.left, place.box.bottom)
+    if place.leader is not None:
+        axes.annotate(
+            "",
+            place.leader[0],
+            place.leader[1],
+            xycoords="figure pixels",
+            textcoords="figure pixels",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "#999999",
+                "linewidth": 0.7,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+            zorder=1.5,
+        )
+
+
+def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Marker], inks: dict[str, str]) -> None:
+    """Write schedule and algorithm near every mark, where that covers no label and no mark.
+
+    A mark without room for a label within a fifth of the picture gets none.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    at = [tuple(axes.transData.transform(mark.at)) for mark in marks]
+    boxes = [Box.around([point], 7.0) for point in at]
+    ground = Ground(_box_of(axes), boxes, is_strict=False)
+    for mark, point, box in sorted(
+        zip(marks, at, boxes, strict=True), key=lambda entry: -entry[0].bubble
+    ):
+        _write(
+            axes,
+            ground,
+            f"{mark.schedule}, {mark.vocab}",
+            (point,),
+            box,
+            inks[mark.schedule],
+            size=7.5,
+            farthest=0.2,
+        )
 
 
 def _add_keys(figure: Figure, inks: dict[str, str], shapes: dict[str, str]) -> None:
@@ -342,83 +619,3 @@ def _spread(axes: Axes, name: str, values: Sequence[float]) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
-
-
-def _label(
-    figure: Figure,
-    axes: Axes,
-    marks: Sequence[Marker],
-    inks: dict[str, str],
-    *,
-    with_vocab: bool = True,
-) -> None:
-    """Write a label near every mark, where it covers no other label and no mark.
-
-    A label that is far from its mark is connected with it by a line.  A mark without room for a
-    label within a fifth of the picture gets none.
-    """
-    from matplotlib.transforms import Bbox
-
-    figure.draw_without_rendering()  # positions are known only now
-    figure.set_layout_engine("none")  # and labels must not change them
-    points = axes.transData.transform([mark.at for mark in marks])
-    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in points]
-    farthest = 0.2 * axes.bbox.width
-    for mark, (x, y) in sorted(zip(marks, points, strict=True), key=lambda pair: -pair[0].bubble):
-        label = axes.annotate(
-            f"{mark.schedule}, {mark.vocab}" if with_vocab else mark.schedule,
-            mark.at,
-            textcoords="offset pixels",
-            xytext=(0, 0),
-            fontsize=7.5,
-            color=inks[mark.schedule],
-        )
-        size = label.get_window_extent()
-        for right, up in _places(size.width, size.height, farthest):
-            box = Bbox.from_bounds(x + right, y + up, size.width, size.height).padded(1.0)
-            if _is_within(box, axes.bbox) and not box.count_overlaps(taken):
-                label.xyann = (right, up)
-                taken.append(box)
-                _connect(axes, mark, (x, y), box)
-                break
-        else:
-            label.remove()
-
-
-def _is_within(box: Bbox, frame: BboxBase) -> bool:
-    corners = box.corners()
-    return frame.count_contains(corners) == len(corners)
-
-
-def _places(width: float, height: float, farthest: float) -> Iterator[tuple[float, float]]:
-    """Yield where a label of this size may be, the best first.
-
-    A place is that of its lower left corner relative to its mark, in pixels.  Places at the sides
-    come first, then circles around the mark.
-    """
-    near = 12.0
-    for right in (near, -near - width):
-        for up in (-height / 2, 0.3 * height, -1.3 * height):
-            yield right, up
-    yield from ((-width / 2, near), (-width / 2, -near - height))
-    for distance in range(30, int(farthest), 12):
-        for step in range(16):
-            angle = math.tau * step / 16
-            yield (
-                (distance + width / 2) * math.cos(angle) - width / 2,
-                distance * math.sin(angle) - height / 2,
-            )
-
-
-def _connect(axes: Axes, mark: Marker, at: tuple[float, float], box: Bbox) -> None:
-    """Draw a line from a mark to its label, unless they are neighbours."""
-    x, y = min(max(at[0], box.x0), box.x1), min(max(at[1], box.y0), box.y1)
-    if math.dist(at, (x, y)) > 16:
-        axes.annotate(
-            "",
-            mark.at,
-            textcoords="offset pixels",
-            xytext=(x - at[0], y - at[1]),
-            arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6},
-            zorder=1,
-        )

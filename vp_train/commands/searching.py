@@ -17,7 +17,7 @@ from rich.text import Text
 from schedules.generators.auto import SoFar
 from schedules.render import duration
 from vp_train.failures import EXIT_OK
-from vp_train.units import human_bytes
+from vp_train.units import count_words, human_bytes
 
 _SILENT_SECONDS = 2.0  # a search that ends within them shows nothing
 # Seconds between two lines of progress, by whether stderr is a terminal.
@@ -132,7 +132,8 @@ class Searching:
         best = f"the best so far takes {duration(state.makespan)} ({name})"
         if state.excess > 0:
             best += f" but keeps {human_bytes(state.excess)} more than the cap"
-        return self.show(f"{self._tried_before + state.tried:,} orders tried, {best}")
+        tried = count_words(self._tried_before + state.tried, "order")
+        return self.show(f"schedule=auto: {tried} tried, {best}")
 
     def _redraw(self, line: str) -> None:
         if self._live is None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from schedules.bound import Bound, step_bound
 from schedules.generators import GENERATORS, searched_schedules
-from schedules.generators.auto import Watch
+from schedules.generators.auto import Option, Solution, Watch
+from schedules.generators.frontier import FrontierPoint
 from schedules.ir import Kind
 from schedules.jitter import Steps
 from schedules.lower import lower
@@ -80,7 +81,10 @@ def main() -> None:
     collect_rarely()
     options = {
         "--out": ("DIR", "write pictures, trace and figures there"),
-        "--compare": ("A,B,...", "one line for each of these schedules, or for all"),
+        "--compare": (
+            "A,B,...",
+            "one line for each of these schedules, auto among them, or for all",
+        ),
         "--frontier": (
             "",
             "the best bubble under every cap on memory; 8 ranks, 64 microbatches: 2 to 3 minutes",
@@ -229,27 +233,30 @@ def compare(
 ) -> None:
     """Simulate several schedules with several algorithms and print one line for each pair.
 
-    `schedules` and `vocabs` are lists with commas, or `all`.  Without `schedules` there is one line
-    for the step of `config`; without `vocabs` the algorithm is that of `config`.  With `draws` the
-    lines have the distribution of disturbed steps.  With a `directory` a table and a picture of all
-    are written there.  Raises ConfigError for a name that is not known, or if no pair is possible.
+    `schedules` and `vocabs` are lists with commas, or `all`.  `auto` is searched for
+    once with every algorithm.  Without `schedules` there is one line for the step of `config`,
+    without `vocabs` the algorithm is that of `config`.  With `draws` the lines have the
+    distribution of disturbed steps.  With a `directory` a table and a picture of all are written
+    there.  Raises ConfigError for a name that is not known, or if no pair is possible.
     """
     if schedules is None:
         names: tuple[str, ...] = (config.schedule.file or config.schedule.name,)
     else:
         _refuse_file(config)
-        names = _names("--compare", schedules, tuple(GENERATORS))
+        names = _names("--compare", schedules, tuple(GENERATORS), others=("auto",))
     algorithms = (
         (config.vocab.algorithm,)
         if schedules is None and vocabs is None
         else _names("--vocab", vocabs or config.vocab.algorithm, tuple(VOCAB_ALGORITHMS))
     )
-    widths = _widths(names, algorithms, is_solved=schedules is None and config.schedule.is_solved)
+    widths = _widths(names, algorithms)
     head = table_head(widths, runtime)
     if draws is not None:
         num_ranks = wanted_ranks(config.parallel)
         draws = draws.on(split_ranks(config.parallel, num_ranks).pp)
         head = f"{draws.words}\n\n{disturbed.table_head(widths)}"
+    if "auto" in names:  # it takes long, so say first what is searched for
+        head = f"{SEARCHING} with every algorithm\n\n{head}"
     print(f"{headline(config)}\n\n{head}", flush=True)
     started = time.perf_counter()
     items: list[Outcome | Refusal] = []
@@ -257,12 +264,12 @@ def compare(
         found = (
             simulate_vocabs(config, algorithms, searching.watch)
             if schedules is None
-            else simulate_each(config, names, algorithms, runtime)
+            else simulate_each(config, names, algorithms, runtime, searching.watch)
         )
         for item in found:
             if draws is not None and isinstance(item, Outcome):
                 item = replace(item, steps=draws.steps(item.plan))
-            print(table_line(item, widths), flush=True)
+            searching.print(table_line(item, widths))
             items.append(item)
     outcomes = [item for item in items if isinstance(item, Outcome)]
     steps = {(o.schedule, o.vocab): o.steps for o in outcomes if o.steps is not None}
@@ -298,28 +305,32 @@ def draw_frontier(
 
     `vocabs` are the algorithms, each with a frontier of its own, `schedules` the named schedules
     to compare with; both are lists with commas, or `all`.  Without them these are what searches
-    try.  After Ctrl-C the named schedules and the caps that were not searched to the end are left
-    out.  With a `directory` table, pictures and schedules are written there.  Returns the exit
-    code.  Raises ConfigError like `compare`.
+    try.  The named schedules come first, since none of them lies below its frontier.  After Ctrl-C
+    the caps that were not searched to the end are left out.  With a `directory` table, pictures and
+    schedules are written there.  Returns the exit code.  Raises ConfigError like `compare`.
     """
     _refuse_file(config)
+    if schedules is not None and "auto" in schedules.split(","):
+        raise ConfigError("--frontier draws what auto finds as a line; drop auto from --compare")
     names = _names("--compare", schedules or ",".join(searched_schedules()), tuple(GENERATORS))
     searched = ",".join(searched_algorithms())
     algorithms = _names("--vocab", vocabs or searched, tuple(VOCAB_ALGORITHMS))
     print(f"{headline(config)}\n", flush=True)
     started = time.perf_counter()
+    widths = max(map(len, ("schedule", *names))), max(map(len, ("vocab", *algorithms)))
+    print(table_head(widths), flush=True)
+    named: dict[str, list[FrontierPoint]] = {algorithm: [] for algorithm in algorithms}
+    for item in simulate_each(config, names, algorithms):
+        print(table_line(item, widths), flush=True)
+        if isinstance(item, Outcome):
+            named[item.vocab].append(_named_point(item))
+    print(flush=True)
     with Searching() as searching:
-        found = curves(config, algorithms, searching)
-    items = [] if searching.is_stopped else list(simulate_each(config, names, algorithms))
-    outcomes = [item for item in items if isinstance(item, Outcome)]
-    if items:
-        widths = max(map(len, names)), max(map(len, ("vocab", *algorithms)))
-        print(f"\n{table_head(widths)}")
-        print("\n".join(table_line(item, widths) for item in items), flush=True)
+        found = curves(config, algorithms, named, searching)
     taken = duration(time.perf_counter() - started)
     print(f"\nsearched in {taken}", flush=True)
     if searching.is_stopped:
-        left_out = "further caps and algorithms, and the named schedules, are left out"
+        left_out = "further caps and algorithms are left out"
         print(f"the search was stopped: {left_out}", flush=True)
     if directory is not None and not found:
         print(f"no schedule was found, so nothing is written to {directory}", flush=True)
@@ -328,9 +339,17 @@ def draw_frontier(
         _write(directory, "config.yaml", config_yaml)
         option = found[0].points[0].solution.option
         unit = option.cost.microbatch_bytes(option.problem.layout.num_ranks)
-        names_written = write(directory, found, _marks(outcomes), headline(config), unit)
+        names_written = write(directory, found, named, headline(config), unit)
         _say_written(directory, ["config.yaml", *names_written], before)
     return searching.exit_code
+
+
+def _named_point(outcome: Outcome) -> FrontierPoint:
+    """Return a named schedule as a point, with what its fullest rank keeps as its cap."""
+    plan, timeline = outcome.plan, outcome.timeline
+    option = Option(outcome.schedule, plan.problem, plan.cost)
+    solution = Solution(option, plan.schedule, outcome.bound)
+    return FrontierPoint(max(timeline.peak_bytes), solution, timeline)
 
 
 def _refuse_file(config: RunConfig) -> None:
@@ -357,14 +376,18 @@ def _runtime_called(name: str, device: str) -> Runtime:
     return RUNTIMES[name].on(device)
 
 
-def _names(option: str, words: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names in a list with commas without repetitions; all for `all`."""
-    if words == "all":
-        return known
-    names = tuple(dict.fromkeys(words.split(",")))
+def _names(
+    option: str, words: str, known: tuple[str, ...], others: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return the names in a list with commas without repetitions; all `known` for `all`.
+
+    `others` are names that `all` does not stand for.
+    """
+    listed = [part for word in words.split(",") for part in (known if word == "all" else (word,))]
+    names = tuple(dict.fromkeys(listed))
     for name in names:
-        if name not in known:
-            words = unknown(f"{option}: {name!r}", name, known)
+        if name not in known + others:
+            words = unknown(f"{option}: {name!r}", name, known + others)
             raise ConfigError(f"{words}, or write {option} all")
     return names
 
@@ -494,13 +517,13 @@ def _replayed(outcome: Outcome, runtime: Runtime) -> Replayed:
     )
 
 
-def _widths(names: Sequence[str], algorithms: Sequence[str], *, is_solved: bool) -> tuple[int, int]:
+def _widths(names: Sequence[str], algorithms: Sequence[str]) -> tuple[int, int]:
     """Return the widths of a table's first two columns.
 
     A search has yet to find both the schedule it starts from and, with vocab=auto, the algorithm.
     """
-    if is_solved:
-        names = [f"auto from {name}" for name in GENERATORS]
+    if "auto" in names:
+        names = [*names, *(f"auto from {name}" for name in GENERATORS)]
     if "auto" in algorithms:
         algorithms = tuple(VOCAB_ALGORITHMS)
     return max(map(len, ("schedule", *names))), max(map(len, ("vocab", *algorithms)))
@@ -511,22 +534,22 @@ def simulate_each(
     schedules: Sequence[str],
     vocabs: Sequence[str],
     runtime: Runtime | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Outcome | Refusal]:
     """Yield the result of every schedule with every algorithm.
 
-    All other settings stay as they are, except that the cap of schedule=auto is dropped.
+    All other settings stay as they are, except that only `auto` has a cap on memory.  `watch` sees
+    its searches go on.
     """
     for schedule in schedules:
+        caps = {} if schedule == "auto" else {"cap_gib": None, "cap_microbatches": None}
+        settings = replace(config.schedule, name=schedule, **caps)
         for vocab in vocabs:
             chosen = replace(
-                config,
-                schedule=replace(
-                    config.schedule, name=schedule, cap_gib=None, cap_microbatches=None
-                ),
-                vocab=replace(config.vocab, algorithm=vocab),
+                config, schedule=settings, vocab=replace(config.vocab, algorithm=vocab)
             )
             try:
-                yield simulate_step(chosen, runtime)
+                yield simulate_step(chosen, runtime, watch)
             except ConfigError as error:
                 yield Refusal(schedule, vocab, str(error))
 
