@@ -38,14 +38,16 @@ mutants: $(VENV)/installed
 reliability: $(VENV)/installed
 	$(BIN)/python -m tests.reliability $(ARGS)
 
-# The pictures of README and docs/schedules.md, by the commands that docs/schedules.md shows;
-# about a minute.
+# The pictures of README and docs/schedules.md, by the commands that docs/schedules.md shows, and
+# the frontier from its file of results; about a minute.
 pictures: $(VENV)/installed
 	$(BIN)/vp-simulate --out build/pictures
 	$(BIN)/vp-simulate --compare 1f1b,interleaved,interlaced,zb_h1,zb_v,v_half,v_min \
 	    --vocab none,one_barrier --out build/pictures \
 	    parallel.pp=8 num_microbatches=64 cost=a100_4b run.dtype=float16
 	cp build/pictures/schedule.svg build/pictures/comparison.png benchmarks/results/
+	$(BIN)/python benchmarks/frontier.py --drawn benchmarks/results/frontier.json \
+	    --picture benchmarks/results/frontier.png
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; found = sys.version_info[:2]; sys.exit(found < (3, 11) and \

@@ -15,13 +15,16 @@ from xml.etree import ElementTree
 import pytest
 
 from schedules.generators import GENERATORS
+from schedules.generators.auto import solve
 from schedules.ir import Kind, Schedule
 from schedules.lower import lower
 from schedules.replay import RUNTIMES, Hops, Runtime, replay
 from schedules.vocab import searched_algorithms
+from vp_train.commands.frontier import Curve, drawn
 from vp_train.commands.simulate import (
     Outcome,
     Refusal,
+    _named_point,
     grid,
     main,
     report,
@@ -514,6 +517,7 @@ def test_every_rank_is_the_slow_one_equally_often(vp_simulate):
         ("schedule=v_half", "drop schedule=v_half, or compare with it: --compare v_half"),
         ("schedule.file=x.txt", "--frontier searches for schedules by itself; drop schedule.file"),
         ("schedule.cap_gib=2", "under every cap on memory; drop schedule.cap_gib=2"),
+        ("--compare=1f1b,auto", "--frontier draws what auto finds as a line; drop auto from"),
     ],
 )
 def test_a_frontier_refuses_what_it_searches(vp_simulate, word, message):
@@ -527,7 +531,7 @@ def test_a_frontier_refuses_what_it_searches(vp_simulate, word, message):
 def test_a_frontier_is_that_of_the_algorithm_that_is_typed(vp_simulate, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "vp_train.commands.simulate.curves", lambda config, names, _: asked.append(names) or []
+        "vp_train.commands.simulate.curves", lambda config, names, *_: asked.append(names) or []
     )
     for word in ("vocab=two_barrier", "vocab.algorithm=none", "vocab=auto"):
         vp_simulate("--frontier", "--compare", "1f1b", *UNIT[1:], word)
@@ -545,11 +549,22 @@ def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(
     code, *_ = vp_simulate(*words, "--out", tmp_path, *small)
     assert code == 0
     table = json.loads((tmp_path / "frontier.json").read_text())
-    assert [row["schedule"] for row in table["named"]] == ["1f1b", "1f1b", "v_half", "v_half"]
+    names = [(row["vocab"], row["schedule"]) for row in table["named"]]
+    assert names == [
+        ("one_barrier", "1f1b"),
+        ("one_barrier", "v_half"),
+        ("none", "1f1b"),
+        ("none", "v_half"),
+    ]
     for vocab, points in table["frontiers"].items():
         makespans = [point["makespan_seconds"] for point in points]
         assert makespans == sorted(makespans, reverse=True)
         assert all(point["peak_bytes"] <= point["cap_bytes"] * (1 + 1e-9) for point in points)
+        for row in table["named"]:
+            if row["vocab"] == vocab:
+                below = [p for p in points if p["cap_bytes"] <= row["peak_bytes"] * (1 + 1e-9)]
+                assert below, "no named schedule is left of the line"
+                assert below[-1]["mean_bubble"] <= row["mean_bubble"] + 1e-9
         stored = sorted(tmp_path.glob(f"{vocab}_*.txt"))
         assert stored
         step = simulate_step(
@@ -558,6 +573,65 @@ def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(
         assert step.makespan == pytest.approx(max(makespans))
     assert (tmp_path / "frontier.png").read_bytes().startswith(PNG)
     assert ElementTree.parse(tmp_path / "frontier.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.3], ids=["as long as B", "longer than B"])
+def test_the_faster_one_of_two_schedules_is_the_lower_one_of_a_picture(slower):
+    """Where I and W take longer than B, a split schedule may have less bubble and take longer."""
+    named = {"none": [], "one_barrier": []}
+    for vocab in named:
+        words = [f"cost.layer_{kind}_grad_seconds={slower}" for kind in ("input", "weight")]
+        for name in ("1f1b", "zb_h1", "gpipe"):
+            chosen = load_config([*UNIT[1:], *words, f"schedule={name}", f"vocab={vocab}"])
+            named[vocab].append(_named_point(simulate_step(chosen)))
+    found = [Curve(vocab, tuple(points[1:2])) for vocab, points in named.items()]
+    lines, marks = drawn(found, named)
+    assert [line.vocab for line in lines] == [*named]
+    for line in lines:
+        points, bubbles = named[line.vocab], [m.bubble for m in marks if m.vocab == line.vocab]
+        assert line.points == [(points[1].cap, bubbles[1])]
+        makespans = [point.timeline.makespan for point in points]
+        order = sorted(range(3), key=makespans.__getitem__)
+        assert order == sorted(range(3), key=bubbles.__getitem__)
+        exact = [point.timeline.mean_bubble for point in points]
+        assert bubbles[0] == pytest.approx(exact[0]), "1F1B does the least work"
+        assert (bubbles == pytest.approx(exact)) == (slower == 1.0)
+
+
+def test_auto_takes_part_in_a_comparison_and_is_searched_once_per_algorithm(
+    vp_simulate, quick_search, monkeypatch, tmp_path
+):
+    searched = []
+
+    def noted(options, *others):
+        searched.append({option.problem.algorithm.name for option in options})
+        return solve(options, *others)
+
+    monkeypatch.setattr("vp_train.planning.plan.solve", noted)
+    words = ("--compare", "1f1b,auto", "--vocab", "none,one_barrier", "--out", tmp_path)
+    small = [*UNIT[1:], "schedule=auto", "schedule.cap_microbatches=20"]
+    for extra in ((), ("--jitter", "0.1", "--samples", "4")):
+        searched.clear()
+        code, out, _ = vp_simulate(*words, *extra, *small)
+        assert code == 0
+        assert searched == [{"none"}, {"one_barrier"}]
+        said = out.index("schedule=auto: searching for the fastest schedule with every algorithm")
+        assert said < out.index("schedule "), "before it is searched for"
+        assert "4 of 4 simulated" in out
+        rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+        names = [row["schedule"] for row in rows]
+        assert names[:2] == ["1f1b", "1f1b"]
+        assert all(name.startswith("auto from ") for name in names[2:])
+    assert all(len(row["disturbed"]["seconds"]) == 4 for row in rows)
+    assert "fastest on average  " in out
+
+
+def test_all_stands_for_the_named_schedules_and_auto_may_be_added(vp_simulate, quick_search):
+    _, out, _ = vp_simulate("--compare", "all,auto,1f1b", *UNIT)
+    assert f"of {len(GENERATORS) + 1} simulated" in out
+    _, out, _ = vp_simulate("--compare", "all", *UNIT)
+    assert f"of {len(GENERATORS)} simulated" in out
+    assert "searching" not in out
 
 
 def test_a_schedule_from_a_file_is_called_what_it_is(vp_simulate, tmp_path):

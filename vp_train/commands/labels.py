@@ -14,6 +14,7 @@ Point = tuple[float, float]
 _APART = 2.0  # pixels between a label and what it must not cover
 _NEAR = 16.0  # a label closer to its mark than this needs no leader line
 _RING, _DIRECTIONS = 12, 16  # pixels from a circle of places to the next, and places on each
+_DOUBTFUL = 40.0  # what a place costs, in pixels of distance, that is as near to another mark
 _CROSSING = 1e4  # what a leader line costs that crosses a curve, in pixels of distance
 
 
@@ -60,6 +61,11 @@ class Box:
             min(max(point[0], self.left), self.right),
             min(max(point[1], self.bottom), self.top),
         )
+
+    @property
+    def middle(self) -> Point:
+        """The centre of the rectangle."""
+        return (self.left + self.right) / 2, (self.bottom + self.top) / 2
 
     def is_crossed(self, start: Point, end: Point) -> bool:
         """Return whether the straight line from `start` to `end` enters the rectangle."""
@@ -128,6 +134,7 @@ class Ground:
             end = box.nearest(at)
             is_far = wish.own is not None and math.dist(end, wish.own.nearest(end)) > _NEAR
             place = Place(box, (at, end) if is_far else None)
+            cost += _DOUBTFUL * self._is_doubtful(place, wish.own)
             crossed = self._crossed(place, wish.own)
             if crossed is not None and cost + _CROSSING * crossed < least:
                 best, least = place, cost + _CROSSING * crossed
@@ -150,6 +157,16 @@ class Ground:
         taken = (*self.marks, *self.curves, *self.grid, *(place.box for place in self.placed))
         return not any(wide.overlaps(other) for other in taken)
 
+    def _is_doubtful(self, place: Place, own: Box | None) -> bool:
+        """Return whether a label without a leader line may be taken for that of another mark."""
+        if own is None or place.leader is not None:
+            return False
+        distances = {
+            mark: math.dist(place.box.nearest(mark.middle), mark.middle)
+            for mark in (own, *self.marks)
+        }
+        return any(distances[mark] < 1.6 * distances[own] for mark in distances if mark != own)
+
     def _crossed(self, place: Place, own: Box | None) -> int | None:
         """Return how often a leader line and something else cross; None if it may not.
 
@@ -162,7 +179,9 @@ class Ground:
             marks = [box for box in self.marks if box != own]
             solid = [*marks, *(other.box for other in self.placed)]
             bad += sum(box.is_crossed(*place.leader) for box in solid)
-            thin = [*self.curves, *(Box.around(line, 1.0) for line in leaders)]
+            # A mark may lie on a curve, which its leader line then leaves and does not cross.
+            curves = [box for box in self.curves if own is None or not box.overlaps(own)]
+            thin = [*curves, *(Box.around(line, 1.0) for line in leaders)]
             crossed = sum(box.is_crossed(*place.leader) for box in thin)
         return None if bad and self.is_strict else bad + crossed
 

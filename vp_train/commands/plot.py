@@ -345,7 +345,7 @@ def _panels(figure: Figure, ranges: Sequence[tuple[float, float]]) -> list[Axes]
     panels = [figure.add_subplot(grid[0])]
     panels += [figure.add_subplot(grid[k], sharex=panels[0]) for k in range(1, len(limits))]
     height = sum(top - bottom for bottom, top in limits)
-    _, tick, *_ = MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(0, height)
+    _, tick, *_ = MaxNLocator(14, steps=[1, 2, 5, 10]).tick_values(0, height)
     for number, (axes, (bottom, top)) in enumerate(zip(panels, limits, strict=True)):
         axes.set_ylim(bottom, top)
         is_first, is_last = number == 0, number == len(panels) - 1
