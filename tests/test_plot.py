@@ -292,3 +292,17 @@ def test_a_label_without_a_free_place_gets_none_and_a_far_one_gets_a_leader_line
     assert far.leader is not None
     assert far.leader[0] == (50.0, 50.0)
     assert not any(far.box.overlaps(wall) for wall in walls)
+
+
+def test_a_label_that_could_be_taken_for_that_of_another_mark_gets_a_leader_line():
+    own, other = (Box.around([(100.0, y)], 5) for y in (100.0, 128.0))
+    walls = [Box(60, 88, 94, 112), Box(106, 88, 140, 112), Box(90, 60, 110, 93)]
+    wish = Wish(((100.0, 100.0),), 20, 8, own, farthest=80)
+    places = [
+        Ground(Box(0, 0, 200, 200), marks, walls).place(wish) for marks in ([own], [own, other])
+    ]
+    leaders = [None if place is None else place.leader for place in places]
+    assert places[0] is not None
+    assert places[0].box.bottom > own.top, "above its mark"
+    assert leaders[0] is None
+    assert leaders[1] is not None
