@@ -243,8 +243,27 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
         assert larger_batch_of(small, report) == (larger if fits else None), "it leaves the margin"
     assert larger.is_planned
     solved = replace(config, schedule=replace(config.schedule, name="auto"))
-    assert helps_of(solved, report) == []
     assert larger_batch_of(solved, report) is None
+
+
+@pytest.mark.parametrize(
+    ("cap", "part"), [("schedule.cap_microbatches=2", 2.0), ("schedule.cap_gib=30", 0.98)]
+)
+def test_another_cap_helps_an_order_that_leaves_memory_or_needs_too_much(quick_search, cap, part):
+    """It is what each rank has beside its state, and what is left free by every proposal."""
+    words = [*GPT, "schedule=auto", "parallel.pp=4", "num_microbatches=32", cap]
+    report = make_report(load_config(words))
+    gib = part * report.ranks[report.worst].memory.total / 2**30
+    words.append(f"cluster.memory_gib={gib}")
+    config = load_config(words)
+    (found,) = helps_of(config, make_report(config))
+    better = load_config([*words, *found.overrides.split()])
+    again = make_report(better)
+    memory = again.ranks[again.worst].memory.total
+    assert (again.step_seconds, memory) == (found.seconds, found.memory)
+    assert memory <= 0.95 * gib * 2**30
+    assert part < 1 or again.step_seconds < 0.99 * report.step_seconds
+    assert helps_of(better, again) == []
 
 
 def test_what_lets_a_plan_fit_without_host_memory_comes_before_what_needs_it():

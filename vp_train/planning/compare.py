@@ -18,7 +18,7 @@ from vp_train.config import ClusterConfig, ConfigError, OptimConfig, RunConfig
 from vp_train.planning.choice import Choice, as_typed, choice_of, optimizers_of, unsearched
 from vp_train.planning.cluster import limit_of, with_margin
 from vp_train.planning.degrees import Degrees, split_ranks
-from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate
+from vp_train.planning.found import MARGIN_OF_OFFLOADING, Estimate, rounded_down
 from vp_train.planning.fsdp import (
     ON_GPUS,
     ON_HOSTS,
@@ -363,12 +363,15 @@ def helps_of(
     and optimizers are tried by short steps, and the best are planned unless their step is long.
     What gains less than 1 % does not count, nor what leaves less memory free than a search.  What
     lets a plan fit that has nothing in host memory comes first without that, and with it only if it
-    is faster then.  There is none for a schedule from a file or from schedule=auto.
+    is faster then.  Of schedule=auto only the cap changes, see `_other_cap`, and nothing of a
+    schedule from a file.
 
     choices: those of `space_of`.
     shared: that of `shared_of`, with what other searches know of `config`.
     """
-    if config.schedule.is_solved or config.schedule.file is not None:
+    if config.schedule.is_solved:
+        return _other_cap(config, report, progress)
+    if config.schedule.file is not None:
         return []
     config = proposing(with_degrees(config, report.degrees))
     now = choice_of(config, report.degrees)
@@ -433,6 +436,35 @@ def helps_of(
         look_around(hosts=False)
     look_around(hosts=True)
     return found
+
+
+def _other_cap(
+    config: RunConfig, report: PlanReport, progress: Callable[[str], object]
+) -> list[Help]:
+    """Return the cap with which schedule=auto uses the memory that its plan leaves, if that helps.
+
+    It is lower where the plan does not fit.  Where ranks hardly wait no order is faster, so none is
+    searched for.
+    """
+    lean = proposing(config)
+    room, kept = report.room(limit_of(lean.cluster)), report.most_kept
+    waiting = 1 - report.ranks[report.busiest].busy / report.step_seconds
+    if room <= 0 or (report.fits and (room <= kept or waiting < AS_FAST)):
+        return []
+    cap, typed = rounded_down(room / 2**30), config.schedule.cap_gib
+    if report.fits and typed is not None and typed >= cap:
+        return []
+    progress(f"searching for an order with schedule.cap_gib={cap:g}")
+    with suppress(ConfigError):
+        capped = replace(config.schedule, cap_gib=cap, cap_microbatches=None)
+        found = Outlook.of(make_report(replace(lean, schedule=capped)))
+        is_better = found.seconds < (1 - AS_FAST) * report.step_seconds or not report.fits
+        if found.fits and is_better:
+            words = f"schedule.cap_gib={cap:g}"
+            if config.schedule.cap_microbatches is not None:
+                words += " schedule.cap_microbatches=null"
+            return [_help_of(words, found)]
+    return []
 
 
 def report_as_typed(

@@ -148,6 +148,21 @@ class PlanReport:
         return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].memory.total)
 
     @property
+    def most_kept(self) -> float:
+        """The most bytes of activations and held shards on a rank, which a cap limits."""
+        return max(rank.memory.activations + rank.memory.vocabulary for rank in self.ranks)
+
+    def room(self, limit: float) -> float:
+        """Return what a rank may keep of these, so that each needs at most `limit` bytes.
+
+        Every rank has the same cap, so the one with most state says what it is.
+        """
+        return limit - max(
+            rank.memory.total - rank.memory.activations - rank.memory.vocabulary
+            for rank in self.ranks
+        )
+
+    @property
     def busiest(self) -> int:
         return max(range(len(self.ranks)), key=lambda rank: self.ranks[rank].busy)
 

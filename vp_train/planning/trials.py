@@ -305,15 +305,11 @@ class Trials:
     def caps_of(self, planned: Estimate) -> tuple[float, ...]:
         """Return the caps in GiB to try for an order of a planned step, the highest first.
 
-        Every rank has the same cap, so the one with most state says what it is.  Empty if there is
-        no room.
+        Empty if there is no room.
         """
         report = planned.report
         assert report is not None, "it was planned"
-        room = self._scales.limit - max(
-            rank.memory.total - rank.memory.activations - rank.memory.vocabulary
-            for rank in report.ranks
-        )
+        room = report.room(self._scales.limit)
         parts = (1.0, 1.0 - _LOWER_CAP) if room > 0 else ()
         return tuple(rounded_down(part * room / 2**30) for part in parts)
 
