@@ -62,6 +62,7 @@ _TIGHTENED = 20_000  # passes to move in search of a steady state, over those of
 _STEADY = 12  # steady states to start from, at most
 _TIGHT = 4  # of them without a bubble
 _SLOWER = 1.03  # times the shortest period: with a longer one there is no start
+_FAR = 0.5  # the gap to the lower bound above which groups of microbatches take part
 _SMALLER_GROUPS = 4  # sizes to try, see `_in_groups`
 _BEYOND = 1  # stages by which a block may exceed the cap
 _BLOCKS = 12  # V-shaped blocks to make them of
@@ -178,8 +179,11 @@ def solve(
         # No short step that was found has a steady state, so the whole ones are searched.
         entries = [_Entry.of(entry.option, caps, shared, short=False) for entry in entries]
         whole, _ = _race(entries, whole, watched)
+    fastest = min((f.refined.makespan for f in whole if f.refined.excess == 0), default=math.inf)
+    if fastest > min(entry.enough(_FAR) for entry in entries):
+        whole += _in_groups(entries, watched)
     if is_long and not any(found.refined.excess == 0 for found in whole):
-        whole += [*_in_groups(entries), _leanest(entries)]
+        whole.append(_leanest(entries))
     best = min(whole, key=_quality)
     entry, refined = best.entry, best.refined
     if refined.excess > 0:
@@ -206,17 +210,20 @@ def _race(
     All are orders of whole steps. `entries` come in the order of their bounds.
     """
     whole, starts, drafts = [*known], list[_Found](), list[_Found]()
+    ended = list[_Found]()  # starts that fit and need no search, since they are as fast as bounds
+    skipped = list[_Entry]()
 
     def can_win(entry: _Entry) -> bool:
         """Return whether schedules of `entry` can be faster than all found so far."""
         enough = entry.enough(_ENOUGH if entry.is_long else 0.0)
         return not any(
             found.refined.excess == 0 and found.refined.makespan <= enough
-            for found in (*whole, *starts, *drafts)
+            for found in (*whole, *starts, *ended, *drafts)
         )
 
     for entry in entries:
         if (whole or drafts) and (watched.is_stopped or not can_win(entry)):
+            skipped.append(entry)
             continue
         if entry.is_long:
             drafts.append(entry.draft(watched))
@@ -230,12 +237,15 @@ def _race(
     for survivors, effort in _ROUNDS:
         starts = sorted(starts, key=_quality)[:survivors]
         if survivors == 1 and any(start.is_worth_its_length for start in starts):
+            starts += sorted(ended, key=_quality)[:1]
             return whole + [f for start in starts if (f := start.whole()) is not None], False
+        ended += [s for s in starts if s.refined.excess == 0 and not can_win(s.entry)]
         starts = [
             start.search(effort, watched)
             for start in starts
             if not (watched.is_stopped or start.entry.is_large) and can_win(start.entry)
         ] or starts
+    starts = sorted((*starts, *ended), key=_quality)
     if drafts:  # any start that fits will do
         starts = [s for s in (*starts, *pool) if s.refined.excess == 0]
     extended = (start.whole() for start in starts)
@@ -243,6 +253,10 @@ def _race(
     whole += [] if first is None else [first]
     fastest = min((f.refined.makespan for f in whole if f.refined.excess == 0), default=math.inf)
     whole += _named(drafts, fastest, watched)
+    # A whole step may be slower than the short one promised that ruled these out.
+    for entry in () if watched.is_stopped else skipped:
+        if not entry.is_long and entry.enough(_UNREFINED) < fastest:
+            whole += [_Found(refined, entry) for refined in entry.named(watched)]
     return whole, first is not None or not starts
 
 
@@ -283,8 +297,8 @@ def _searched(drafts: Sequence[_Found], watched: _Watched) -> list[_Found]:
     return [found.refine(watched) for found in promising[:_DRAFTS] if not watched.is_stopped]
 
 
-def _in_groups(entries: Sequence[_Entry]) -> list[_Found]:
-    """Return orders of one stage per rank in groups of as many microbatches as the caps allow.
+def _in_groups(entries: Sequence[_Entry], watched: _Watched) -> list[_Found]:
+    """Return orders in groups of as many microbatches as the caps allow.
 
     Every group runs forward, then backward, which takes far less time than one microbatch after the
     other. Where the vocabulary passes keep more than expected, the groups are smaller.
@@ -292,7 +306,7 @@ def _in_groups(entries: Sequence[_Entry]) -> list[_Found]:
     found, seen = list[_Found](), set[Problem]()
     for entry in entries:
         problem, network = entry.option.problem, entry.network
-        if problem in seen or problem.layout.num_chunks > 1 or problem.split_backward:
+        if problem in seen:
             continue
         seen.add(problem)
         keeps = [0.0] * network.num_ranks
@@ -305,7 +319,11 @@ def _in_groups(entries: Sequence[_Entry]) -> list[_Found]:
         )
         for size in range(most, max(0, most - _SMALLER_GROUPS), -1):
             orders = weave(gpipe(problem, size), problem, network, PREFERENCES[0])
-            found.append(_Found(judge(network, orders, entry.caps), entry))
+            refined = judge(network, orders, entry.caps)
+            if not entry.is_long and refined.excess == 0:
+                effort, goes_on = max(4 * _nodes(network), _FIRST), watched.of(entry.option)
+                refined = refine(network, orders, entry.caps, effort, goes_on)
+            found.append(_Found(refined, entry))
             if found[-1].refined.excess == 0:
                 break
     return found

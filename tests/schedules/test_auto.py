@@ -21,6 +21,7 @@ from schedules.generators.auto import CapError, Option, SoFar, solve
 from schedules.generators.refine import judge
 from schedules.ir import Kind
 from schedules.lower import lower
+from schedules.network import Network
 from schedules.problem import Problem
 from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
@@ -317,3 +318,78 @@ def test_the_named_schedules_take_part_as_they_are(monkeypatch):
     solution = solve(options, [100.0] * 4)
     found = simulate(solution.schedule, solution.option.problem, solution.option.cost).makespan
     assert found <= min(named) * CLOSE
+
+
+def v_shapes_with_unequal_stages(m, names):
+    """Return options on 4 ranks whose search ends at the bound of the V, above that of the loop."""
+    random, found = Random(579409818), []
+    times = tuple(0.5 * random.uniform(1.0, 1.6) for _ in range(8))
+    kept = tuple(0.5 * random.uniform(1.0, 3.0) for _ in range(8))
+    for name in names:
+        family = GENERATORS[name]
+        layout, algorithm = family.layout_of(4, 2), VOCAB_ALGORITHMS["none"]
+        head = tuple(0.8 * (rank == layout.rank_of(7)) for rank in range(4))
+        seconds = dict.fromkeys((Kind.F, Kind.I, Kind.W), times)
+        seconds |= {Kind.B: tuple(2 * value for value in times), Kind.S: head, Kind.T: head}
+        cost = CostModel(
+            seconds,
+            stage_bytes=kept,
+            shard_bytes=(0.0,) * 4,
+            weight_bytes=tuple(0.3 * value for value in kept),
+        )
+        found.append(Option(name, Problem(layout, m, algorithm, family.split_backward), cost))
+    return found
+
+
+def test_a_start_at_its_bound_is_not_lost_where_others_have_a_lower_bound():
+    """ZB-V reaches its bound. Interleaved, which has a lower one, is searched on, but fits badly.
+
+    V-Min is not looked at, as its bound is the same, though it fits as it is.
+    """
+    options = v_shapes_with_unequal_stages(24, ("interleaved", "zb_v", "v_min"))
+    v_min = options[-1]
+    named = simulate(generate("v_min", v_min.problem, v_min.cost), v_min.problem, v_min.cost)
+    caps = (1.001 * max(named.peak_bytes),) * 4
+    timeline = timeline_of(solve(options, caps))
+    assert all(kept <= caps[0] * CLOSE for kept in timeline.peak_bytes)
+    assert timeline.makespan <= named.makespan * CLOSE
+    loop, v, _ = (step_bound(o.problem, o.cost, caps).seconds for o in options)
+    assert loop < v <= timeline.makespan * CLOSE
+
+
+def test_a_named_schedule_that_a_start_ruled_out_takes_part_where_that_comes_out_slower(
+    monkeypatch,
+):
+    """The start of ZB-V promises their bound, so V-Min is not looked at before."""
+
+    def slow(start):
+        network, caps = start.entry.network, start.entry.caps
+        one_by_one = [sorted(order, key=lambda k: k // network.size) for order in everything]
+        return replace(start, refined=judge(network, one_by_one, caps), ends=None)
+
+    options = v_shapes_with_unequal_stages(24, ("zb_v", "v_min"))
+    v_min = options[-1]
+    schedule = generate("v_min", v_min.problem, v_min.cost)
+    everything = Network.of(v_min.problem, v_min.cost).orders(schedule)
+    named = simulate(schedule, v_min.problem, v_min.cost)
+    monkeypatch.setattr(auto._Found, "whole", slow)
+    found = timeline_of(solve(options, (1.001 * max(named.peak_bytes),) * 4))
+    assert found.makespan == pytest.approx(named.makespan)
+
+
+@pytest.mark.parametrize(
+    ("names", "p", "part", "most"),
+    [(("interleaved",), 6, 0.5, 1.25), (("v_min",), 4, 0.8, 1.5)],
+)
+def test_groups_use_memory_that_no_named_schedule_of_several_stages_is_content_with(
+    quick_search, names, p, part, most
+):
+    """Without them one microbatch would come after the other, and take 3.5 and 2.1 times."""
+    options = options_of(p, 5 * p, ("none",), names=names)
+    named = [simulate(generate(o.name, o.problem, o.cost), o.problem, o.cost) for o in options]
+    cap = part * min(max(timeline.peak_bytes) for timeline in named)
+    solution = solve(options, [cap] * p)
+    check_schedule(solution.schedule, solution.option.problem)
+    timeline = timeline_of(solution)
+    assert max(timeline.peak_bytes) <= cap * CLOSE
+    assert timeline.makespan <= most * solution.bound.seconds
