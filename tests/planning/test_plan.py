@@ -13,6 +13,7 @@ from schedules.torch_csv import to_csv
 from schedules.vocab import VOCAB_ALGORITHMS, End
 from tests.pipeline.equivalence import config_of
 from vp_train.config import (
+    ClusterConfig,
     ConfigError,
     CostConfig,
     ParallelConfig,
@@ -22,7 +23,7 @@ from vp_train.config import (
     VocabConfig,
 )
 from vp_train.model import shape
-from vp_train.planning.cluster import assumed_costs
+from vp_train.planning.cluster import assumed_costs, tied_on_two_ranks, tied_seconds
 from vp_train.planning.estimate import _FLOAT8_SPEED
 from vp_train.planning.memory import step_peak
 from vp_train.planning.placement import redistribute, split_layers
@@ -178,6 +179,28 @@ def test_without_a_cap_1f1b_takes_part_whatever_stage_keeps_most(quick_search, v
     assert len(set(named.cost.stage_bytes)) > 1
     assert max(named.timeline.peak_bytes) <= plan.caps[0] * (1 + 1e-9)
     assert plan.timeline.makespan <= named.timeline.makespan * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("vocab", ["none", "auto"])
+def test_a_searched_step_counts_what_two_ranks_take_to_sum_a_tied_matrix(quick_search, vocab):
+    """The passes are faster with two copies, as rank 0 is slow, and over a slow link one is."""
+    config = solved(2, 6, vocab=vocab)
+    config = replace(
+        config,
+        model=replace(config.model, tied_embeddings=True),
+        run=replace(config.run, device="cuda"),
+        cost=CostConfig(hop_seconds=0.0, hop_bytes_per_second=1e15, rank_slowness=(3.0, 1.0)),
+    )
+
+    def step_on(bytes_per_second):
+        cluster = ClusterConfig(gpus_per_node=2, node_bytes_per_second=bytes_per_second)
+        return plan_step(replace(config, cluster=cluster), 2), cluster
+
+    (fast, _), (slow, link) = step_on(1e15), step_on(1e3)
+    assert tied_on_two_ranks(fast.problem, fast.work.model)
+    assert not tied_on_two_ranks(slow.problem, slow.work.model)
+    summed = tied_seconds(slow.work, link, config.optim, fast.problem)
+    assert 0 < slow.timeline.makespan - fast.timeline.makespan < summed
 
 
 def test_without_a_cap_a_search_never_refuses(quick_search, monkeypatch):

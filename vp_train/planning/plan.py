@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from vp_train.config import (
 )
 from vp_train.config.errors import unknown
 from vp_train.durable import UnreadableError, read_text
-from vp_train.planning.cluster import assumed_costs
+from vp_train.planning.cluster import assumed_costs, tied_seconds
 from vp_train.planning.degrees import Degrees, split_ranks
 from vp_train.planning.estimate import estimate_cost
 from vp_train.planning.placement import (
@@ -591,10 +592,10 @@ def _solved(config: RunConfig, num_ranks: int, watch: Watch | None) -> StepPlan:
     names = searched_algorithms() if config.vocab.algorithm == "auto" else (config.vocab.algorithm,)
     drafts = searched_drafts(config, num_ranks, names)
     num_ranks = drafts[0][1].work.degrees.pp
-    options, cost = [option for option, _ in drafts], drafts[0][1].cost
+    cost = drafts[0][1].cost
     caps = (_cap_bytes(settings, drafts[0][1]),) * num_ranks
     try:
-        solution = solve(options, caps, watch)
+        return _fastest_with_tied(config, drafts, caps, watch)
     except BaseOrderError as error:
         raise ConfigError(str(error)) from None
     except CapError as error:
@@ -607,11 +608,38 @@ def _solved(config: RunConfig, num_ranks: int, watch: Watch | None) -> StepPlan:
         if settings.cap_gib is not None or settings.cap_microbatches is not None:
             raise ConfigError(_cap_words(error, config, cost.microbatch_bytes(num_ranks))) from None
         # Nobody asked for this cap.  Use the lowest peak that the search reached instead.
-        caps = (error.reached,) * num_ranks
-        solution = solve(options, caps, watch)
-    return next(step for option, step in drafts if option is solution.option).with_schedule(
-        solution.schedule, caps
-    )
+        return _fastest_with_tied(config, drafts, (error.reached,) * num_ranks, watch)
+
+
+def _fastest_with_tied(
+    config: RunConfig,
+    drafts: Sequence[tuple[Option, Draft]],
+    caps: tuple[float, ...],
+    watch: Watch | None,
+) -> StepPlan:
+    """Return the step of the fastest schedule found, counting what a tied matrix takes after it.
+
+    Where two ranks sum the gradient of their copies, steps that have one copy are searched too.
+    Raises CapError and BaseOrderError like `solve`.
+    """
+
+    def found(among: Sequence[tuple[Option, Draft]]) -> tuple[StepPlan, bool]:
+        solution = solve([option for option, _ in among], caps, watch)
+        step = next(step for option, step in among if option is solution.option)
+        return step.with_schedule(solution.schedule, caps), solution.is_stopped
+
+    def tied(step: Draft | StepPlan) -> float:
+        """Return the seconds of that sum, which on a CPU are not known."""
+        work, problem = step.work, step.problem
+        return tied_seconds(work, config.cluster, config.optim, problem) if work.on_cuda else 0.0
+
+    best, is_stopped = found(drafts)
+    others = [(option, step) for option, step in drafts if tied(step) < tied(best)]
+    if others and not is_stopped:
+        with suppress(CapError):
+            other, _ = found(others)
+            best = min(best, other, key=lambda step: step.timeline.makespan + tied(step))
+    return best
 
 
 def _searched_layout(name: str, num_ranks: int, num_chunks: int | None) -> Layout:
