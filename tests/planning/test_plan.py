@@ -155,13 +155,9 @@ def test_a_searched_plan_keeps_its_cap_and_is_never_slower_than_a_named_one_that
     quick_search, cap
 ):
     plan = make_plan(solved(cap_microbatches=cap), 3)
-    stages = [plan.problem.layout.stages_of(rank) for rank in range(3)]
-    fullest = max(sum(plan.cost.stage_bytes[stage] for stage in own) for own in stages)
-    most = (
-        4 * fullest + 2 * max(plan.cost.shard_bytes)
-        if cap is None
-        else cap * microbatch_bytes(plan)
-    )
+    named = plan_step(replace(solved(), schedule=ScheduleConfig("1f1b")), 3).cost
+    fullest = max((4 - rank) * named.stage_bytes[rank] for rank in range(3))
+    most = fullest + 2 * max(plan.cost.shard_bytes) if cap is None else cap * microbatch_bytes(plan)
     assert plan.caps == (pytest.approx(most),) * 3
     assert max(plan.timeline.peak_bytes) <= most * (1 + 1e-9)
     assert plan == make_plan(solved(cap_microbatches=cap), 3)
@@ -201,6 +197,17 @@ def test_a_searched_step_counts_what_two_ranks_take_to_sum_a_tied_matrix(quick_s
     assert not tied_on_two_ranks(slow.problem, slow.work.model)
     summed = tied_seconds(slow.work, link, config.optim, fast.problem)
     assert 0 < slow.timeline.makespan - fast.timeline.makespan < summed
+
+
+def test_without_a_cap_it_is_what_1f1b_keeps_on_the_rank_with_most(quick_search):
+    """The last rank has most layers, and fewer microbatches in flight than the first."""
+    config = config_of(4, 12, 400, vocab=VocabConfig("one_barrier"), num_stages=8)
+    uneven = replace(config.parallel, layers_per_stage=(1, 1, 1, 5))
+    config = replace(config, parallel=uneven, micro_batch_size=2)
+    named = plan_step(replace(config, schedule=ScheduleConfig("1f1b")), 4)
+    plan = plan_step(replace(config, schedule=ScheduleConfig("auto")), 4)
+    most = max(named.timeline.peak_bytes)
+    assert most <= plan.caps[0] <= most + 2 * max(named.cost.shard_bytes)
 
 
 def test_without_a_cap_a_search_never_refuses(quick_search, monkeypatch):

@@ -205,8 +205,8 @@ def test_a_search_has_the_cap_that_is_set_or_what_1f1b_keeps_on_its_fullest_rank
     )
     ((cost, found),) = seen
     one = cost.microbatch_bytes(2)
-    fullest = max(cost.stage_bytes)  # of the first stage, which also keeps what is embedded
-    expected = 3 * fullest + 2 * max(cost.shard_bytes) if caps is None else caps
+    fullest = max(3 * cost.stage_bytes[0], 2 * cost.stage_bytes[1])
+    expected = fullest + 2 * max(cost.shard_bytes) if caps is None else caps
     if "cap_microbatches" in schedule:
         expected = 1.5 * one
     assert found == (pytest.approx(expected),) * 2

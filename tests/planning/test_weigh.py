@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from operator import add
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from vp_train.planning.peaks import Peak, at_peak, peaks_of
 from vp_train.planning.plan import draft_step
 from vp_train.planning.report import optimizer_seconds
 from vp_train.planning.short import short_step
+from vp_train.planning.space import space_of
 from vp_train.planning.weigh import (
     LEANEST,
     STATE,
@@ -330,6 +332,25 @@ def ranks_of(step):
     return [
         [step.layers[stage] for stage in layout.stages_of(rank)] for rank in range(layout.num_ranks)
     ]
+
+
+def test_a_draft_depends_on_no_other_draft():
+    """The order of one microbatch is kept where costs do not change it, and only there."""
+    words = ["model=nano", "cluster=h100_80g_node", "num_microbatches=8", "cluster.num_nodes=1"]
+    config = load_config([*words, "run.device=cuda"])
+    choices = [one for one in space_of(config).choices if one.degrees.dp > 1][::5]
+
+    def drafts(order):
+        scales, found = Scales(config, math.inf), {}
+        for choice in order:
+            with suppress(ConfigError):
+                found[choice] = scales.draft(choice).seconds
+        return found
+
+    found = drafts(choices)
+    assert found == drafts(choices[::-1])
+    schedules = {choice.schedule for choice in found}
+    assert {GENERATORS[name].split_backward for name in schedules} == {False, True}
 
 
 @pytest.mark.parametrize("pp", [2, 4])

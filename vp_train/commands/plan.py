@@ -226,7 +226,7 @@ def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> dict[str,
         others = list[Alternative]()
         if config.cluster.num_gpus > 1:
             others.append(without_it(config, report, choices, shared))
-        if others and report.vocab == "none":
+        if others and not report.splits_vocabulary:
             comparing.work_on("searching with vocabulary parallelism")
             others.append(with_it(config, report, choices, shared))
         helps = helps_of(config, report, comparing.work_on, choices, shared)

@@ -106,8 +106,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
             "other schedules, or vp-plan --search"
         )
     num_shards = report.degrees.pp * report.degrees.tp
-    splits = report.vocab != "none" and report.degrees.pp > 1
-    if splits and config.model.vocab_size < num_shards:
+    if report.splits_vocabulary and config.model.vocab_size < num_shards:
         lines.append(
             f"advice    vocab.algorithm=none: a vocabulary of {config.model.vocab_size} is too "
             f"small to split over {num_shards} ranks"
@@ -242,7 +241,7 @@ def alternative_lines(report: PlanReport, other: Alternative) -> list[str]:
         words += " on this split"
     elif here is None:
         words += "; this split does not fit" * bool(other.reason)
-    elif before is None or report.vocab != "none" or is_faster(here.seconds, before):
+    elif before is None or report.splits_vocabulary or is_faster(here.seconds, before):
         words += f"; this split {step_words(here, before)}"
     return [f"{words}: {best.overrides}"]
 

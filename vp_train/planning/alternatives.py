@@ -93,9 +93,9 @@ def without_it(
 
     On the split of the plan all but schedule, chunks and placement is as the plan is, see
     `without_vocabulary`.  On any split the micro-batch size, recomputation of all stages and
-    sequence parallelism are free too, and `zero1` may shard the optimizer; only what a plan keeps
-    on hosts may be there.  Ways of the own split have the memory of `for_another_plan`, others that
-    of a proposal.
+    sequence parallelism are free too, and `zero1` may shard the optimizer.  Only what a plan keeps
+    on hosts may be there, but where nothing fits so, any optimizer.  Ways of the own split have the
+    memory of `for_another_plan`, others that of a proposal.
 
     choices: those of `space_of`.
     shared: what other searches know that have the memory of a proposal, see `shared_of`.
@@ -110,7 +110,7 @@ def without_it(
     here = None if result is None else result.without_vocabulary
     below = math.inf if here is None else here.counted
     known = [] if here is None else [_estimated(config, here)]
-    if report.vocab == "none" and report.fits:
+    if not report.splits_vocabulary and report.fits:
         below = min(below, report.step_seconds)
         known.append(_itself(config, report))
     found = [one for one in _like(config, choices) if not one.splits_vocabulary]
@@ -118,6 +118,8 @@ def without_it(
     optimizers = _optimizers(config)
     rounds = [(_EFFORT, (same, optimizers)), (_EFFORT_OF_OTHERS, (others, optimizers))]
     other = _best(config, rounds, below, shared)
+    if other is None and not known:
+        other = _best(config, [(_EFFORT, (found, None))], below, shared)
     return Alternative(
         splits_vocabulary=False,
         best=_fastest(known if other is None else [*known, other]),
@@ -145,7 +147,10 @@ def with_it(
         if replace(one, vocab=own.vocab, placement=own.placement, balance=own.balance) == own
     ]
     rounds = [(_EFFORT, (same, (config.optim,))), (_EFFORT, (found, _optimizers(config)))]
-    return Alternative(splits_vocabulary=True, best=_best(config, rounds, math.inf, shared))
+    best = _best(config, rounds, math.inf, shared)
+    if best is None:
+        best = _best(config, [(_EFFORT, (found, None))], math.inf, shared)
+    return Alternative(splits_vocabulary=True, best=best)
 
 
 def _like(config: RunConfig, choices: Sequence[Choice]) -> list[Choice]:

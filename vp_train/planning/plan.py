@@ -655,12 +655,13 @@ def _cap_bytes(settings: ScheduleConfig, step: Draft) -> float:
         return settings.cap_gib * 2**30
     if settings.cap_microbatches is not None:
         return settings.cap_microbatches * cost.microbatch_bytes(layout.num_ranks)
+    more = max(1, step.problem.algorithm.extra_in_flight)
     most = max(
-        sum(cost.stage_bytes[stage] for stage in layout.stages_of(rank))
+        (layout.num_ranks - (rank if layout.num_chunks == 1 else 0) + more)
+        * sum(cost.stage_bytes[stage] for stage in layout.stages_of(rank))
         for rank in range(layout.num_ranks)
     )
-    in_flight = layout.num_ranks + max(1, step.problem.algorithm.extra_in_flight)
-    return in_flight * most + 2 * max(cost.shard_bytes)
+    return most + 2 * max(cost.shard_bytes)
 
 
 def _cap_words(error: CapError, config: RunConfig, unit: float) -> str:

@@ -14,7 +14,7 @@ from schedules.generators.auto import Watch
 from schedules.ir import Kind
 from schedules.network import Network
 from schedules.simulate import timed
-from schedules.vocab import End
+from schedules.vocab import VOCAB_ALGORITHMS, End
 from vp_train.config import ClusterConfig, ConfigError, CostConfig, OptimConfig, RunConfig
 from vp_train.config.parallel import shortened
 from vp_train.planning.cluster import (
@@ -136,6 +136,11 @@ class PlanReport:
     @property
     def degrees(self) -> Degrees:
         return self.work.degrees
+
+    @property
+    def splits_vocabulary(self) -> bool:
+        """Whether several pipeline ranks own rows of the vocabulary."""
+        return self.degrees.pp > 1 and VOCAB_ALGORITHMS[self.vocab].sharded
 
     @property
     def limit(self) -> float:

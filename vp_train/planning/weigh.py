@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from schedules.bound import step_bound
+from schedules.cost import CostModel
 from schedules.generators import GENERATORS, generate
 from schedules.generators.auto import Watch
 from schedules.generators.weave import waits_for_weights
@@ -541,13 +542,17 @@ class Scales:
         """Return the timeline of one microbatch alone.
 
         Its forward and its backward run through all stages without a pause, about as those of the
-        first and of the last microbatch of a step do.  Costs hardly change the order of its passes,
-        so one is made for all of a schedule.
+        first and of the last microbatch of a step do.  Where the backward is whole, only T, E and G
+        may change places, so one order is made for all costs.
         """
-        one = replace(draft.problem, num_microbatches=1)
+        one, cost = replace(draft.problem, num_microbatches=1), draft.cost
+        if one.split_backward:
+            return simulate_order(generate(name, one, cost, effort=1), one, cost)
         if (name, one) not in self._orders_alone:
-            self._orders_alone[name, one] = generate(name, one, draft.cost, effort=1)
-        return simulate_order(self._orders_alone[name, one], one, draft.cost)
+            num_stages = one.layout.num_stages
+            same = CostModel({Kind.F: (1.0,) * num_stages, Kind.B: (2.0,) * num_stages})
+            self._orders_alone[name, one] = generate(name, one, same, effort=1)
+        return simulate_order(self._orders_alone[name, one], one, cost)
 
     def _bound_of(self, choice: Choice, drafted: Draft) -> float:
         """Return the lower bound of the passes, which several schedules share."""
