@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from vp_train.units import count_words
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -98,8 +96,8 @@ def split_rows(
     else:
         if len(sizes) != num_shards or min(sizes) < 0 or sum(sizes) != vocab_size:
             raise ValueError(
-                f"{count_words(len(sizes), 'shard')} with {count_words(sum(sizes), 'row')}; give "
-                f"{count_words(num_shards, 'size')} of at least 0 that add up to {vocab_size}"
+                f"{len(sizes)} shards with {sum(sizes)} rows; "
+                f"give {num_shards} sizes of at least 0 that add up to {vocab_size}"
             )
         bounds = [sum(sizes[:i]) for i in range(num_shards + 1)]
     return tuple(Shard(start, stop) for start, stop in pairwise(bounds))
