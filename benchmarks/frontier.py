@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from schedules.generators.auto import Option, Solution
 from schedules.generators.frontier import FrontierPoint, caps_of, frontier
 from schedules.simulate import simulate
 from schedules.vocab import VOCAB_ALGORITHMS
+from vp_train.commands.frontier import Reached, drawn
 from vp_train.commands.plot import Frontier, Marker, frontier_figure
 
 HEAD = 2.4  # layers that the output layer costs
@@ -81,27 +82,25 @@ def curve(
     return rows, [row(vocab, point) for point in known]
 
 
+def read(table: Mapping[str, Any]) -> tuple[list[Frontier], list[Marker]]:
+    """Return the lines and marks of a result, in microbatches of a rank's layers."""
+
+    def reached(rows: Sequence[Mapping[str, Any]], kept: str) -> dict[str, list[Reached]]:
+        points: dict[str, list[Reached]] = {row["vocab"]: [] for row in rows}
+        for row in rows:
+            points[row["vocab"]].append(
+                Reached(row["schedule"], row[kept], row["bubble_pct"] / 100, row["makespan"])
+            )
+        return points
+
+    return drawn(reached(table["frontier"], "cap"), reached(table["named"], "peak_microbatches"))
+
+
 def draw(table: Mapping[str, Any], path: Path) -> None:
     """Draw the rows of a result."""
-    names = dict.fromkeys(row["vocab"] for row in table["frontier"])
-    lines = [
-        Frontier(
-            vocab,
-            [
-                (row["cap"], row["bubble_pct"] / 100)
-                for row in table["frontier"]
-                if row["vocab"] == vocab
-            ],
-        )
-        for vocab in names
-    ]
-    marks = [
-        Marker(row["schedule"], row["vocab"], row["bubble_pct"] / 100, row["peak_microbatches"])
-        for row in table["named"]
-    ]
     sizes = f"{table['ranks']} ranks, {table['microbatches']} microbatches"
     title = f"{sizes}: bubble against memory, simulated"
-    frontier_figure(lines, marks, title, unit=1.0).savefig(path)
+    frontier_figure(*read(table), title, unit=1.0).savefig(path)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from schedules.ir import Kind, Schedule
 from schedules.lower import lower
 from schedules.replay import RUNTIMES, Hops, Runtime, replay
 from schedules.vocab import searched_algorithms
-from vp_train.commands.frontier import Curve, drawn
+from vp_train.commands.frontier import Reached, drawn
 from vp_train.commands.simulate import (
     Outcome,
     Refusal,
@@ -584,8 +584,8 @@ def test_the_faster_one_of_two_schedules_is_the_lower_one_of_a_picture(slower):
         for name in ("1f1b", "zb_h1", "gpipe"):
             chosen = load_config([*UNIT[1:], *words, f"schedule={name}", f"vocab={vocab}"])
             named[vocab].append(_named_point(simulate_step(chosen)))
-    found = [Curve(vocab, tuple(points[1:2])) for vocab, points in named.items()]
-    lines, marks = drawn(found, named)
+    reached = {vocab: [*map(Reached.of, points)] for vocab, points in named.items()}
+    lines, marks = drawn({vocab: points[1:2] for vocab, points in reached.items()}, reached)
     assert [line.vocab for line in lines] == [*named]
     for line in lines:
         points, bubbles = named[line.vocab], [m.bubble for m in marks if m.vocab == line.vocab]

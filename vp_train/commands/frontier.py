@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 from schedules.generators.frontier import FrontierPoint, caps_of, frontier
 from schedules.render import duration
-from schedules.timeline import Timeline
 from vp_train.commands.plot import Frontier, Marker, frontier_figure, frontier_pictures
 from vp_train.commands.searching import Searching
 from vp_train.config import RunConfig
@@ -28,6 +26,32 @@ class Curve:
 
     vocab: str
     points: tuple[FrontierPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What a schedule takes: one point of a picture.
+
+    `kept` is the memory of the fullest rank or the cap on it, `bubble` the mean bubble as a
+    fraction, and `makespan` the time of the step, in any units that the points of a picture share.
+    """
+
+    schedule: str
+    kept: float
+    bubble: float
+    makespan: float
+
+    @classmethod
+    def of(cls, point: FrontierPoint) -> Reached:
+        """Return what a point of a search takes, in bytes and seconds."""
+        timeline = point.timeline
+        name = point.solution.schedule.name
+        return cls(name, point.cap, timeline.mean_bubble, timeline.makespan)
+
+    @property
+    def work(self) -> float:
+        """The time in which a rank computes, in the mean over the ranks."""
+        return (1 - self.bubble) * self.makespan
 
 
 # The named schedules of every algorithm, with what each keeps as its cap.
@@ -67,7 +91,7 @@ def _line(point: FrontierPoint) -> str:
     return (
         f"{human_bytes(point.cap):>10} {human_bytes(max(timeline.peak_bytes)):>10} "
         f"{timeline.mean_bubble:>7.1%} {timeline.gap or 0.0:>7.1%} "
-        f"{duration(timeline.makespan):>9}  {point.solution.option.name}"
+        f"{duration(timeline.makespan):>9}  {point.solution.schedule.name}"
     )
 
 
@@ -102,43 +126,42 @@ def write(
         ],
     }
     (directory / "frontier.json").write_text(json.dumps(table, indent=1) + "\n")
-    figure = frontier_figure(*drawn(found, named), heading)
+    lines, marks = drawn(
+        {curve.vocab: [*map(Reached.of, curve.points)] for curve in found},
+        {vocab: [*map(Reached.of, points)] for vocab, points in named.items()},
+    )
+    figure = frontier_figure(lines, marks, heading)
     return ["frontier.json", *frontier_pictures(figure, directory), *schedules]
 
 
-def drawn(found: Sequence[Curve], named: Named) -> tuple[list[Frontier], list[Marker]]:
-    """Return the lines and the marks of a picture.
+def drawn(
+    found: Mapping[str, Sequence[Reached]], named: Mapping[str, Sequence[Reached]]
+) -> tuple[list[Frontier], list[Marker]]:
+    """Return the lines and the marks of a picture, given the points of every algorithm.
 
     What a schedule computes beyond the leanest one of its algorithm, as with more or with split
-    passes, counts as bubble. So the faster one of two is always the lower one.
+    passes, counts as bubble.  So the faster one of two is always the lower one.
     """
-    least: dict[str, float] = {}
-    for vocab, points in (*named.items(), *((curve.vocab, curve.points) for curve in found)):
-        seconds = min((_work(point.timeline) for point in points), default=math.inf)
-        least[vocab] = min(seconds, least.get(vocab, math.inf))
+    least = {
+        vocab: min(point.work for point in (*found.get(vocab, ()), *named.get(vocab, ())))
+        for vocab in {**found, **named}
+        if found.get(vocab) or named.get(vocab)
+    }
     lines = [
-        Frontier(
-            curve.vocab, [(p.cap, _bubble(p.timeline, least[curve.vocab])) for p in curve.points]
-        )
-        for curve in found
+        Frontier(vocab, [(point.kept, _bubble(point, least[vocab])) for point in points])
+        for vocab, points in found.items()
     ]
     marks = [
-        Marker(p.solution.schedule.name, vocab, _bubble(p.timeline, least[vocab]), p.cap)
+        Marker(point.schedule, vocab, _bubble(point, least[vocab]), point.kept)
         for vocab, points in named.items()
-        for p in points
+        for point in points
     ]
     return lines, marks
 
 
-def _work(timeline: Timeline) -> float:
-    """Return the seconds of all passes of all ranks."""
-    return sum(timeline.busy(rank) for rank in range(timeline.num_ranks))
-
-
-def _bubble(timeline: Timeline, least: float) -> float:
-    """Return the part of the time of all ranks beyond `least` seconds of work; 0 for no time."""
-    whole = timeline.makespan * timeline.num_ranks
-    return 1 - least / whole if whole > 0 else 0.0
+def _bubble(point: Reached, least: float) -> float:
+    """Return the part of the time of all ranks beyond `least` of work each; 0 for no time."""
+    return 1 - least / point.makespan if point.makespan > 0 else 0.0
 
 
 def record(point: FrontierPoint) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ _MARKERS = "osD^vPX*"
 # The colours of Okabe and Ito that are dark enough for small marks on white.
 _INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARK = 6.5  # points: the size of a mark of a frontier
-_BEST = "least bubble found under every cap (schedule=auto)"
+_BEST = "least bubble known under every cap"
 _CLEAR = 0.025  # the part of a whole axis beside a cut that has no tick
 _EMPTY = 0.5  # the part of a whole axis that must be empty for a cut
 _INSIDE = 4.0  # pixels between labels and the edges of the axes
@@ -265,9 +265,10 @@ def frontier_figure(
     """Return a picture of the frontiers, with the named schedules `marks` as points.
 
     Every algorithm has a colour, its frontier a line of steps and its schedules marks of that
-    colour, with labels.  Memory is counted in GiB, or in microbatches of `unit` bytes if that is
-    given.  Where algorithms are far apart, the axis of bubbles has a cut, with one scale on both
-    sides.  Caps under which the best bubble is above those of all marks are not shown.
+    colour.  Each has its name where there is room.  Memory is counted in GiB, or in microbatches
+    of `unit` bytes if that is given.  Where algorithms are far apart, the axis of bubbles has a
+    cut, with one scale on both sides.  Caps under which the best bubble is above those of all
+    marks are not shown.
     """
     names = dict.fromkeys([line.vocab for line in frontiers] + [mark.vocab for mark in marks])
     inks = dict(zip(names, _INKS * 4, strict=False))
