@@ -546,9 +546,12 @@ def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(
     monkeypatch.setattr("vp_train.commands.frontier.MOST_CAPS", 3)
     small = ["parallel.pp=2", "model=nano", "num_microbatches=6"]
     words = ("--frontier", "--vocab", "one_barrier,none", "--compare", "1f1b,v_half")
-    code, *_ = vp_simulate(*words, "--out", tmp_path, *small)
+    code, out, _ = vp_simulate(*words, "--out", tmp_path, *small)
     assert code == 0
     table = json.loads((tmp_path / "frontier.json").read_text())
+    rows = out.partition("  from\n")[2].splitlines()
+    ends = [(vocab, p["found_as"]) for vocab, points in table["frontiers"].items() for p in points]
+    assert [(line.split()[0], line.rpartition("  ")[2]) for line in rows[: len(ends)]] == ends
     names = [(row["vocab"], row["schedule"]) for row in table["named"]]
     assert names == [
         ("one_barrier", "1f1b"),
