@@ -40,6 +40,8 @@ class Remedy:
     seconds: those of the step then, None if only a search says.
     host: the bytes that a node then needs of its memory.
     is_planned: whether the whole step was planned.
+    is_saved_exact: whether `saved` follows from the plan, also where the step then is estimated.
+    is_enough: whether the plan fits then; None where nothing was planned that says it.
     lacks: what it lacks to let the plan fit, in words; "" if nothing.
     memory: the bytes of the rank that needs most where they are said.
     """
@@ -51,16 +53,19 @@ class Remedy:
     host: float = 0.0
     is_planned: bool = True
     on_hosts: bool = False
+    is_saved_exact: bool = False
+    is_enough: bool | None = None
     lacks: str = ""
     memory: float | None = None
 
     @property
     def words(self) -> str:
         """The remedy in a line, with figures that were not planned whole behind `~`."""
-        mark, found = "" if self.is_planned else "~", list[str]()
+        mark, found = about_mark(self), list[str]()
         if self.saved is not None:
             where = " in host memory per node" if self.on_hosts else ""
-            found.append(f"{mark}{human_bytes(self.saved)} less{where}")
+            about = "" if self.is_saved_exact else mark
+            found.append(f"{about}{human_bytes(self.saved)} less{where}")
         if self.seconds is not None:
             step = "step " if found else ""
             found.append(f"{step}{mark}{duration(self.seconds)}")
@@ -82,7 +87,7 @@ class Remedy:
             "bytes": self.memory,
             "host_total_bytes": self.host,
             "planned": self.is_planned,
-            "enough": None if self.overrides is None else not self.lacks,
+            "enough": self.is_enough,
         }
 
 
@@ -130,7 +135,8 @@ def remedies(
                 host = then.host
             if host > max(config.cluster.host_limit, report.host.total):
                 continue
-            if changed == replace(config, optim=changed.optim):
+            is_exact = changed == replace(config, optim=changed.optim)
+            if is_exact:
                 saved = needed - report.memory_with(changed.optim)
             elif then is None:
                 saved = about_bytes(config) - about_bytes(changed)
@@ -138,9 +144,20 @@ def remedies(
                 saved = needed - then.memory
             if saved > 0.01 * needed:
                 lacks = _lack(saved, excess, report.excess)
-                seconds = None if then is None else then.seconds
-                is_planned = then is not None and then.is_planned
-                found.append(Remedy(words, words, saved, seconds, host, is_planned, lacks=lacks))
+                knows = then is not None or is_exact
+                has_room = host <= config.cluster.host_limit
+                remedy = Remedy(
+                    words,
+                    words,
+                    saved,
+                    None if then is None else then.seconds,
+                    host,
+                    is_planned=then is not None and then.is_planned,
+                    is_saved_exact=is_exact,
+                    is_enough=has_room and not lacks if knows or lacks else None,
+                    lacks=lacks,
+                )
+                found.append(remedy)
     found.sort(key=lambda one: (one.saved or 0.0, one.text), reverse=True)
     progress("planning longer pipelines")
     return [*found, _more_gpus(config, report.degrees)]
@@ -178,7 +195,7 @@ def host_words(num_bytes: float, mark: str = "") -> str:
     return f", {mark}{large_bytes(num_bytes)} host RAM of a node" if num_bytes else ""
 
 
-def about_mark(found: Help | Estimate) -> str:
+def about_mark(found: Help | Estimate | Outlook | Remedy) -> str:
     """Return the mark in front of what was estimated, "" where the whole step was planned."""
     return "" if found.is_planned else "~"
 
@@ -218,6 +235,7 @@ def _more_gpus(config: RunConfig, degrees: Degrees) -> Remedy:
                     seconds=found.seconds,
                     host=found.host,
                     is_planned=found.is_planned,
+                    is_enough=True,
                     memory=found.memory,
                 )
     fewer = " or a smaller parallel.dp" if degrees.dp > 1 else ""
@@ -271,15 +289,13 @@ def host_remedies(
             then = _changed(changed)
         except ConfigError:
             continue
-        saved, mark = report.host.total - then.host, "" if then.is_planned else "~"
+        saved = report.host.total - then.host
         if saved < 0.01 * report.host.total:
             continue
-        lacks = ""
-        if then.host_excess > 0:
-            lacks = _NOT_ALONE if saved < excess else _NO_MARGIN
+        lacks = _lack(saved, excess, report.host_excess)
         if then.excess > 0:
             lacks += (
-                f"; but then a GPU needs {mark}{human_bytes(then.memory)}, "
+                f"; but then a GPU needs {about_mark(then)}{human_bytes(then.memory)}, "
                 f"{human_bytes(then.excess)} more than the {config.cluster.memory_gib:.4g} GiB "
                 "that a proposal may use"
             )
@@ -291,6 +307,7 @@ def host_remedies(
             then.host,
             then.is_planned,
             on_hosts=True,
+            is_enough=not lacks,
             lacks=lacks,
         )
         found.append((then.excess > 0, -saved, words, remedy))
