@@ -11,7 +11,8 @@ fastest with vocabulary parallelism, and the fastest without.  Neither need leav
 may use host memory.  A pipeline that uses none is compared with FSDP that uses none.
 
 The table also says whether FSDP wins, as `vp-plan` does (`planning.rivals`): `loses` even at best,
-`wins` even at what published runs of it reached, or `open`.  --read prints that of a stored result.
+`ties` at best, `wins` even at what published runs of it reached, or `open`.  --read prints that of
+a stored result.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def verdict_of(row: dict[str, Any], pipeline: dict[str, Any]) -> str:
         return ""
     outcome = outcome_of(rival["seconds"], pipeline["seconds"], published())
     mark = "" if pipeline["uses_hosts"] else " *"
-    return f"{pipeline['fsdp_slower_pct']:+.0f} %{mark}, {outcome}"
+    return f"{round(pipeline['fsdp_slower_pct']):+d} %{mark}, {outcome}"
 
 
 def show(row: dict[str, Any]) -> None:

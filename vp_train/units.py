@@ -48,8 +48,8 @@ def large_bytes(count: float) -> str:
 
 
 def is_as_fast(seconds: float, than: float) -> bool:
-    """Return whether seconds differ from others by less than `AS_FAST`, so that neither wins."""
-    return abs(seconds / than - 1) < AS_FAST
+    """Return whether the fewer seconds save less than `AS_FAST` of the others: neither wins."""
+    return abs(seconds - than) < AS_FAST * max(seconds, than)
 
 
 def is_faster(seconds: float, than: float) -> bool:
@@ -60,9 +60,9 @@ def is_faster(seconds: float, than: float) -> bool:
 def compared(seconds: float, than: float) -> str:
     """Return how much slower or faster `seconds` are than others: `1.5% slower`.
 
-    It is `as fast` where its digits show no difference.
+    It is `as fast` where neither wins, see `is_as_fast`.
     """
     change = seconds / than - 1
-    if abs(change) < 0.0005:
+    if is_as_fast(seconds, than):
         return "as fast"
     return f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"

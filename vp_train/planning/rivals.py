@@ -52,10 +52,12 @@ def runs_like(cluster: ClusterConfig) -> PublishedRuns:
 def outcome_of(planned: float, seconds: float, runs: PublishedRuns) -> str:
     """Return whether FSDP that takes `planned` seconds at best wins against `seconds`.
 
-    `loses`: it does not win even at best.  `wins`: it does not lose even at what the slowest source
-    of published runs reached.  Else `open`.
+    `loses`: it is slower even at best, and `ties`: it is as fast then.  `wins`: it does not lose
+    even at what the slowest source of published runs reached.  Else `open`.
     """
-    if not is_faster(planned, seconds):
+    if is_as_fast(planned, seconds):
+        return "ties"
+    if planned > seconds:
         return "loses"
     _, most = runs.seconds(planned)
     return "open" if is_faster(seconds, most) else "wins"
@@ -132,8 +134,8 @@ class Rivals:
         if self.seconds is None:
             return f"would fit: {at_best}, {least} to {most} {runs}"
         plan = "the first plan" if self.is_searched else "this plan"
-        if is_as_fast(best, self.seconds):
-            return f"would not win: {at_best}, as fast as {plan}, {least} to {most} {runs}"
+        if self.outcome == "ties":
+            return f"would tie: {at_best}, as fast as {plan}, {least} to {most} {runs}"
         at_best += f", {compared(best, self.seconds)} than {plan}"
         if self.outcome == "loses":
             return f"would lose: {at_best}, {least} to {most} {runs}"
