@@ -150,7 +150,7 @@ def test_ranks_are_measured_and_what_they_cost_can_be_used(vp_profile, tmp_path)
     )
     assert code == EXIT_OK, err
     assert "predicted for 4 ranks: a step of" in out
-    assert " GFLOP/s per rank; mean bubble" in out
+    assert "FLOP/s per rank; mean bubble" in out
     assert "MFU" not in out, "nothing knows the peak of this machine"
     record = json.loads((tmp_path / "p.json").read_text())
     (rank,) = record["ranks"]

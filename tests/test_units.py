@@ -11,7 +11,7 @@ from vp_train.commands.simulate import headline
 from vp_train.config import ConfigError
 from vp_train.planning.degrees import split_ranks
 from vp_train.settings import load_config
-from vp_train.units import compared, count_words, is_as_fast, is_faster
+from vp_train.units import amount, compared, count_words, is_as_fast, is_faster
 
 # One thing that is said as if it were several.
 _ONE_OF_SEVERAL = re.compile(r"(?<![\w.,/])1 (?:ranks|microbatches|layers|steps|GPUs|replicas)\b")
@@ -28,6 +28,24 @@ _ONE_OF_SEVERAL = re.compile(r"(?<![\w.,/])1 (?:ranks|microbatches|layers|steps|
 )
 def test_a_number_of_things_is_one_thing_or_several(count, name, words):
     assert count_words(count, name) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (7, "7 FLOP"),
+        (999_499, "999,499 FLOP"),
+        (3e9, "3 GFLOP"),
+        (9.995e8, "1 GFLOP"),
+        (70.24e9, "70.2 GFLOP"),
+        (2e12, "2 TFLOP"),
+        (2.31e12, "2.31 TFLOP"),
+        (999.6e15, "1 EFLOP"),
+        (3.9e22, "39 ZFLOP"),
+    ],
+)
+def test_an_amount_has_three_digits_and_the_prefix_of_its_size(count, words):
+    assert f"{amount(count)}FLOP" == words
 
 
 def test_one_rank_is_no_ranks():

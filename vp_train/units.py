@@ -47,6 +47,15 @@ def large_bytes(count: float) -> str:
     return f"{count / 2**30:,.0f} GiB" if count >= 100 * 2**30 else human_bytes(count)
 
 
+def amount(count: float) -> str:
+    """Return a count to be followed by a unit, in three digits: 23_100_000 -> `23.1 M`."""
+    for power, letter in zip(range(24, 3, -3), "YZEPTGM", strict=True):
+        scaled = f"{count / 10**power:.3g}"
+        if float(scaled) >= 1:
+            return f"{scaled} {letter}"
+    return f"{count:,.0f} "
+
+
 def is_as_fast(seconds: float, than: float) -> bool:
     """Return whether the fewer seconds save less than `AS_FAST` of the others: neither wins."""
     return abs(seconds - than) < AS_FAST * max(seconds, than)

@@ -69,7 +69,7 @@ def test_the_worst_rank_needs_most_memory_and_the_busiest_computes_longest(repor
 
 def test_a_part_of_the_peak_is_said_only_where_the_cluster_has_that_of_its_device(report):
     """The default is that of no machine, so a machine may compute faster than it."""
-    for flops, words in ((8e11, "10 GFLOP/s per rank"), (16e12, "200 GFLOP/s per rank")):
+    for flops, words in ((2.4e11, "3 GFLOP/s per rank"), (1.6e14, "2 TFLOP/s per rank")):
         found = replace(report, flops=flops)
         assert not found.knows_peak
         assert (found.rate_words, found.record()["mfu"]) == (words, None)

@@ -31,7 +31,7 @@ from vp_train.planning.placement import nothing_offloaded_words
 from vp_train.planning.plan import in_its_memory_words
 from vp_train.planning.report import VISIBLE, Offloading, PlanReport, gpus_words, with_costs
 from vp_train.planning.rivals import Rivals
-from vp_train.units import compared, count_words, human_bytes, is_faster
+from vp_train.units import amount, compared, count_words, human_bytes, is_faster
 
 _SHOWN_RANKS = 16
 _LEFT_OUT = ("params", "layers", "V rows")  # of the ranks, if need be, where a terminal is narrow
@@ -84,7 +84,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         f"on rank {report.worst}, {room}; table in {'GiB' if unit == _GIB else 'MiB'}{alike}",
         f"step      {report.num_tokens:,} tokens in {duration(step)}: "
         f"{report.num_tokens / step:,.0f} tokens/s, {report.rate_words}; "
-        f"the model's work is {_amount(report.flops)}FLOP",
+        f"the model's work is {amount(report.flops)}FLOP",
         f"          rank {report.busiest}: {shares}",
         f"schedule  bubble {report.bubble:.1%}; step {report.gap:.1%} over its bound "
         f"({report.bound_reason}){in_its_memory_words(report.gap, report.gap_in_its_memory)}",
@@ -316,14 +316,6 @@ def model_words(config: RunConfig) -> str:
         f"{count_words(config.num_microbatches, 'microbatch')} of "
         f"{config.micro_batch_size} x {model.seq_length:,} tokens"
     )
-
-
-def _amount(count: float) -> str:
-    """Return a count in words, to be followed by a unit: 23_100_000 -> `23.1 M`."""
-    for power, letter in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
-        if count >= 10**power:
-            return f"{count / 10**power:.3g} {letter}"
-    return f"{count:,.0f} "
 
 
 def cluster_words(config: RunConfig) -> str:

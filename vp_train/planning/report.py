@@ -44,7 +44,7 @@ from vp_train.planning.memory import (
 from vp_train.planning.overlap import ReplicaExchange, exchange
 from vp_train.planning.plan import StepPlan, plan_step, row_advice
 from vp_train.planning.workload import Workload
-from vp_train.units import count_words, human_bytes
+from vp_train.units import amount, count_words, human_bytes
 
 _GIB = 2**30
 _ROUNDING = 1e-9  # of sums of seconds, as a part
@@ -211,7 +211,7 @@ class PlanReport:
         if self.knows_peak:
             return f"MFU {self.mfu:.1%}"
         rate = self.flops / (self.step_seconds * self.degrees.num_ranks)
-        return f"{rate / 1e9:,.3g} GFLOP/s per rank"
+        return f"{amount(rate)}FLOP/s per rank"
 
     @property
     def exposed(self) -> dict[str, float]:
