@@ -15,11 +15,11 @@ from functools import partial
 import pytest
 
 from schedules.render import duration
+from tests.searched import shown_lines
 from vp_train.commands import plan as plan_module
 from vp_train.commands import search_beside
 from vp_train.commands.plan import main
 from vp_train.commands.plan_words import alternative_lines, plan_lines, text_of
-from vp_train.commands.search_words import search_lines
 from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning import alternatives
 from vp_train.planning.alternatives import Alternative
@@ -493,13 +493,13 @@ def test_more_time_is_advised_beside_more_effort_only_where_that_takes_more():
         (91.0, ", and --seconds to 360 (now 180)"),
         (200.5, ", and --seconds to 401 (now 180)"),
     ):
-        lines = search_lines(config, limits, result, spent_seconds=spent)
+        lines = shown_lines(config, limits, result, spent_seconds=spent)
         assert lines[0] == (
             "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort to 12 "
             f"(now 6){more}"
         )
     late = replace(result, ended="time")
-    assert search_lines(config, limits, late, spent_seconds=180.0)[0] == (
+    assert shown_lines(config, limits, late, spent_seconds=180.0)[0] == (
         "OUT OF TIME with 1 choice left that might be faster; raise --seconds to 360 (now 180)"
     )
 
@@ -521,7 +521,7 @@ def test_of_a_searched_order_a_row_names_the_placement_that_was_found():
             choice=replace(choice, cap_gib=cap),
             report=replace(first.report, schedule=name),
         )
-        text = "\n".join(search_lines(config, limits, replace(result, best=(found,))))
+        text = "\n".join(shown_lines(config, limits, replace(result, best=(found,))))
         row = re.search(r"^1 .*(?:\n {3}.*)?", text, re.MULTILINE)[0]
         assert re.search(rf"{re.escape(words)}(;|  )", row)
 
@@ -546,9 +546,9 @@ def test_a_search_says_how_to_ask_for_an_order_that_was_too_dear_for_it():
     result = search(config, limits, lambda: True, lambda words: None)
     choice = result.best[0].choice
     result = replace(result, unordered=None)
-    assert "not tried" not in "\n".join(search_lines(config, limits, result))
+    assert "not tried" not in "\n".join(shown_lines(config, limits, result))
     result = replace(result, unordered=replace(choice, optimizer=None, cap_gib=0.5))
-    (line,) = (ln for ln in search_lines(config, limits, result) if ln.startswith("not tried"))
+    (line,) = (ln for ln in shown_lines(config, limits, result) if ln.startswith("not tried"))
     changes = line.partition("--search: ")[2].split()
     asked = load_config([*NANO, *choice.overrides(config).split(), *changes])
     assert asked == replace(choice, cap_gib=0.5).applied(config)
@@ -567,12 +567,12 @@ def test_a_search_says_when_a_run_that_it_does_not_try_is_faster_as_it_was_typed
     assert faster.step_seconds < first.step_seconds < typed.step_seconds
     same = replace(first, passes=first.passes - 1e-4 * first.step_seconds)
     for report, is_said in ((faster, True), (same, False), (typed, False), (None, False)):
-        lines = search_lines(config, limits, result, report)
+        lines = shown_lines(config, limits, result, report)
         said = [line for line in lines if line.startswith("as typed: ")]
         assert len(said) == is_said
         assert all(line.endswith("not try parallel.layers_per_stage as given") for line in said)
     nothing = replace(result, best=(), with_vocabulary=None, without_vocabulary=None, leanest=None)
-    assert any(line.startswith("as typed") for line in search_lines(config, limits, nothing, typed))
+    assert any(line.startswith("as typed") for line in shown_lines(config, limits, nothing, typed))
     small = replace(config, cluster=replace(config.cluster, memory_gib=1e-6))
     assert report_as_typed(small, 0.0) is None, "it does not fit"
 
@@ -599,7 +599,7 @@ def test_rows_are_in_the_order_of_their_times_also_where_an_estimate_is_the_fast
     result = search(config, limits, lambda: True, lambda words: None)
     fast = replace(result.estimated[0], seconds=result.best[0].report.step_seconds / 2)
     result = replace(result, estimated=(result.estimated[1], fast))
-    lines = search_lines(config, limits, result)
+    lines = shown_lines(config, limits, result)
     rows = [line for line in lines if re.match(r"[123] ", line)]
     assert ["~" in row for row in rows] == [True, False, True]
     assert [line for line in lines if line.startswith("row 2, the first that is planned whole: ")]
@@ -609,7 +609,7 @@ def test_rows_are_in_the_order_of_their_times_also_where_an_estimate_is_the_fast
         seconds *= result.best[0].report.step_seconds
         other = replace(result.estimated[1], candidate=moves, seconds=seconds, host=50 * 2.0**30)
         assert not any(found.report.host.total for found in result.best)
-        lines = search_lines(config, limits, replace(result, estimated=(other,)))
+        lines = shown_lines(config, limits, replace(result, estimated=(other,)))
         words = "the order counts steps with offloaded activations as 0.5% longer, since"
         assert any(line.startswith(words) for line in lines) is is_said
         (row,) = (line for line in lines if "offload 100%" in line and "~" in line)
@@ -642,7 +642,7 @@ def test_words_of_a_row_stand_below_its_figures_where_the_table_is_too_wide(on_t
     cells += ["16 x 128 x 8", "selective in 3/24, offload 50%", " *"]
     for columns in (80, 100, 200):
         on_terminal(columns)
-        table = text_of(search_lines(config, limits, result)).partition("~ estimated")[0]
+        table = text_of(shown_lines(config, limits, result)).partition("~ estimated")[0]
         assert max(map(len, table.splitlines())) <= columns
         assert all(cell in " ".join(table.split()) for cell in cells)
         assert ("schedule x chunks" in table) is (columns == 200)

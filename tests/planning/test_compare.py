@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from schedules.render import duration
+from tests.searched import shown_lines
 from vp_train.commands.plan_words import help_lines
-from vp_train.commands.search_words import search_lines
 from vp_train.planning import compare, outlook
 from vp_train.planning import shared as shared_module
 from vp_train.planning.alternatives import without_it
@@ -173,7 +173,7 @@ def test_a_plan_of_a_search_leaves_its_margin_free_with_another_contention_too(p
         (needs * 0.999, 0.0, False),
     ):
         small = replace(config, cluster=replace(config.cluster, memory_gib=gib / 2**30))
-        lines = search_lines(small, Limits(margin=margin), result)
+        lines = shown_lines(small, Limits(margin=margin), result)
         found = [line for line in lines if line.startswith("decides: ")]
         assert [winner in line for line in found] == [True] * is_told
     # What schedule=auto has ordered changes as its base order does.
@@ -183,7 +183,7 @@ def test_a_plan_of_a_search_leaves_its_margin_free_with_another_contention_too(p
     other = replace(result.with_vocabulary, candidate=candidate)
     ordered = replace(result, best=best, with_vocabulary=other)
     lines, others = (
-        [line for line in search_lines(config, Limits(), one) if line.startswith("decides: ")]
+        [line for line in shown_lines(config, Limits(), one) if line.startswith("decides: ")]
         for one in (result, ordered)
     )
     assert lines == others != []

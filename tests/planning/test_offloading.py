@@ -10,11 +10,11 @@ import pytest
 
 from schedules.ir import Schedule
 from schedules.render import duration
+from tests.searched import shown_lines
 from vp_train.commands import plan_remedies
 from vp_train.commands.plan_remedies import remedies
 from vp_train.commands.plan_words import plan_lines, remedies_of, remedy_lines
 from vp_train.commands.search_beside import LeastLink
-from vp_train.commands.search_words import search_lines
 from vp_train.config import ConfigError, OptimConfig
 from vp_train.model.shape import num_parameters
 from vp_train.optim.adamw import learning_rate
@@ -196,7 +196,7 @@ def test_a_search_does_not_offload_more_than_hosts_have():
         assert bool(result.best) is fits
         assert any("host_memory_gib" in words for words in result.excluded) is not fits
         state = 18 * num_parameters(config.model) / GIB
-        lines = "\n".join(search_lines(config, Limits(), result))
+        lines = "\n".join(shown_lines(config, Limits(), result))
         if fits:
             need = f"the first needs {result.best[0].report.host.total / GIB:.0f} GiB per node"
             left = "a plan may use 570 of the 600 GiB of cluster.host_memory_gib"
@@ -204,7 +204,7 @@ def test_a_search_does_not_offload_more_than_hosts_have():
             assert "SPENT" not in lines
             (first,) = result.best
             more = replace(first, report=replace(first.report, host=HostUsage(0.0, 550 * GIB)))
-            both = "\n".join(search_lines(config, Limits(), replace(result, best=(first, more))))
+            both = "\n".join(shown_lines(config, Limits(), replace(result, best=(first, more))))
             assert f"host RAM: {need}, others up to 550 GiB; {left}" in both
         else:
             assert result.num_estimated == result.num_open == 0, "arithmetic says so"
@@ -216,7 +216,7 @@ def test_a_search_does_not_offload_more_than_hosts_have():
             assert re.search(r"^NOTHING FITS.  Closest: .* optim.offload=true$", lines, re.M)
             assert "would help: cluster.num_nodes=2, where dp=1 x pp=8 x tp=2 with" in lines
         ended = replace(result, num_open=1, ended="effort")
-        assert search_lines(config, Limits(), ended)[0] == (
+        assert shown_lines(config, Limits(), ended)[0] == (
             "THE EFFORT IS SPENT with 1 choice left that might be faster; raise --effort to 20000 "
             "(now 10000)"
         )
@@ -295,7 +295,7 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
             ((first,), "; with half of them, 25, nothing named here fits"),
             ((first, again), "; with half of them, 25, the fastest named here that fits is row 1"),
         ):
-            lines = search_lines(config, Limits(), replace(result, best=best))
+            lines = shown_lines(config, Limits(), replace(result, best=best))
             (line,) = (line for line in lines if line.startswith("link: "))
             assert line.startswith("link: the first fits down to about ")
             assert " of the 50 GB/s per GPU by short steps, and is as fast" in line
@@ -309,7 +309,7 @@ def test_the_line_on_the_link_leaves_the_margin_free_and_names_a_plan_that_fits_
     slower = replace(slower, report=None)
     for again in (report, None):
         other = replace(slower, report=again)
-        lines = search_lines(config, Limits(), replace(result, without_offloading=other))
+        lines = shown_lines(config, Limits(), replace(result, without_offloading=other))
         rows = [line for line in lines if line[:2] in ("1 ", "2 ")]
         bubble = f" {report.bubble:.1%} "
         assert [bubble in row for row in rows] == [True, again is not None], "a plan has it"

@@ -284,7 +284,7 @@ def show_search(
     spent, is_stopped = time.process_time() - started, searching.is_stopped
     beside = compared_with(config, limits, result)
     lines = search_lines(
-        config, limits, result, typed, beside, is_stopped=is_stopped, spent_seconds=spent
+        config, limits, result, beside, typed, is_stopped=is_stopped, spent_seconds=spent
     )
     print(text_of(lines), flush=True)
     _write(path, search_record(config, limits, result, typed, beside))

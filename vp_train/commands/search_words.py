@@ -17,7 +17,7 @@ from vp_train.commands.plan_words import (
     fsdp_words,
     table_lines,
 )
-from vp_train.commands.search_beside import Compared, compared_with, rows_of
+from vp_train.commands.search_beside import Compared, rows_of
 from vp_train.config import RunConfig
 from vp_train.config.parallel import recompute_words
 from vp_train.planning.choice import Choice, unsearched
@@ -37,7 +37,6 @@ from vp_train.planning.space import TOO_LONG
 from vp_train.units import compared, count_words, human_bytes, is_faster, large_bytes
 
 _SHOWN_REFUSALS = 3
-_HALVINGS = 3  # of the numbers of nodes that are tried where nothing fits
 _GIB, _MIB = 2.0**30, 2.0**20
 _MEMORY = {_GIB: "GiB", _MIB: "MiB"}
 # Of the table of a search: the columns with words, and that of the memory per node.
@@ -50,19 +49,18 @@ def search_lines(
     config: RunConfig,
     limits: Limits,
     result: SearchResult,
+    beside: Compared,
     typed: PlanReport | None = None,
-    beside: Compared | None = None,
     *,
     is_stopped: bool = False,
     spent_seconds: float | None = None,
 ) -> list[str]:
     """Return the best plans in lines, and why others are not among them.
 
+    beside: what the result is compared with, see `compared_with`.
     typed: the run as it was typed, if it fits and no search makes it.
-    beside: what the result is compared with, see `compared_with`, which is asked if it is None.
     spent_seconds: the CPU time of the search; None if it is not known.
     """
-    beside = compared_with(config, limits, result) if beside is None else beside
     lines = _unfinished_lines(limits, result, spent_seconds, is_stopped=is_stopped)
     if result.best:
         first, rows = result.best[0], _rows(result)
