@@ -19,13 +19,13 @@ from vp_train.planning.alternatives import without_it
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import (
     Way,
+    crossovers_of,
     for_another_plan,
     helps_of,
     larger_batch_of,
     pipeline_way,
     rivals_of,
     shared_of,
-    turns_of,
 )
 from vp_train.planning.found import Limits
 from vp_train.planning.fsdp import ON_HOSTS, Means
@@ -66,28 +66,28 @@ def test_the_contention_is_named_where_none_or_twice_as_much_lets_another_win():
         (9.5, 0.0, 1.0, []),
     ):
         other, _ = way("FSDP", base=base, slope=slope, factor=factor)
-        words = turns_of(config, plain, [None, other]).words
+        words = crossovers_of(config, plain, [None, other]).words
         assert bool(words) is bool(turns)
         assert all(turn in words for turn in turns)
         assert words.startswith("cluster.contention=0.1, ") is bool(turns)
-        record = turns_of(config, plain, [None, other]).record()
+        record = crossovers_of(config, plain, [None, other]).record()
         assert (record is None) is (not turns)
-        for turn in [] if record is None else record["turns"]:
+        for turn in [] if record is None else record["crossovers"]:
             assert (record["setting"], record["value"]) == ("cluster.contention", 0.1)
             figures = [turn["winner_step_seconds"], turn["loser_step_seconds"]]
             assert f"with {turn['value']:g} {turn['winner']} is " in words
             assert f" than {turn['loser']} ({' against '.join(map(duration, figures))})" in words
     slow, asked = way("slow", base=20.0, slope=1.0, is_slow=True)
     asked.clear()
-    assert turns_of(config, plain, [slow]).words == ""
+    assert crossovers_of(config, plain, [slow]).words == ""
     assert asked == [], "it cannot turn even if all of it were layers"
     slow, _ = way("the first", base=9.6, slope=0.5, is_slow=True)
     other, _ = way("FSDP", base=9.5, slope=1.0)
-    assert "with 0 FSDP is 1.0% faster" in turns_of(config, slow, [other]).words
+    assert "with 0 FSDP is 1.0% faster" in crossovers_of(config, slow, [other]).words
     none = load_config([*GPT, "cluster.contention=0"])
-    assert turns_of(none, plain, [other]).words == ""
+    assert crossovers_of(none, plain, [other]).words == ""
     typed = replace(config, cost=replace(config.cost, contention=0.1))
-    assert turns_of(typed, plain, [other]).words.startswith("cost.contention=0.1, ")
+    assert crossovers_of(typed, plain, [other]).words.startswith("cost.contention=0.1, ")
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.005])
@@ -106,7 +106,7 @@ def test_another_contention_turns_what_wins_by_its_seconds_and_as_they_count(fac
             for words in ("the first", "FSDP")
         )
         is_tie = is_as_fast(first.seconds, other.seconds)
-        words = turns_of(config, first, [other]).words
+        words = crossovers_of(config, first, [other]).words
         for part in (0.0, 0.2):
             pairs = [(first.at(at), other.at(at)) for at in (0.1, part)]
             won, wins = (ours < theirs for ours, theirs in pairs)

@@ -65,8 +65,8 @@ _DEFAULT = Limits()
 _EFFORT = _DEFAULT.effort // 1000  # thousand passes
 _DIVIDE_THE_BATCH = ("parallel.dp", "micro_batch_size")
 # What a plan is compared with in JSON; null where that was not looked for.
-KIND = {False: "without_vocabulary_parallelism", True: "with_vocabulary_parallelism"}
-_COMPARED = (*KIND.values(), "decides", "helps", "would_help")
+_KEY_OF_KIND = {False: "without_vocabulary_parallelism", True: "with_vocabulary_parallelism"}
+_COMPARED = (*_KEY_OF_KIND.values(), "decides", "helps", "would_help")
 _EXAMPLES = """\
   vp-plan model=gpt_4b cluster=a100_80g_node num_microbatches=128
   vp-plan model=llama3_8b cluster=h100_80g_node cluster.num_nodes=4 \\
@@ -242,7 +242,7 @@ def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> dict[str,
     tokens = report.num_tokens
     proposed = [one.record(tokens) for one in helps]
     proposed += [] if larger is None else [larger.record(2 * tokens)]
-    kinds = {KIND[other.splits_vocabulary]: other.record(tokens) for other in others}
+    kinds = {_KEY_OF_KIND[other.splits_vocabulary]: other.record(tokens) for other in others}
     compared = kinds | {"decides": decision.record(), "helps": proposed}
     compared["would_help"] = [one.record() for one in found]
     return dict.fromkeys(_COMPARED) | compared
@@ -302,8 +302,8 @@ def search_record(
 ) -> dict[str, Any]:
     """Return the result of a search for JSON, in bytes and seconds; see `search_lines`."""
     firsts = {
-        KIND[True]: result.with_vocabulary,
-        KIND[False]: result.without_vocabulary,
+        _KEY_OF_KIND[True]: result.with_vocabulary,
+        _KEY_OF_KIND[False]: result.without_vocabulary,
         "without_offloading": result.without_offloading,
         "leaner": result.leaner,
     }
@@ -331,7 +331,7 @@ def search_record(
         "added": result.num_added,
         "same": result.num_same,
         "open": result.num_open,
-        "unseen": {KIND[splits]: result.num_unseen[splits] for splits in KIND},
+        "unseen": {_KEY_OF_KIND[splits]: result.num_unseen[splits] for splits in _KEY_OF_KIND},
         "ended": result.ended,
     }
 

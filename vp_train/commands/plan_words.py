@@ -24,7 +24,7 @@ from vp_train.model import shape
 from vp_train.planning.alternatives import Alternative
 from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import assumed_costs
-from vp_train.planning.compare import Help, Turns, Way, fsdp_way, pipeline_way, turns_of
+from vp_train.planning.compare import Crossovers, Help, Way, crossovers_of, fsdp_way, pipeline_way
 from vp_train.planning.found import Estimate
 from vp_train.planning.memory import RankMemory
 from vp_train.planning.placement import nothing_offloaded_words
@@ -183,12 +183,12 @@ def exposed_words(report: PlanReport) -> str:
 
 def decision_of(
     config: RunConfig, report: PlanReport, rivals: Rivals, others: Sequence[Alternative]
-) -> Turns:
+) -> Crossovers:
     """Return with which contention this plan, or another that it is compared with, is faster."""
     ways = [] if not report.fits else [_way_of(config, one) for one in others]
     if report.fits and has_fsdp(config):
         ways.append(fsdp_way(config, report, rivals, 0.0))
-    return turns_of(config, pipeline_way("this plan", config, report.step_seconds), ways)
+    return crossovers_of(config, pipeline_way("this plan", config, report.step_seconds), ways)
 
 
 def _way_of(config: RunConfig, other: Alternative) -> Way | None:
@@ -200,9 +200,9 @@ def _way_of(config: RunConfig, other: Alternative) -> Way | None:
     return pipeline_way(words, best.choice.applied(config), best.seconds)
 
 
-def decides_lines(decision: Turns) -> list[str]:
+def decides_lines(decision: Crossovers) -> list[str]:
     """Return what says that the contention decides whether this plan is faster than others."""
-    return [f"decides   {decision.words}"] if decision.turns else []
+    return [f"decides   {decision.words}"] if decision.crossovers else []
 
 
 def help_lines(report: PlanReport, helps: Sequence[Help], larger: Help | None) -> list[str]:

@@ -11,7 +11,14 @@ from vp_train.commands.plan_words import has_fsdp
 from vp_train.config import ConfigError, RunConfig
 from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import limit_of, with_margin
-from vp_train.planning.compare import Turns, Way, fsdp_way, pipeline_way, rivals_of, turns_of
+from vp_train.planning.compare import (
+    Crossovers,
+    Way,
+    crossovers_of,
+    fsdp_way,
+    pipeline_way,
+    rivals_of,
+)
 from vp_train.planning.found import Estimate, Found, Limits, SearchResult, counted, order_of
 from vp_train.planning.kept import Kept
 from vp_train.planning.rivals import Rivals
@@ -169,7 +176,7 @@ class Compared:
     """
 
     rivals: Rivals | None = None
-    decision: Turns | None = None
+    decision: Crossovers | None = None
     link: LeastLink | None = None
     ways_out: Sequence[WayOut] = ()
 
@@ -211,7 +218,7 @@ def rows_of(result: SearchResult) -> list[Found | Estimate]:
 
 def _decision(
     config: RunConfig, limits: Limits, result: SearchResult, rivals: Rivals | None
-) -> Turns:
+) -> Crossovers:
     """Return with which contention another of the compared plans is the fastest."""
     first = result.best[0]
     splits = first.choice.splits_vocabulary
@@ -231,7 +238,7 @@ def _decision(
         words = f"the best {kind} vocabulary parallelism"
         best = way(words, other.choice, other.seconds)
     fastest = way("the first", first.choice, first.report.step_seconds)
-    return turns_of(config, fastest, (best, rival))
+    return crossovers_of(config, fastest, (best, rival))
 
 
 def _more_nodes(config: RunConfig, limits: Limits, kept: Kept) -> tuple[int, Choice] | None:

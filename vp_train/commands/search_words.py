@@ -75,7 +75,7 @@ def search_lines(
         lines += _other_lines(config, result, rows)
         if beside.rivals is not None:
             lines += [f"fsdp: {fsdp_words(config, beside.rivals)}"]
-        if beside.decision is not None and beside.decision.turns:
+        if beside.decision is not None and beside.decision.crossovers:
             lines += [f"decides: {beside.decision.words}"]
         lines += [""]
     excluded = sum(result.excluded.values())

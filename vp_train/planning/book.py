@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from vp_train.config import ConfigError
-from vp_train.planning.choice import KINDS, Choice, Kind
+from vp_train.planning.choice import KINDS, Choice, ChoiceKind
 from vp_train.planning.found import (
     NO_MORE,
     SAME,
@@ -52,7 +52,7 @@ class Book:
     # a choice of each kind has to beat to be the first in something.
     _as_planned: list[Estimate] | None = None
     _distinct: tuple[list[Estimate], set[Choice]] | None = None
-    _to_be_first: dict[Kind, float] | None = None
+    _to_be_first: dict[ChoiceKind, float] | None = None
 
     def _forget(self) -> None:
         self._as_planned = self._distinct = self._to_be_first = None
@@ -93,7 +93,7 @@ class Book:
         """Whether a time is known which others have to beat."""
         return bool(self.estimates) or self.below < math.inf
 
-    def to_beat(self, top: int) -> dict[Kind, float]:
+    def to_beat(self, top: int) -> dict[ChoiceKind, float]:
         """Return the seconds that a choice of each kind has to beat.
 
         Those of the last of the `top`, or what makes it the first in something if that is slower.
@@ -112,7 +112,7 @@ class Book:
         firsts = self._firsts() if self.has_kinds else self.to_beat(1)
         return counted(choice, seconds) < firsts[choice.kind]
 
-    def _firsts(self) -> dict[Kind, float]:
+    def _firsts(self) -> dict[ChoiceKind, float]:
         """Return the seconds below which a choice of each kind is the first in something."""
         if self._to_be_first is None:
             of_kinds = dict.fromkeys(KINDS, math.inf)

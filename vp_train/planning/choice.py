@@ -14,8 +14,8 @@ from vp_train.planning.batch import batch_of
 from vp_train.planning.degrees import Degrees, split_ranks
 
 # Whether a choice has vocabulary parallelism, and whether it offloads activations.
-Kind = tuple[bool, bool]
-KINDS: tuple[Kind, ...] = ((False, False), (False, True), (True, False), (True, True))
+ChoiceKind = tuple[bool, bool]
+KINDS: tuple[ChoiceKind, ...] = ((False, False), (False, True), (True, False), (True, True))
 # Settings that a choice makes.  These are printed always, the others where they differ.
 SHOWN_ALWAYS = (
     *("parallel.dp", "parallel.pp", "parallel.tp"),
@@ -71,7 +71,7 @@ class Choice:
         return self.degrees.pp > 1 and VOCAB_ALGORITHMS[self.vocab].sharded
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ChoiceKind:
         """Whether it has vocabulary parallelism, and whether it offloads activations."""
         return self.splits_vocabulary, self.offload > 0
 

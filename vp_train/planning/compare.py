@@ -194,7 +194,7 @@ def fsdp_way(config: RunConfig, report: PlanReport, rivals: Rivals, margin: floa
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Crossover:
     """A contention with which another way wins than with that of the run.
 
     part: the contention.
@@ -217,60 +217,60 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """The contentions that decide which way is the fastest; `turns` is empty if none does.
+class Crossovers:
+    """The contentions that decide which way is the fastest; `crossovers` is empty if none does.
 
     setting, now: the setting that has the contention of the run, and its value.
     """
 
     setting: str
     now: float
-    turns: tuple[Turn, ...]
+    crossovers: tuple[Crossover, ...]
 
     @property
     def words(self) -> str:
-        if not self.turns:
+        if not self.crossovers:
             return ""
-        found = "; ".join(turn.words for turn in self.turns)
+        found = "; ".join(one.words for one in self.crossovers)
         return (
             f"{self.setting}={self.now:g}, by which layers take longer beside collectives: {found}"
             "; the presets have what A100s lost: measure yours (docs/planning.md) and set it"
         )
 
     def record(self) -> dict[str, Any] | None:
-        """Return the turns for JSON, None if there is none."""
-        if not self.turns:
+        """Return the crossovers for JSON, None if there is none."""
+        if not self.crossovers:
             return None
-        turns = [
+        crossovers = [
             {
-                "value": turn.part,
-                "winner": turn.winner,
-                "loser": turn.loser,
-                "winner_step_seconds": turn.seconds,
-                "loser_step_seconds": turn.than,
+                "value": one.part,
+                "winner": one.winner,
+                "loser": one.loser,
+                "winner_step_seconds": one.seconds,
+                "loser_step_seconds": one.than,
             }
-            for turn in self.turns
+            for one in self.crossovers
         ]
-        return {"setting": self.setting, "value": self.now, "turns": turns}
+        return {"setting": self.setting, "value": self.now, "crossovers": crossovers}
 
 
-def turns_of(config: RunConfig, first: Way, others: Sequence[Way | None]) -> Turns:
+def crossovers_of(config: RunConfig, first: Way, others: Sequence[Way | None]) -> Crossovers:
     """Return with which contention another way wins: none, or twice as much.
 
-    There is no turn if neither changes whether `first` is faster than each of the `others`.
+    There is no crossover if neither changes whether `first` is faster than each of the `others`.
     """
     setting, now = _contention_of(config)
     found = [
-        turn
+        crossover
         for part in (0.0, 2 * now)
         for other in others
         if now and other is not None
-        if (turn := _turn(first, other, now, part)) is not None
+        if (crossover := _crossover(first, other, now, part)) is not None
     ]
-    return Turns(setting, now, tuple(found))
+    return Crossovers(setting, now, tuple(found))
 
 
-def _turn(first: Way, other: Way, now: float, part: float) -> Turn | None:
+def _crossover(first: Way, other: Way, now: float, part: float) -> Crossover | None:
     """Return which of two wins with another contention, None if none or who leads now.
 
     A way leads if it is faster both by its seconds and as they count.  It wins if it is also not as
@@ -303,7 +303,7 @@ def _turn(first: Way, other: Way, now: float, part: float) -> Turn | None:
     if ours is None or theirs is None or wins(ours, theirs) is not (not won):
         return None
     (fast, winner), (slow, loser) = sorted(((ours, first.words), (theirs, other.words)))
-    return Turn(part, winner, loser, fast, slow)
+    return Crossover(part, winner, loser, fast, slow)
 
 
 def _contention_of(config: RunConfig) -> tuple[str, float]:

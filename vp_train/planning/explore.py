@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from schedules.render import duration
 from vp_train.config import ConfigError
 from vp_train.planning.book import Book
-from vp_train.planning.choice import KINDS, Choice, Kind
+from vp_train.planning.choice import KINDS, Choice, ChoiceKind
 from vp_train.planning.found import counted
 from vp_train.planning.queue import Prospect, Queue
 from vp_train.planning.shared import Shared
@@ -250,7 +250,7 @@ class Explorer:
         """
         to_beat = self._book.to_beat(top)
 
-        def open_kinds() -> dict[Kind, float]:
+        def open_kinds() -> dict[ChoiceKind, float]:
             keys = {kind: queue.first(kind) for kind in KINDS}
             return {kind: key for kind, key in keys.items() if key < to_beat[kind]}
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vp_train.planning.choice import KINDS, Choice, Kind
+from vp_train.planning.choice import KINDS, Choice, ChoiceKind
 from vp_train.planning.weigh import Candidate
 
 # Drafts without an estimate after which the lowest is estimated, see `Explorer.estimate`.
@@ -56,7 +56,9 @@ class Queue:
 
     def __init__(self, key: Callable[[Prospect], float]) -> None:
         self._key = key
-        self._by_seconds: dict[Kind, list[tuple[float, Prospect]]] = {kind: [] for kind in KINDS}
+        self._by_seconds: dict[ChoiceKind, list[tuple[float, Prospect]]] = {
+            kind: [] for kind in KINDS
+        }
         self._by_bytes: list[tuple[float, Prospect]] = []
         self.drafted: list[Prospect] = []
         self.next_drafts = _FIRST_DRAFTS
@@ -93,7 +95,7 @@ class Queue:
     def is_empty(self) -> bool:
         return not any(self._by_seconds.values())
 
-    def first(self, kind: Kind) -> float:
+    def first(self, kind: ChoiceKind) -> float:
         """Return the seconds expected of the first of a kind, infinite if none is left.
 
         Later simulations may have raised them.
@@ -110,7 +112,7 @@ class Queue:
                 return key
         return math.inf
 
-    def pop(self, kind: Kind) -> Prospect:
+    def pop(self, kind: ChoiceKind) -> Prospect:
         """Take the first of a kind, after `first`."""
         return heapq.heappop(self._by_seconds[kind])[1]
 
