@@ -16,7 +16,7 @@ from vp_train.config.parallel import RECOMPUTE
 from vp_train.model import shape
 from vp_train.planning import space as space_module
 from vp_train.planning.batch import batch_of, with_batch_of, with_replicas
-from vp_train.planning.choice import Choice, as_typed, optimizers_of, word_of
+from vp_train.planning.choice import Choice, as_typed, changes_of, choice_of, optimizers_of, word_of
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.kept import Kept, searched_words, settings_of
 from vp_train.planning.moves import in_the_same_stages, neighbours, offloading, with_other_chunks
@@ -573,8 +573,17 @@ def test_what_is_typed_and_searched_is_told():
 
 
 def test_numbers_and_lists_are_written_as_they_are_typed():
+    """One number has one spelling, whether it is proposed alone or by a choice."""
     for value, word in ((None, "null"), (True, "true"), (3, "3"), (0.5, "0.5"), ((1, 2), "[1,2]")):
         assert word_of(value) == word
+    for value in (0.0, 0.05, 1.0, 40.0, 40.25, 1e-5, 1e20):
+        assert float(word_of(value)) == value
+        assert not word_of(value).endswith(".0")
+    config = NANO
+    whole = replace(config, parallel=replace(config.parallel, offload_activations=1.0))
+    assert changes_of(config, whole) == "parallel.offload_activations=1"
+    choice = replace(choice_of(config, Degrees(1, 4, 1)), offload=1.0)
+    assert choice.changes(config).split().count("parallel.offload_activations=1") == 1
 
 
 def test_other_passes_in_the_same_stages_differ_in_the_schedule_or_the_algorithm():

@@ -126,7 +126,7 @@ def remedies(
     for changed in tried:
         if changed == config:
             continue
-        words = _changes(config, changed)
+        words = changes_of(config, changed)
         progress(f"planning with {words}")
         with suppress(ConfigError):
             then = None if is_solved else _changed(changed)
@@ -161,12 +161,6 @@ def remedies(
     found.sort(key=lambda one: (one.saved or 0.0, one.text), reverse=True)
     progress("planning longer pipelines")
     return [*found, _more_gpus(config, report.degrees)]
-
-
-def _changes(config: RunConfig, changed: RunConfig) -> str:
-    """Return the overrides of a change; all layers are offloaded with `=1`."""
-    words = changes_of(config, changed)
-    return words.replace("offload_activations=1.0", "offload_activations=1")
 
 
 def _lack(saved: float, excess: float, with_margin: float) -> str:
@@ -319,22 +313,18 @@ def host_remedies(
 def _lighter_on_hosts(config: RunConfig, report: PlanReport) -> dict[str, RunConfig]:
     """Return the changes that may save memory of the hosts, as they are typed."""
     parallel, schedule, host = config.parallel, config.schedule, report.host
-    changes: dict[str, RunConfig] = {}
+    lighter = list[RunConfig]()
     if host.optimizer:
-        optim = replace(config.optim, offload=False)
-        changes["optim.offload=false"] = replace(config, optim=optim)
-    if not host.activations or schedule.is_solved or schedule.file is not None:
-        return changes
-    part = _largest_part(config, 1 - report.host_excess / host.activations)
-    fewer = replace(parallel, offload_activations=part)
-    changes[f"parallel.offload_activations={part:g}"] = replace(config, parallel=fewer)
-    for again in _recomputing(config):
-        if again != config:
-            changes[changes_of(config, again)] = again
-    if schedule.name == "interleaved":
-        line = replace(config, schedule=replace(schedule, name="1f1b", num_chunks=None))
-        changes[changes_of(config, line)] = line
-    return changes
+        lighter.append(replace(config, optim=replace(config.optim, offload=False)))
+    if host.activations and not schedule.is_solved and schedule.file is None:
+        part = _largest_part(config, 1 - report.host_excess / host.activations)
+        fewer = replace(parallel, offload_activations=part)
+        lighter.append(replace(config, parallel=fewer))
+        lighter += _recomputing(config)
+        if schedule.name == "interleaved":
+            line = replace(schedule, name="1f1b", num_chunks=None)
+            lighter.append(replace(config, schedule=line))
+    return {changes_of(config, one): one for one in lighter if one != config}
 
 
 def _largest_part(config: RunConfig, fitting: float) -> float:

@@ -186,7 +186,9 @@ def value_of(config: RunConfig, name: str) -> Any:
 
 
 def word_of(value: Any) -> str:
-    """Return the value of a setting as it is typed."""
+    """Return the value of a setting as it is typed; whole numbers have no fraction: 1.0 -> 1."""
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
     if value is None:
         return "null"
     if isinstance(value, bool):
