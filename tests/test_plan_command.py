@@ -24,6 +24,7 @@ from vp_train.failures import EXIT_CONFIG, EXIT_IO, EXIT_OK, EXIT_TIME
 from vp_train.planning import alternatives
 from vp_train.planning.alternatives import Alternative
 from vp_train.planning.batch import batch_of
+from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import Help, report_as_typed
 from vp_train.planning.degrees import Degrees
 from vp_train.planning.found import Limits
@@ -528,7 +529,8 @@ def test_of_a_searched_order_a_row_names_the_placement_that_was_found():
 
 def test_json_has_what_would_help_where_nothing_fits(vp_plan, tmp_path):
     path = tmp_path / "found.json"
-    code, out, _ = vp_plan("--search", "--json", path, *NANO, "cluster.memory_gib=0.002")
+    small = [*NANO, "cluster.memory_gib=0.002"]
+    code, out, _ = vp_plan("--search", "--json", path, *small)
     record = json.loads(path.read_text())
     assert code == EXIT_CONFIG
     assert record["closest"]["overrides"] in unbroken(out)
@@ -537,8 +539,18 @@ def test_json_has_what_would_help_where_nothing_fits(vp_plan, tmp_path):
     memory, nodes = record["would_help"]
     assert (memory["setting"], nodes["setting"]) == ("cluster.memory_gib", "cluster.num_nodes")
     assert f"GPUs with more than {memory['least']:.4g} GiB" in out
-    again = load_config([*NANO, f"cluster.num_nodes={nodes['least']}", *nodes["overrides"].split()])
-    assert make_report(again).num_tokens == make_report(load_config(NANO)).num_tokens
+    assert [one["enough"] for one in record["would_help"]] == [None, None], "nothing is planned"
+    assert f"cluster.num_nodes={nodes['least']} " in nodes["overrides"]
+    closest, more = (
+        make_report(load_config([*small, *one["overrides"].split()]))
+        for one in (record["closest"], nodes)
+    )
+    assert more.num_tokens == closest.num_tokens == make_report(load_config(NANO)).num_tokens
+    assert not closest.fits
+    assert more.excess < closest.excess, "there are more ranks for the same batch"
+    assert more.degrees.num_ranks == 4 * nodes["least"]
+    less = replace(closest.cluster, memory_gib=0.999 * memory["least"])
+    assert replace(closest, cluster=with_margin(less)).excess > 0
 
 
 def test_a_search_says_how_to_ask_for_an_order_that_was_too_dear_for_it():

@@ -117,21 +117,22 @@ class WayOut:
     """What would let a choice fit where none does.
 
     setting: the setting that has to change, None if it is left open; `least` is its value then.
-    choice: the overrides of a choice that may fit, if there is one.
+    overrides: what to append so that a choice may fit, if there is one.
     """
 
     words: str
     setting: str | None = None
     least: float | None = None
-    choice: str | None = None
+    overrides: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return this for JSON."""
+        """Return this for JSON; nothing is planned, so whether it is enough is not known."""
         return {
             "words": self.words,
+            "overrides": self.overrides,
+            "enough": None,
             "setting": self.setting,
             "least": self.least,
-            "overrides": self.choice,
         }
 
 
@@ -156,13 +157,14 @@ def _ways_out(config: RunConfig, limits: Limits, result: SearchResult) -> list[W
         free = fits_on(config, limits.margin)
         if free is not None:
             words = f"to keep less with --keep; then {_may_fit(free, config)}"
-            found.append(WayOut(words, choice=free.overrides(config)))
+            found.append(WayOut(words, overrides=free.overrides(config)))
     more = _more_nodes(config, limits, result.kept)
     if more is None:
         return [*found, WayOut("a smaller model.seq_length; more nodes do not suffice")]
     num_nodes, fitting = more
-    words = f"cluster.num_nodes={num_nodes}, where {_may_fit(fitting, config)}"
-    return [*found, WayOut(words, "cluster.num_nodes", num_nodes, fitting.overrides(config))]
+    nodes = f"cluster.num_nodes={num_nodes}"
+    words, overrides = f"{nodes}, where {_may_fit(fitting, config)}", fitting.overrides(config)
+    return [*found, WayOut(words, "cluster.num_nodes", num_nodes, f"{nodes} {overrides}")]
 
 
 @dataclass(frozen=True, slots=True)
