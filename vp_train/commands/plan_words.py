@@ -47,7 +47,7 @@ _ROW = re.compile(r"─|\S {2,}\S.* {2,}\S.* {2,}\S")
 _OVERRIDES = r"(?<!\S)[a-z][\w.]*=\S*[^\s,](?: [a-z][\w.]*=\S*[^\s,])+(?!\S)"
 # What stays in one line: these, degrees, and a figure with its unit.
 _DEGREES = r"\b[dpt]p=\d+(?: x [dpt]p=\d+)+"
-_FIGURE = r"(?<![\w.=])~?[\d,.]+(?: (?:[KMG]iB|[mµ]?s|GB/s)|% (?:faster|slower))\b"
+_FIGURE = r"(?<![\w.=])~?[\d,.]+(?: (?:[KMG]iB|[mµ]?s|GB/s|[MGTPEZY]?FLOP)|% (?:faster|slower))\b"
 _TOGETHER = re.compile(f"{_OVERRIDES}|{_DEGREES}|{_FIGURE}")
 
 
