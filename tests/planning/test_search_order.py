@@ -10,6 +10,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,7 @@ from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, ord
 from vp_train.planning.kept import ALL, Kept
 from vp_train.planning.learned import Learned, alike
 from vp_train.planning.queue import Prospect
+from vp_train.planning.report import PlanReport
 from vp_train.planning.search import _Search, fits_on, search
 from vp_train.planning.space import Space
 from vp_train.planning.weigh import LEANEST, SIMULATED, Candidate, SameChoiceError, TooLargeError
@@ -237,12 +239,14 @@ class World:
             SimpleNamespace(total=total, activations=0.3 * total, vocabulary=0.1 * total)
             for total in (0.0, memory)
         ]
-        return SimpleNamespace(
+        report = SimpleNamespace(
             step_seconds=seconds,
             ranks=tuple(SimpleNamespace(memory=memory) for memory in ranks),
             worst=1,
             host=SimpleNamespace(total=facts.planned_host),
         )
+        report.room = partial(PlanReport.room, report)
+        return report
 
     def host_bytes(self, step, optim, per_node):
         assert per_node == 4
