@@ -222,6 +222,9 @@ def test_what_binds_comes_with_its_way_out(report):
     assert summed.binds.endswith("; inside a node; more microbatches, or optim.name=zero1")
     waiting = replace(report, passes=30.0)
     assert waiting.binds.endswith("; more than 8 microbatches, or a smaller pp")
+    capped = replace(waiting, bound_reason="the memory of rank 1 in warm-up and cool-down")
+    assert capped.binds.startswith("the cap of schedule=auto: rank ")
+    assert "set a higher schedule.cap_gib" in capped.binds
     sent = replace(waiting, messages=10.0)
     assert sent.binds.endswith("; inside a node; fewer stages")
 

@@ -99,6 +99,7 @@ def test_nothing_that_fits_is_faster_than_what_is_found(everything, part):
         again = make_report(plan.choice.applied(config))
         assert again.fits
         assert again.step_seconds == pytest.approx(plan.report.step_seconds)
+        assert again.exposed == pytest.approx(plan.report.exposed)
 
 
 def world_of(seed):

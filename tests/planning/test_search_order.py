@@ -31,7 +31,7 @@ from vp_train.planning import trials as trials_module
 from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.degrees import Degrees
-from vp_train.planning.found import SAME, Found, Limits, counted, memory_of, order_of
+from vp_train.planning.found import SAME, Estimate, Found, Limits, counted, memory_of, order_of
 from vp_train.planning.kept import ALL, Kept
 from vp_train.planning.learned import Learned, alike
 from vp_train.planning.queue import Prospect
@@ -310,6 +310,7 @@ def enter(monkeypatch):
         monkeypatch.setattr(trials_module, "order_nodes", order_nodes)
         monkeypatch.setattr(Choice, "with_other_stage", with_other_stage)
         monkeypatch.setattr(trials_module, "report_of", world.report_of)
+        monkeypatch.setattr(trials_module, "with_messages", lambda step, report: report)
         monkeypatch.setattr(trials_module, "most_host_bytes", world.host_bytes)
         monkeypatch.setattr(explore_module, "placed_by_short", lambda problem: problem.facts.placed)
         monkeypatch.setattr(short_module, "placed_by", lambda problem: problem.facts.whole)
@@ -745,6 +746,17 @@ def test_the_best_that_offloads_nothing_has_its_neighbours_looked_at(enter):
     result = run(world, effort=6_000)
     assert numbers(world, result.best) == [42]
     assert number_of(world, result.without_offloading) == 41
+
+
+def test_of_equally_fast_estimates_what_keeps_nothing_on_hosts_comes_first():
+    """Equal are three digits of the seconds."""
+    candidate = World([Facts(10.0, 10.0)]).draft(choice_of(0))
+    rows = [
+        Estimate(candidate, ADAMW, seconds, memory, host)
+        for seconds, memory, host in ((10.04, 3.0, 0.0), (10.01, 1.0, 8.0), (10.0, 2.0, 9.0))
+    ]
+    rows += [Estimate(candidate, ADAMW, 10.03, 4.0), Estimate(candidate, ADAMW, 9.9, 9.0, 9.0)]
+    assert [rows.index(row) for row in sorted(rows, key=lambda row: row.key)] == [4, 0, 3, 1, 2]
 
 
 def test_what_a_related_step_exceeds_its_bound_by_postpones_a_choice():

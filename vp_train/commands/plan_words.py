@@ -98,7 +98,7 @@ def plan_lines(config: RunConfig, report: PlanReport, rivals: Rivals | None = No
         lines.insert(-1, f"launch    {report.launch_words}")
     if rivals is not None and has_fsdp(config):
         lines.insert(-1, f"fsdp      {fsdp_words(config, rivals)}")
-    if report.gap > _LARGE_GAP:
+    if report.gap > _LARGE_GAP and not report.is_capped:
         held = report.gap_in_its_memory
         cause = "" if held is None or held > report.gap / 2 else " because it keeps so little"
         lines.append(

@@ -107,14 +107,18 @@ class Estimate:
         return counted(self.candidate.choice, self.seconds)
 
     @property
-    def key(self) -> tuple[float, float]:
-        """The sort key: faster first, and less memory first if times agree in three digits."""
-        return counted(self.candidate.choice, float(f"{self.seconds:.3g}")), self.memory
+    def key(self) -> tuple[float, bool, float]:
+        """The sort key: faster first.  If times agree in three digits, less memory comes first.
+
+        What keeps nothing in host memory, of which little is known, comes before that.
+        """
+        seconds = counted(self.candidate.choice, float(f"{self.seconds:.3g}"))
+        return seconds, self.host > 0, self.memory
 
     @property
     def known_key(self) -> tuple[float, bool, float, float]:
         """The sort key of `key`, but of equally fast ones planned ones first, by four digits."""
-        choice, (about, memory) = self.candidate.choice, self.key
+        choice, (about, _, memory) = self.candidate.choice, self.key
         seconds = counted(choice, float(f"{self.seconds:.4g}"))
         return about, not self.is_planned, seconds, memory
 

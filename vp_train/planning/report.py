@@ -285,6 +285,12 @@ class PlanReport:
                 seconds = parts[name]
                 if name == "waiting" and messages > seconds / 2:
                     name, seconds = "hops and barriers", messages
+                elif name == "waiting" and self.is_capped:
+                    return (
+                        f"the cap of schedule=auto: rank {self.busiest} waits for "
+                        f"{seconds / step:.0%} of the step; set a higher schedule.cap_gib or "
+                        "schedule.cap_microbatches"
+                    )
                 words = {
                     "waiting": "filling and draining the pipeline",
                     "optimizer": f"the optimizer{' on the host' * (self.host.optimizer > 0)}",
@@ -294,6 +300,11 @@ class PlanReport:
         words = f"compute: rank {self.busiest} computes for {(rank.busy - rank.tensor) / step:.0%}"
         sums = f"; it waits for tensor-parallel sums for {rank.tensor / step:.1%}"
         return f"{words} of the step{again}{sums * (rank.tensor >= VISIBLE * step)}"
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether the memory of a rank bounds the step, which it does under a cap only."""
+        return self.bound_reason.startswith("the memory of rank")
 
     @property
     def launch_words(self) -> str:
@@ -398,13 +409,17 @@ def make_report(config: RunConfig, watch: Watch | None = None) -> PlanReport:
     the value and the way out.
     """
     step, config, report = _planned(config, watch)
-    transfers = 0.0 if report.offloading is None else report.offloading.exposed
     return replace(
-        report,
-        messages=_waiting_seconds(step) - transfers,
+        with_messages(step, report),
         gap_in_its_memory=step.gap_in_its_memory(),
         advice=row_advice(config, step),
     )
+
+
+def with_messages(step: StepPlan, report: PlanReport) -> PlanReport:
+    """Return the report of a step with its `messages`, which another simulation says."""
+    transfers = 0.0 if report.offloading is None else report.offloading.exposed
+    return replace(report, messages=_waiting_seconds(step) - transfers)
 
 
 def brief_report(config: RunConfig) -> PlanReport:

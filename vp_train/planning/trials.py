@@ -13,7 +13,7 @@ from vp_train.planning.kept import Kept
 from vp_train.planning.learned import Learned
 from vp_train.planning.memory import most_host_bytes
 from vp_train.planning.plan import StepPlan
-from vp_train.planning.report import report_of
+from vp_train.planning.report import report_of, with_messages
 from vp_train.planning.shared import Shared
 from vp_train.planning.short import draft_nodes, effort_of, order_nodes, plan_nodes
 from vp_train.planning.weigh import (
@@ -320,4 +320,4 @@ class Trials:
         needs = report.ranks[report.worst].memory.total
         if needs > self._scales.limit:
             raise TooLargeError(needs, self._scales.limit, SIMULATED, report.worst)
-        return Found(replace(choice, optimizer=optim), report)
+        return Found(replace(choice, optimizer=optim), with_messages(step, report))
