@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise, product
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 from schedules.generators import GENERATORS, generate
+from schedules.render import LINK, MEANINGS, notes, present
 from schedules.simulate import simulate
+from schedules.timeline import OFFLOAD, HostTransfer, Span
 from schedules.vocab import VOCAB_ALGORITHMS
 from tests.schedules.cases import cost, problem
 from vp_train.commands.labels import Box, Ground, Wish
@@ -25,6 +28,8 @@ from vp_train.commands.plot import (
     frontier_figure,
     schedule_figure,
 )
+from vp_train.commands.simulate import simulate_step
+from vp_train.settings import load_config
 
 EVERY = list(product(GENERATORS, VOCAB_ALGORITHMS))
 
@@ -46,6 +51,54 @@ def test_labels_never_overlap_and_the_keys_name_every_colour_and_shape(spread):
     assert all(axes.bbox.count_contains(box.corners()) == 4 for box in boxes)
     named = {text.get_text() for key in figure.legends for text in key.get_texts()}
     assert named == {*GENERATORS, *VOCAB_ALGORITHMS}
+
+
+def test_no_two_schedules_of_a_comparison_share_colour_and_filling():
+    """A comparison of `all,auto` has at most every name twice: named, and as a start of auto."""
+    names = [*GENERATORS, *(f"auto from {name}" for name in GENERATORS)]
+    marks = [Marker(name, "none", 0.1 + 0.02 * k, 2**30) for k, name in enumerate(names)]
+    figure = comparison_figure(marks, "title")
+    (axes,) = figure.axes
+    drawn = [(line.get_color(), line.get_fillstyle()) for line in axes.lines]
+    assert len(drawn) == len(set(drawn)) == len(names)
+    assert len({ink for ink, _ in drawn[: len(GENERATORS)]}) == len(GENERATORS)
+    assert all(line.get_markeredgecolor() != "white" for line in axes.lines[12:]), "not invisible"
+    key = figure.legends[0]
+    keys = [(line.get_color(), line.get_fillstyle()) for line in key.legend_handles]
+    assert dict(zip([text.get_text() for text in key.get_texts()], keys, strict=True)) == dict(
+        zip(names, drawn, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("is_offloaded", "has_all", "rows"),
+    [(False, False, 1), (True, False, 1), (True, True, 2)],
+    ids=["on the device", "offloaded", "all kinds"],
+)
+def test_the_legend_of_a_step_is_inside_the_picture_and_read_by_rows(is_offloaded, has_all, rows):
+    words = ["schedule=v_half", "parallel.pp=2", "num_microbatches=2", "cost=a100_4b"]
+    step = simulate_step(load_config([*words, "vocab=one_barrier"])).timeline
+    if is_offloaded:
+        span = Span(0, OFFLOAD, OFFLOAD, 0, 0, 0.0, step.makespan)
+        step = replace(step, transfers=(HostTransfer(span, 0.0, 1.0),))
+    if has_all:
+        whole = Span(0, "0B2", "B", 0, 2, step.makespan, step.makespan)
+        step = replace(step, compute=((*step.compute[0], whole), *step.compute[1:]))
+        assert len(present(step)) == len(MEANINGS)
+    figure = schedule_figure(step, "title")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    inside = figure.bbox.padded(1.0)
+    texts = [legend.get_title(), *legend.get_texts()]
+    for text in texts:
+        box = text.get_window_extent()
+        assert inside.count_contains(box.corners()) == 4, text.get_text()
+    boxes = {text.get_text(): text.get_window_extent() for text in legend.get_texts()}
+    words = [f"{kind} {meaning}" for kind, meaning in present(step).items()]
+    words += [meaning for _, _, meaning in LINK.values()] if is_offloaded else []
+    assert sorted(boxes, key=lambda word: (-round(boxes[word].y0), boxes[word].x0)) == words
+    assert len({round(box.y0) for box in boxes.values()}) == rows
+    assert legend.get_title().get_text() == notes(step, "white")
 
 
 @pytest.mark.parametrize(("num_microbatches", "is_cut"), [(8, False), (256, True)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise, product
+from itertools import combinations, cycle, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_Fill = Literal["full", "none", "left", "top"]
+
 _MARKERS = "osD^vPX*"
 # The colours of Okabe and Ito that are dark enough for small marks on white.
 _INKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# Four darker ones, for pictures with more names.
+_MORE_INKS = ("#882255", "#332288", "#8B5A2B", "#7A7A00")
+_FILLS: tuple[_Fill, ...] = ("full", "none", "left", "top")  # of marks, where inks repeat
 _MARK = 6.5  # points: the size of a mark of a frontier
 _BEST = "least bubble known under every cap"
 _CLEAR = 0.025  # the part of a whole axis beside a cut that has no tick
@@ -75,7 +80,7 @@ def schedule_figure(timeline: Timeline, title: str) -> Figure:
     shown without its middle.
     """
     lane = 0.4 if timeline.num_ranks <= 16 else 6.4 / timeline.num_ranks
-    figure = _figure(14, 1.3 + lane * timeline.num_ranks, dpi=150)
+    figure = _figure(14, 1.5 + lane * timeline.num_ranks, dpi=150)
     axes = figure.add_subplot()
     scale = _Scale.of(timeline)
     for rank, spans in enumerate(timeline.compute):
@@ -185,7 +190,7 @@ def _write_microbatches(axes: Axes, timeline: Timeline, scale: _Scale) -> None:
 
 
 def _explain(figure: Figure, timeline: Timeline) -> None:
-    """Add the legend of the colours."""
+    """Add the legend of the colours below the axes, in as many rows as it takes to fit."""
     from matplotlib.patches import Patch
 
     kinds = present(timeline)
@@ -194,10 +199,21 @@ def _explain(figure: Figure, timeline: Timeline) -> None:
     ]
     if timeline.transfers:
         patches += [Patch(facecolor=colour, label=words) for _, colour, words in LINK.values()]
-    patches.append(Patch(facecolor="none", label=notes(timeline, "white")))
-    figure.legend(
-        handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=8
-    )
+    for rows in range(1, len(patches) + 1):
+        columns = math.ceil(len(patches) / rows)
+        legend = figure.legend(
+            # A legend is filled by columns; this order is read by rows.
+            handles=[patch for column in range(columns) for patch in patches[column::columns]],
+            title=notes(timeline, "white"),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+            title_fontsize=8,
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
 
 
 def comparison_png(marks: Sequence[Marker], title: str, path: Path) -> None:
@@ -208,20 +224,23 @@ def comparison_png(marks: Sequence[Marker], title: str, path: Path) -> None:
 def comparison_figure(marks: Sequence[Marker], title: str) -> Figure:
     """Return a picture of bubble against peak memory.
 
-    Every schedule has a colour and every algorithm a shape; keys at the right name them.  A point
+    Every schedule has a colour and every algorithm a shape; keys at the right name them.  Where
+    there are more schedules than colours, the marks of some are hollow or filled in half.  A point
     has a label where there is room for one.
     """
     figure = _figure(10, 6, dpi=110)
     axes = figure.add_subplot()
-    inks = dict(zip(dict.fromkeys(mark.schedule for mark in marks), _INKS * 4, strict=False))
+    looks = _looks([mark.schedule for mark in marks])
     shapes = dict(zip(dict.fromkeys(mark.vocab for mark in marks), _MARKERS * 4, strict=False))
     for mark in marks:
+        look = looks[mark.schedule]
         axes.plot(
             *mark.at,
             shapes[mark.vocab],
-            color=inks[mark.schedule],
+            color=look.ink,
             markersize=7,
-            markeredgecolor="white",
+            fillstyle=look.fill,
+            markeredgecolor=look.edge,
         )
     _spread(axes, "x", [mark.at[0] for mark in marks])
     _spread(axes, "y", [mark.at[1] for mark in marks])
@@ -231,9 +250,28 @@ def comparison_figure(marks: Sequence[Marker], title: str) -> Figure:
     axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    _add_keys(figure, inks, shapes)
-    _label_marks(figure, axes, marks, inks)
+    _add_keys(figure, looks, shapes)
+    _label_marks(figure, axes, marks, looks)
     return figure
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """The colour of a mark, and which part of it is filled."""
+
+    ink: str
+    fill: _Fill = "full"
+
+    @property
+    def edge(self) -> str:
+        """The colour of the edge, which a mark needs that is not filled."""
+        return "white" if self.fill == "full" else self.ink
+
+
+def _looks(names: Iterable[str]) -> dict[str, _Look]:
+    """Return a look for every name: all colours first, then the same with another filling."""
+    every = (_Look(ink, fill) for fill, ink in cycle(product(_FILLS, _INKS + _MORE_INKS)))
+    return dict(zip(dict.fromkeys(names), every, strict=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,7 +594,9 @@ def _write(
         )
 
 
-def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Marker], inks: dict[str, str]) -> None:
+def _label_marks(
+    figure: Figure, axes: Axes, marks: Sequence[Marker], looks: dict[str, _Look]
+) -> None:
     """Write schedule and algorithm near every mark, where that covers no label and no mark.
 
     A mark without room for a label within a fifth of the picture gets none.
@@ -575,17 +615,17 @@ def _label_marks(figure: Figure, axes: Axes, marks: Sequence[Marker], inks: dict
             f"{mark.schedule}, {mark.vocab}",
             (point,),
             box,
-            inks[mark.schedule],
+            looks[mark.schedule].ink,
             size=7.5,
             farthest=0.2,
         )
 
 
-def _add_keys(figure: Figure, inks: dict[str, str], shapes: dict[str, str]) -> None:
+def _add_keys(figure: Figure, looks: dict[str, _Look], shapes: dict[str, str]) -> None:
     """Add the key of the colours and the key of the shapes, at the right of the axes."""
-    colours = [(name, "s", ink) for name, ink in inks.items()]
+    colours = [(name, "s", look) for name, look in looks.items()]
     _add_key(figure, "schedule", "outside right upper", colours)
-    marks = [(name, shape, "#555555") for name, shape in shapes.items()]
+    marks = [(name, shape, _Look("#555555")) for name, shape in shapes.items()]
     _add_key(figure, "vocabulary", "outside right lower", marks)
 
 
@@ -593,14 +633,23 @@ def _add_key(
     figure: Figure,
     title: str,
     place: Literal["outside right upper", "outside right lower"],
-    entries: Sequence[tuple[str, str, str]],
+    entries: Sequence[tuple[str, str, _Look]],
 ) -> None:
-    """Add a key with the name, shape and colour of every entry."""
+    """Add a key with the name, shape and look of every entry."""
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], linestyle="", marker=shape, color=ink, label=name)
-        for name, shape, ink in entries
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=shape,
+            color=look.ink,
+            fillstyle=look.fill,
+            markeredgecolor=look.ink,
+            label=name,
+        )
+        for name, shape, look in entries
     ]
     figure.legend(
         handles=handles, title=title, loc=place, frameon=False, fontsize=8, title_fontsize=9
