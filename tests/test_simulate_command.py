@@ -20,7 +20,7 @@ from schedules.ir import Kind, Schedule
 from schedules.lower import lower
 from schedules.replay import RUNTIMES, Hops, Runtime, replay
 from schedules.vocab import searched_algorithms
-from vp_train.commands.frontier import Reached, drawn
+from vp_train.commands.frontier import Curve, Reached, drawn, files_words, schedule_files
 from vp_train.commands.simulate import (
     Outcome,
     Refusal,
@@ -568,14 +568,35 @@ def test_the_frontier_is_a_table_a_picture_and_schedules_that_run(
                 below = [p for p in points if p["cap_bytes"] <= row["peak_bytes"] * (1 + 1e-9)]
                 assert below, "no named schedule is left of the line"
                 assert below[-1]["mean_bubble"] <= row["mean_bubble"] + 1e-9
-        stored = sorted(tmp_path.glob(f"{vocab}_*.txt"))
-        assert stored
-        step = simulate_step(
-            load_config([f"schedule.file={stored[0]}", f"vocab={vocab}", *small])
-        ).timeline
-        assert step.makespan == pytest.approx(max(makespans))
+        stored = {path.name for path in tmp_path.glob(f"{vocab}_*.txt")}
+        assert stored == {point["file"] for point in points}
+        for point in points:
+            file = f"schedule.file={tmp_path / point['file']}"
+            step = simulate_step(load_config([file, f"vocab={vocab}", *small])).timeline
+            assert step.makespan == pytest.approx(point["makespan_seconds"])
+            assert max(step.peak_bytes) <= point["cap_bytes"] * (1 + 1e-9)
+        caps = points[0]["cap_bytes"] / table["microbatch_bytes"]
+        assert points[0]["file"] == f"{vocab}_{caps:.4g}.txt"
+    assert out.splitlines()[-1] == files_words(table["microbatch_bytes"])
     assert (tmp_path / "frontier.png").read_bytes().startswith(PNG)
     assert ElementTree.parse(tmp_path / "frontier.svg").getroot().tag.endswith("svg")
+
+
+def test_caps_that_differ_in_the_sixth_digit_have_files_of_their_own():
+    chosen = load_config([*UNIT, "schedule=1f1b"])
+    first, second, third = (_named_point(simulate_step(chosen)) for _ in range(3))
+    points = [
+        replace(first, cap=2.0),
+        replace(second, cap=2.00002),
+        replace(second, cap=2.5),
+        replace(third, cap=3.0),
+    ]
+    assert schedule_files(Curve("none", tuple(points)), 1.0) == [
+        "none_2.txt",
+        "none_2.00002.txt",
+        "none_2.00002.txt",
+        "none_3.txt",
+    ]
 
 
 @pytest.mark.parametrize("slower", [1.0, 1.3], ids=["as long as B", "longer than B"])
@@ -618,7 +639,7 @@ def test_auto_takes_part_in_a_comparison_and_is_searched_once_per_algorithm(
         code, out, _ = vp_simulate(*words, *extra, *small)
         assert code == 0
         assert searched == [{"none"}, {"one_barrier"}]
-        said = out.index("schedule=auto: searching for the fastest schedule with every algorithm")
+        said = out.index("searching for the fastest schedule with each of none, one_barrier\n")
         assert said < out.index("schedule "), "before it is searched for"
         assert "4 of 4 simulated" in out
         rows = json.loads((tmp_path / "table.json").read_text())["rows"]
@@ -627,6 +648,18 @@ def test_auto_takes_part_in_a_comparison_and_is_searched_once_per_algorithm(
         assert all(name.startswith("auto from ") for name in names[2:])
     assert all(len(row["disturbed"]["seconds"]) == 4 for row in rows)
     assert "fastest on average  " in out
+
+
+def test_a_comparison_names_the_algorithms_with_which_it_searches(vp_simulate, quick_search):
+    searched = ", ".join(searched_algorithms())
+    for words, named in (
+        (["--compare", "auto", *UNIT], "none"),
+        (["--compare", "auto", *UNIT[1:], "vocab=one_barrier"], "one_barrier"),
+        (["--jitter", "0", *UNIT[1:], "schedule=auto", "vocab=auto"], f"any of {searched}"),
+    ):
+        code, out, _ = vp_simulate(*words)
+        assert code == 0
+        assert f"searching for the fastest schedule with {named}\n" in out, words
 
 
 def test_all_stands_for_the_named_schedules_and_auto_may_be_added(vp_simulate, quick_search):

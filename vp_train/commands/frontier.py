@@ -102,18 +102,18 @@ def write(
 
     `named` are the named schedules to compare with, and a microbatch of a rank has `unit` bytes.
     """
-    schedules = []
+    files = {curve.vocab: schedule_files(curve, unit) for curve in found}
+    schedules: dict[str, None] = {}
     for curve in found:
-        written = None
-        for point in curve.points:
-            if point.solution is not written:
-                name = f"{curve.vocab}_{point.cap / unit:.4g}.txt"
+        for point, name in zip(curve.points, files[curve.vocab], strict=True):
+            if name not in schedules:
                 (directory / name).write_text(point.solution.schedule.text())
-                schedules.append(name)
-            written = point.solution
+            schedules[name] = None
     table = {
         "microbatch_bytes": unit,
-        "frontiers": {curve.vocab: [record(point) for point in curve.points] for curve in found},
+        "frontiers": {
+            curve.vocab: [*map(record, curve.points, files[curve.vocab])] for curve in found
+        },
         "named": [
             {
                 "schedule": point.solution.schedule.name,
@@ -132,6 +132,32 @@ def write(
     )
     figure = frontier_figure(lines, marks, heading)
     return ["frontier.json", *frontier_pictures(figure, directory), *schedules]
+
+
+def schedule_files(curve: Curve, unit: float) -> list[str]:
+    """Return the name of the file with the schedule of every point of a curve.
+
+    It has the cap in microbatches of `unit` bytes, with four digits or as many as tell it from
+    other caps. Points that follow each other with one schedule share the file of the first.
+    """
+    files: list[str] = []
+    last = None
+    for point in curve.points:
+        if point.solution is last:
+            files.append(files[-1])
+            continue
+        names = (f"{curve.vocab}_{point.cap / unit:.{digits}g}.txt" for digits in range(4, 18))
+        files.append(next(name for name in names if name not in files))
+        last = point.solution
+    return files
+
+
+def files_words(unit: float) -> str:
+    """Return in a line how the files of schedules are named; a microbatch has `unit` bytes."""
+    return (
+        f"schedules are VOCAB_CAP.txt, with the cap in microbatches of {human_bytes(unit)}; rows "
+        "with one schedule share the file of the first; frontier.json has the file of every row"
+    )
 
 
 def drawn(
@@ -164,8 +190,8 @@ def _bubble(point: Reached, least: float) -> float:
     return 1 - least / point.makespan if point.makespan > 0 else 0.0
 
 
-def record(point: FrontierPoint) -> Mapping[str, Any]:
-    """Return a point for frontier.json: seconds, bytes, and fractions."""
+def record(point: FrontierPoint, file: str) -> Mapping[str, Any]:
+    """Return a point for frontier.json: seconds, bytes, fractions, and its schedule's `file`."""
     timeline = point.timeline
     return {
         "cap_bytes": point.cap,
@@ -174,4 +200,5 @@ def record(point: FrontierPoint) -> Mapping[str, Any]:
         "gap": timeline.gap,
         "makespan_seconds": timeline.makespan,
         "found_as": point.solution.schedule.name,
+        "file": file,
     }

@@ -37,7 +37,7 @@ from vp_train.commands.command import (
     typed,
 )
 from vp_train.commands.disturbed import Draws
-from vp_train.commands.frontier import curves, write
+from vp_train.commands.frontier import curves, files_words, write
 from vp_train.commands.plot import Marker, comparison_png, schedule_png
 from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, RunConfig, printable
@@ -256,7 +256,7 @@ def compare(
         draws = draws.on(split_ranks(config.parallel, num_ranks).pp)
         head = f"{draws.words}\n\n{disturbed.table_head(widths)}"
     if "auto" in names:  # it takes long, so say first what is searched for
-        head = f"{SEARCHING} with every algorithm\n\n{head}"
+        head = f"{SEARCHING} {_vocab_words(algorithms)}\n\n{head}"
     print(f"{headline(config)}\n\n{head}", flush=True)
     started = time.perf_counter()
     items: list[Outcome | Refusal] = []
@@ -291,6 +291,13 @@ def compare(
     if directory is not None:
         comparison_png(_marks(outcomes), headline(config), directory / "comparison.png")
         _say_written(directory, ["config.yaml", "table.json", "comparison.png"], before)
+
+
+def _vocab_words(algorithms: Sequence[str]) -> str:
+    """Return with which algorithms schedule=auto is searched for: once each, or once for auto."""
+    if algorithms == ("auto",):
+        return f"with any of {', '.join(searched_algorithms())}"
+    return f"with {'' if len(algorithms) == 1 else 'each of '}{', '.join(algorithms)}"
 
 
 def draw_frontier(
@@ -341,6 +348,7 @@ def draw_frontier(
         unit = option.cost.microbatch_bytes(option.problem.layout.num_ranks)
         names_written = write(directory, found, named, headline(config), unit)
         _say_written(directory, ["config.yaml", *names_written], before)
+        print(files_words(unit), flush=True)
     return searching.exit_code
 
 
