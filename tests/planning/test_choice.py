@@ -106,7 +106,8 @@ def test_a_space_is_every_split_size_schedule_and_setting(config):
         elif 4 % tp or 2 % tp:
             name, value = ("num_heads", 4) if 4 % tp else ("num_query_groups", 2)
             reason = f"model.{name}={value} does not split over parallel.tp={tp}; "
-            reason += f"use a divisor of {value}"
+            fitting = [n for n in (1, 2) if num_gpus % n == 0]
+            reason += f"use parallel.tp={' or '.join(map(str, fitting))}"
         elif batch % dp:
             reason = f"the batch: dp must divide its {batch:,} sequences"
         sizes = [n for n in range(1, 17) if batch % n == 0]

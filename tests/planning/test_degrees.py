@@ -99,12 +99,44 @@ def test_a_tensor_parallel_degree_divides_heads_groups_and_widths():
             model, value = replace(MODEL, **sizes), 6
             if value % tp:
                 first = "num_heads" if name == "num_heads" else name
-                words = f"model.{first}=6 does not split over parallel.tp={tp}; use a divisor of 6"
+                words = f"model.{first}=6 does not split over parallel.tp={tp}; "
+                words += "use parallel.tp=1, 2, 3 or 6"
                 with pytest.raises(ConfigError) as raised:
                     check_tensor_split(model, tp)
                 assert str(raised.value) == words
             else:
                 check_tensor_split(model, tp)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "more", "tp", "words"),
+    [
+        (
+            8,
+            {},
+            8,
+            "model.num_heads=28 does not split over parallel.tp=8; use parallel.tp=1, 2 or 4",
+        ),
+        (6, {}, 3, "parallel.tp=3; use parallel.tp=1 or 2"),
+        (3, {}, 3, "parallel.tp=3; use parallel.tp=1"),
+        (8, {"seq_length": 6}, 8, "parallel.tp=8; use parallel.tp=2"),
+        (8, {"seq_length": 7}, 8, "8; drop parallel.sequence_parallel, and use parallel.tp=1"),
+        (
+            8,
+            {"seq_length": 6},
+            4,
+            "model.seq_length=6 does not split over parallel.tp=4; use parallel.tp=2, or drop "
+            "parallel.sequence_parallel",
+        ),
+        (8, {"seq_length": 7}, 4, "over parallel.tp=4; drop parallel.sequence_parallel"),
+    ],
+)
+def test_degrees_are_named_that_divide_all_that_is_split_and_all_ranks(num_ranks, more, tp, words):
+    model = replace(MODEL, hidden_size=28 * 64, num_heads=28, num_query_groups=4)
+    model = replace(model, ffn_hidden_size=1024, **more)
+    with pytest.raises(ConfigError) as raised:
+        check_tensor_split(model, tp, sequences=bool(more), num_ranks=num_ranks)
+    assert str(raised.value).endswith(words)
 
 
 def test_sequences_split_only_where_that_is_asked_and_over_several_ranks():

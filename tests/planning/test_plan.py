@@ -507,7 +507,12 @@ def test_a_step_of_too_many_passes_is_refused_before_it_is_ordered(overrides, me
             "cuda",
             "parallel.sequence_parallel=true has nothing to split over with parallel.tp=1",
         ),
-        (2, 7, "cuda", "model.seq_length=7 does not split over parallel.tp=2; use a divisor of 7"),
+        (
+            2,
+            7,
+            "cuda",
+            "model.seq_length=7 does not split over parallel.tp=2; drop parallel.sequence_parallel",
+        ),
         (2, 6, "cpu", "parallel.sequence_parallel=true needs run.device=cuda, not cpu"),
     ],
 )

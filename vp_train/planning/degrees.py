@@ -6,6 +6,7 @@ Pure: no I/O and no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from vp_train.config import ConfigError, ModelConfig, ParallelConfig
 from vp_train.model.shape import kv_size, query_size, tensor_share
@@ -119,10 +120,13 @@ def check_float8_split(model: ModelConfig, tp: int) -> None:
             )
 
 
-def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) -> None:
+def check_tensor_split(
+    model: ModelConfig, tp: int, *, sequences: bool = False, num_ranks: int = 0
+) -> None:
     """Check that attention heads and the feed-forward width split evenly over `tp` ranks.
 
-    With `sequences` the sequence length must split too.  Raises ConfigError.
+    With `sequences` the sequence length must split too.  Raises ConfigError, which names the
+    degrees that divide all of this, and all `num_ranks` if these are known, not 0.
     """
     if sequences and tp == 1:
         raise ConfigError(
@@ -134,15 +138,25 @@ def check_tensor_split(model: ModelConfig, tp: int, *, sequences: bool = False) 
             f"model.qk_norm_whole=true does not go with parallel.tp={tp}, because the norm needs "
             "all heads on one rank; use parallel.tp=1, and a larger parallel.pp"
         )
-    for name in (
-        "num_heads",
-        "num_query_groups",
-        "ffn_hidden_size",
-        *(("seq_length",) if sequences else ()),
-    ):
+    names = ["num_heads", "num_query_groups", "ffn_hidden_size"] + ["seq_length"] * sequences
+    for name in names:
         value = getattr(model, name)
         if value % tp:
+            common = gcd(num_ranks, *(getattr(model, one) for one in names))
             raise ConfigError(
                 f"model.{name}={value} does not split over parallel.tp={tp}; "
-                f"use a divisor of {value}"
+                f"{_fitting_degrees(common, name, sequences=sequences)}"
             )
+
+
+def _fitting_degrees(common: int, name: str, *, sequences: bool) -> str:
+    """Return what to use where `model.NAME` does not split, whose degrees must divide `common`."""
+    fitting = [tp for tp in range(1, common + 1) if common % tp == 0]
+    drop = "drop parallel.sequence_parallel"
+    if sequences:
+        fitting.remove(1)  # which splits no sequence
+        if not fitting:
+            return drop if name == "seq_length" else f"{drop}, and use parallel.tp=1"
+    first, last = ", ".join(map(str, fitting[:-1])), fitting[-1]
+    use = f"use parallel.tp={f'{first} or ' * bool(first)}{last}"
+    return f"{use}, or {drop}" if name == "seq_length" else use

@@ -246,7 +246,7 @@ def _reason_against(config: RunConfig, degrees: Degrees) -> str | None:
     if degrees.pp > config.model.num_layers:
         return f"model.num_layers={config.model.num_layers}, which pp cannot exceed"
     try:
-        check_tensor_split(config.model, degrees.tp)
+        check_tensor_split(config.model, degrees.tp, num_ranks=config.cluster.num_gpus)
     except ConfigError as error:
         return str(error)
     return None

@@ -50,7 +50,8 @@ class Workload:
         Raises ConfigError if tensor parallelism cannot split the model so, or if that does not go
         with linear layers in float8 or with CUDA graphs.
         """
-        check_tensor_split(config.model, degrees.tp, sequences=config.parallel.sequence_parallel)
+        sequences, num_ranks = config.parallel.sequence_parallel, degrees.num_ranks
+        check_tensor_split(config.model, degrees.tp, sequences=sequences, num_ranks=num_ranks)
         if config.run.linear_dtype == "float8":
             check_float8_split(config.model, degrees.tp)
         if config.run.cuda_graphs:
