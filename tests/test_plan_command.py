@@ -154,17 +154,21 @@ def test_the_best_without_vocabulary_parallelism_stands_beside_what_this_split_t
         best = replace(found, seconds=seconds / 2, is_planned=True)
         (line,) = alternative_lines(report, replace(other, best=best))
         assert line.startswith(f"{head} {duration(seconds / 2)} (")
+        assert line.endswith(", 1.0 MiB on this split: a=1 b=2"), "the same, but planned"
+        best = replace(best, overrides="c=3")
+        line, *more = alternative_lines(report, replace(other, best=best))
         is_worth_it = vocab != "none" or part < 1
-        assert line.endswith(f", 1.0 MiB{f'; this split {words}' * is_worth_it}: a=1 b=2")
+        assert line.endswith(f", 1.0 MiB{f'; here {words}' * is_worth_it}: c=3")
+        assert more == [f"{'':10}this split: a=1 b=2"] * is_worth_it
         (line,) = alternative_lines(report, replace(other, best=replace(best, overrides="")))
         assert line == f"{head}, best found: this plan"
     (line,) = alternative_lines(report, Alternative(False, best, reason="too large"))
-    assert line.endswith(", 1.0 MiB; this split does not fit: a=1 b=2")
+    assert line.endswith(", 1.0 MiB; this split does not fit: c=3")
     (line,) = alternative_lines(report, Alternative(False, None, reason="too large"))
     assert line == f"{head}: nothing fits: too large"
     (line,) = alternative_lines(report, Alternative(True, best))
     assert line.startswith("with      vocabulary parallelism ")
-    assert line.endswith(", 1.0 MiB: a=1 b=2")
+    assert line.endswith(", 1.0 MiB: c=3")
 
 
 def test_long_lines_are_broken_and_neither_tables_nor_overrides_are():

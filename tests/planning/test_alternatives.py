@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from vp_train.planning import alternatives, outlook
-from vp_train.planning.alternatives import Alternative, with_it, without_it
+from vp_train.planning.alternatives import Alternative, unbeaten, with_it, without_it
 from vp_train.planning.choice import Choice
 from vp_train.planning.cluster import with_margin
 from vp_train.planning.compare import Help, fastest_of, helps_of, proposing, shared_of
@@ -18,6 +18,7 @@ from vp_train.planning.report import make_report
 from vp_train.planning.search import without_vocabulary
 from vp_train.planning.space import space_of
 from vp_train.settings import load_config
+from vp_train.units import is_faster
 
 GPT = ["model=gpt_4b", "cluster=h100_80g_node", "model.num_layers=8", "num_microbatches=16"]
 BARE = "vocab=none"
@@ -100,6 +101,70 @@ def test_a_plan_is_its_own_best_unless_another_way_is_faster_by_a_percent(monkey
         assert best.seconds == (report.step_seconds if is_itself else other.seconds)
 
 
+def test_what_needs_more_host_memory_is_the_best_only_if_it_is_faster_by_a_percent():
+    config = load_config(GPT)
+    choice = found_by(without_it, config, make_report(config)).best.choice
+    lean = Help("a=1", 1.0, 1.0, choice=choice)
+    for seconds, wins in ((0.995, False), (0.992, False), (0.988, True), (1.1, False)):
+        for host, least in ((100.0, 0.0), (100.0, 90.0), (100.0, 99.9)):
+            known = replace(lean, host=least)
+            other = replace(lean, overrides="b=2", seconds=seconds, host=host)
+            is_best = wins or (seconds < 1 and least == 99.9)
+            for one, more in ((known, other), (other, known)):
+                best = Alternative(False, one).beside([more]).best
+                assert (best == other) is is_best
+    itself = replace(lean, overrides="", host=100.0)
+    for seconds in (0.995, 1.005):
+        other = replace(lean, seconds=seconds)
+        assert Alternative(False, itself).beside([other]).best == itself, "no proposal"
+
+
+def test_a_pair_that_the_best_beats_in_time_and_memory_is_not_proposed():
+    config = load_config(GPT)
+    report = make_report(config)
+    assert report.fits
+    best = Help("a=1", 1.0, 10.0, 5.0)
+    other = Alternative(False, best)
+    for seconds, memory, host, is_pair, stays in (
+        (1.02, 10.0, 5.0, True, False),
+        (1.02, 10.0, 5.0, False, True),
+        (1.005, 11.0, 6.0, True, True),
+        (0.9, 11.0, 6.0, True, True),
+        (1.02, 9.9, 6.0, True, True),
+        (1.02, 11.0, 4.9, True, True),
+    ):
+        pair = Help("b=1 c=2", seconds, memory, host, is_pair=is_pair)
+        assert unbeaten([best, pair], [Alternative(True, None), other], report) == (
+            [best, pair] if stays else [best]
+        )
+        tight = load_config([*GPT, "cluster.memory_gib=4"])
+        assert unbeaten([pair], [other], make_report(tight)) == [pair], "it lets a plan fit"
+
+
+@pytest.mark.parametrize("gib", [80, 1])
+def test_a_reason_is_given_only_where_nothing_fits_on_the_split(monkeypatch, gib):
+    """Also where some of it was refused before something that fits was found."""
+    monkeypatch.setattr(alternatives, "fastest_of", lambda *_: None)
+    config = load_config([*GPT, "parallel.pp=8", f"cluster.memory_gib={gib}", "num_microbatches=8"])
+    real, refused = (
+        alternatives.without_vocabulary,
+        alternatives.without_vocabulary(
+            replace(config, cluster=replace(config.cluster, memory_gib=1)),
+            Degrees(1, 8, 1),
+        ),
+    )
+    leanest = refused.leanest
+    assert leanest is not None
+
+    def some_refused(*arguments):
+        return replace(real(*arguments), leanest=leanest)
+
+    monkeypatch.setattr(alternatives, "without_vocabulary", some_refused)
+    found = found_by(without_it, config, make_report(config))
+    assert found.reason == ("" if found.here is not None else leanest.reason)
+    assert (found.here is None) is (gib == 1)
+
+
 def test_no_proposal_of_the_same_kind_is_faster_than_the_best_alternative():
     """One of the other kind is not the best, however fast, nor is another batch."""
     config = load_config([*GPT, BARE])
@@ -109,7 +174,9 @@ def test_no_proposal_of_the_same_kind_is_faster_than_the_best_alternative():
         found = found_by(look, config, report)
         best = found.beside(helps).best
         same = [one for one in helps if one.choice.splits_vocabulary is splits]
-        assert all(one.seconds >= best.seconds for one in same)
+        for one in same:
+            assert one.seconds >= best.seconds or one.host > best.host
+            assert not is_faster(one.seconds, best.seconds)
         assert best.choice.splits_vocabulary is splits
         own = found.best.choice
         kinds = [replace(own, vocab=vocab, degrees=Degrees(1, 8, 1)) for vocab in ALGORITHMS]

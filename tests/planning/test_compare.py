@@ -213,7 +213,7 @@ def test_fsdp_leaves_the_margin_of_a_plan_free_and_has_its_means():
 
 
 def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_more():
-    hosts = []
+    hosts, kinds = [], set()
     least = ["cluster.memory_gib=5"]
     for words in ([], LITTLE, least, [*least, "cluster.host_memory_gib=47"]):
         config = load_config([*GPT, *words])
@@ -222,6 +222,10 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
         before = report.step_seconds if report.fits else float("inf")
         helps = helps_of(config, report)
         assert helps
+        pairs = [one.is_pair for one in helps]
+        assert pairs.count(False) <= (1 if report.fits else 2), "one of each look at one setting"
+        assert not report.fits or pairs == sorted(pairs)
+        kinds.update(pairs)
         for one in helps:
             again = make_report(load_config([*GPT, *words, *one.overrides.split()]))
             lean = replace(again, cluster=with_margin(again.cluster))
@@ -231,6 +235,7 @@ def test_what_helps_was_planned_and_two_settings_are_named_only_if_they_gain_mor
             before = again.step_seconds
             hosts.append(one.host)
     assert any(hosts)
+    assert kinds == {False, True}
     config = load_config(GPT)
     report = make_report(config)
     larger = larger_batch_of(config, report)

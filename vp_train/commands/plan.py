@@ -39,7 +39,7 @@ from vp_train.commands.searching import Searching
 from vp_train.config import ConfigError, RunConfig
 from vp_train.durable import write_output
 from vp_train.failures import EXIT_CONFIG, EXIT_TIME
-from vp_train.planning.alternatives import Alternative, with_it, without_it
+from vp_train.planning.alternatives import Alternative, unbeaten, with_it, without_it
 from vp_train.planning.batch import batch_of, with_batch_of, with_replicas
 from vp_train.planning.cluster import MARGIN
 from vp_train.planning.compare import (
@@ -231,6 +231,7 @@ def _compare(config: RunConfig, report: PlanReport, rivals: Rivals) -> dict[str,
             others.append(with_it(config, report, choices, shared))
         helps = helps_of(config, report, comparing.work_on, choices, shared)
         others = [other.beside(helps) for other in others]
+        helps = unbeaten(helps, others, report)
         for other in others:
             comparing.print(text_of(alternative_lines(report, other)))
         comparing.work_on("planning with another contention")

@@ -225,9 +225,10 @@ def kind_words(other: Alternative) -> str:
 
 
 def alternative_lines(report: PlanReport, other: Alternative) -> list[str]:
-    """Return a line with the best plan found with, or without, vocabulary parallelism.
+    """Return the best plan found with, or without, vocabulary parallelism in lines.
 
-    Where that has another split or other settings, it also says what the split of the plan takes.
+    Where that has another split or other settings, a second line says what the split of the plan
+    takes, and with what.
     """
     best, here = other.best, other.here
     label, _, rest = kind_words(other).partition(" ")
@@ -236,14 +237,15 @@ def alternative_lines(report: PlanReport, other: Alternative) -> list[str]:
         return [f"{head}: nothing fits{f': {other.reason}' * bool(other.reason)}"]
     if not best.overrides:
         return [f"{head}, best found: this plan"]
-    words = f"{head} {compared_words(best, before)}"
+    words, more = f"{head} {compared_words(best, before)}", list[str]()
     if other.is_here:
         words += " on this split"
     elif here is None:
         words += "; this split does not fit" * bool(other.reason)
     elif before is None or report.splits_vocabulary or is_faster(here.seconds, before):
-        words += f"; this split {step_words(here, before)}"
-    return [f"{words}: {best.overrides}"]
+        words += f"; here {step_words(here, before)}"
+        more += [f"{'':{_LABEL}}this split: {here.overrides}"] * bool(here.overrides)
+    return [f"{words}: {best.overrides}", *more]
 
 
 def short_words(choice: Choice) -> str:

@@ -24,13 +24,13 @@ from vp_train.planning.compare import (
     proposing,
     with_degrees,
 )
-from vp_train.planning.found import Estimate
+from vp_train.planning.found import NO_MORE, Estimate, SearchResult
 from vp_train.planning.outlook import MOST_AT_ONCE
 from vp_train.planning.report import PlanReport
 from vp_train.planning.search import without_vocabulary
 from vp_train.planning.shared import Shared
 from vp_train.planning.weigh import Scales
-from vp_train.units import AS_FAST
+from vp_train.units import is_faster
 
 # Passes of the looks at all splits: with microbatches as large as those of a plan, and with others.
 _EFFORT, _EFFORT_OF_OTHERS = 360_000, 120_000
@@ -44,7 +44,7 @@ class Alternative:
     splits_vocabulary: which of the two it is.
     best: the best found of any split, that of the plan included; None if nothing fits.
     here: the best of the split of the plan, where only schedule, chunks and placement are free.
-    reason: why nothing of that split fits, "" if that is not known.
+    reason: why nothing of that split fits, "" where something does or that is not known.
     is_whole: whether all of that split was looked at.
     """
 
@@ -56,17 +56,28 @@ class Alternative:
 
     @property
     def is_here(self) -> bool:
-        """Whether the best is that of the split of the plan."""
-        return self.best is not None and self.best == self.here
+        """Whether the best is that of the split of the plan, be it planned whole or not."""
+        best, here = self.best, self.here
+        return best is not None and here is not None and best.overrides == here.overrides
 
     def beside(self, helps: Sequence[Help]) -> Alternative:
-        """Return this with the fastest of the `helps` as the best if that is faster."""
+        """Return this with the fastest of the `helps` as the best if that wins, see `_fastest`."""
         found = [
             one
             for one in helps
             if one.choice is not None and one.choice.splits_vocabulary is self.splits_vocabulary
         ]
         return replace(self, best=_fastest(found if self.best is None else [self.best, *found]))
+
+    def beats(self, other: Help) -> bool:
+        """Return whether the best is faster than another proposal and nowhere needs more."""
+        best = self.best
+        return (
+            best is not None
+            and is_faster(best.seconds, other.seconds)
+            and best.memory <= other.memory
+            and best.host <= other.host
+        )
 
     def record(self, num_tokens: int) -> dict[str, Any]:
         """Return both for JSON, and why nothing fits; a step has so many tokens."""
@@ -124,9 +135,28 @@ def without_it(
         splits_vocabulary=False,
         best=_fastest(known if other is None else [*known, other]),
         here=None if here is None else _estimated(config, here),
-        reason="" if result is None or result.leanest is None else result.leanest.reason,
+        reason=_reason(result),
         is_whole=result is not None and result.num_open == 0,
     )
+
+
+def _reason(result: SearchResult | None) -> str:
+    """Return why nothing of a split fits; "" where something does, or that is not known."""
+    if result is None or result.without_vocabulary is not None or result.leanest is None:
+        return ""
+    return result.leanest.reason
+
+
+def unbeaten(
+    helps: Sequence[Help], others: Sequence[Alternative], report: PlanReport
+) -> list[Help]:
+    """Return the proposals without the pairs of settings that one of the `others` beats.
+
+    All stay for a plan that does not fit, which needs a small change that lets it.
+    """
+    if not report.fits:
+        return list(helps)
+    return [one for one in helps if not (one.is_pair and any(way.beats(one) for way in others))]
 
 
 def with_it(
@@ -221,7 +251,17 @@ def _estimated(config: RunConfig, found: Estimate) -> Help:
 
 
 def _fastest(found: Sequence[Help]) -> Help | None:
-    """Return the fastest; a plan itself counts as faster than what is about as fast."""
-    return min(
-        found, key=lambda one: one.seconds * (1 if one.overrides else 1 - AS_FAST), default=None
-    )
+    """Return the fastest, or what is as fast as that and needs less host memory.
+
+    A plan itself, the one without overrides, wins unless another is faster than it, see
+    `is_faster`.
+    """
+    itself = next((one for one in found if not one.overrides), None)
+    if itself is not None:
+        found = [one for one in found if is_faster(one.seconds, itself.seconds)]
+    if not found:
+        return itself
+    least = min(one.seconds for one in found)
+    as_fast = [one for one in found if not is_faster(least, one.seconds)]
+    most = (1 + NO_MORE) * min(one.host for one in as_fast)
+    return min((one for one in as_fast if one.host <= most), key=lambda one: one.seconds)

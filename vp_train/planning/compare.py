@@ -327,6 +327,7 @@ class Help:
     memory: the bytes of the rank that needs most.
     host: the bytes of a node's host memory.
     is_planned: whether the whole step was planned, not a short one.
+    is_pair: whether they change two settings, not one.
     choice: what the settings choose, None where they only change the batch.
     """
 
@@ -335,6 +336,7 @@ class Help:
     memory: float
     host: float = 0.0
     is_planned: bool = True
+    is_pair: bool = False
     choice: Choice | None = None
 
     def record(self, num_tokens: int) -> dict[str, Any]:
@@ -409,7 +411,7 @@ def helps_of(
         shared.passes[replace(now, offload=0.0)] = report.passes
     before = report.step_seconds if report.fits else math.inf
 
-    def look(rounds: Sequence[Look]) -> Estimate | None:
+    def look(rounds: Sequence[Look], *, is_pair: bool = False) -> Estimate | None:
         """Return the fastest, which is added to `found` if its plan gains enough."""
         nonlocal before
         best = fastest_of(config, rounds, effort, (1 - AS_FAST) * before, shared)
@@ -417,7 +419,7 @@ def helps_of(
         if best is not None and best.seconds < before:
             planned = planned_help(config, best)
         if planned is not None and planned.seconds < (1 - AS_FAST) * before:
-            found.append(planned)
+            found.append(replace(planned, is_pair=is_pair))
             before = planned.seconds
         return best
 
@@ -430,7 +432,8 @@ def helps_of(
         first = look([(of_one, typed), *([([now], optimizers)] if optimizers else [])])
         progress(f"trying what two other settings would gain{where}")
         of_two = [choice for choice in near_two(first) if hosts or not choice.offload]
-        look([(of_two, typed), (of_one, None if hosts else (*typed, *optimizers))])
+        of_both = (of_one, None if hosts else (*typed, *optimizers))
+        look([(of_two, typed), of_both], is_pair=True)
 
     if not report.fits and not (now.offload or config.optim.offload):
         look_around(hosts=False)
@@ -559,7 +562,7 @@ def estimated_help(words: str, estimate: Estimate, choice: Choice) -> Help:
 
 
 def _help_of(words: str, found: Outlook, choice: Choice | None = None) -> Help:
-    return Help(words, found.seconds, found.memory, found.host, found.is_planned, choice)
+    return Help(words, found.seconds, found.memory, found.host, found.is_planned, choice=choice)
 
 
 def larger_batch_of(config: RunConfig, report: PlanReport) -> Help | None:
