@@ -227,8 +227,8 @@ def kind_words(other: Alternative) -> str:
 def alternative_lines(report: PlanReport, other: Alternative) -> list[str]:
     """Return the best plan found with, or without, vocabulary parallelism in lines.
 
-    Where that has another split or other settings, a second line says what the split of the plan
-    takes, and with what.
+    Where that has another split or other settings, it also says what the split of the plan takes,
+    and in a second line with what if that is no slower than the plan.
     """
     best, here = other.best, other.here
     label, _, rest = kind_words(other).partition(" ")
@@ -243,8 +243,9 @@ def alternative_lines(report: PlanReport, other: Alternative) -> list[str]:
     elif here is None:
         words += "; this split does not fit" * bool(other.reason)
     elif before is None or report.splits_vocabulary or is_faster(here.seconds, before):
-        words += f"; here {step_words(here, before)}"
-        more += [f"{'':{_LABEL}}this split: {here.overrides}"] * bool(here.overrides)
+        words += f"; this split {step_words(here, before)}"
+        if here.overrides and not (before and is_faster(before, here.seconds)):
+            more.append(f"{'':{_LABEL}}this split: {here.overrides}")
     return [f"{words}: {best.overrides}", *more]
 
 
