@@ -334,6 +334,22 @@ def ranks_of(step):
     ]
 
 
+@pytest.mark.parametrize(("gib", "offloads"), [(1000, True), (0, False)])
+def test_the_leanest_optimizer_is_one_that_hosts_can_hold(gib, offloads):
+    """What is said to need least then fits once GPUs have so much memory."""
+    config = load_config(
+        ["model=gpt_4b", "cluster=h100_80g_node", f"cluster.host_memory_gib={gib}"]
+    )
+    scales, choice = Scales(config, math.inf), choice_of(4)
+    optim = scales.leanest_optimizer(choice)
+    assert optim.offload is offloads
+    needs = scales.leanest(choice)
+    least = Scales(config, needs * (1 - 1e-9), (optim,))
+    with pytest.raises(TooLargeError):
+        least.weigh(choice)
+    assert Scales(config, needs * (1 + 1e-9), (optim,)).weigh(choice).optimizer == optim
+
+
 def test_a_draft_depends_on_no_other_draft():
     """The order of one microbatch is kept where costs do not change it, and only there."""
     words = ["model=nano", "cluster=h100_80g_node", "num_microbatches=8", "cluster.num_nodes=1"]

@@ -384,15 +384,18 @@ class Scales:
         split, placed = self._split_of(choice), self._placed_of(choice)
         algorithm = VOCAB_ALGORITHMS[choice.vocab]
         parameters = split.parameters(placed.of_rank[0], 0, placed.layout, algorithm)
-        states = [
-            state_of(split.work, optim, parameters).state for optim in self._optimizers_of(choice)
-        ]
+        states = [state_of(split.work, optim, parameters).state for optim in self._held_of(choice)]
         return min(states) + self._kept_bytes(choice, split, placed)[0]
 
     def leanest_optimizer(self, choice: Choice) -> OptimConfig:
         """Return the optimizer that `leanest` counts."""
         work = self._split_of(choice).work
-        return min(self._optimizers_of(choice), key=lambda optim: state_of(work, optim, 1).state)
+        return min(self._held_of(choice), key=lambda optim: state_of(work, optim, 1).state)
+
+    def _held_of(self, choice: Choice) -> list[OptimConfig]:
+        """Return the optimizers of a choice that hosts can hold, all if they can hold none."""
+        optimizers = self._optimizers_of(choice)
+        return self._held_by_hosts(choice, optimizers) or optimizers
 
     def _kept_bytes(self, choice: Choice, split: _Split, placed: _Placed) -> tuple[float, float]:
         """Return the least bytes of activations that rank 0 keeps, and those of the base order."""
@@ -438,8 +441,7 @@ class Scales:
             return self._drafted(choice, optimizers)
         # An optimizer that needs less memory leaves fewer stages to recompute.
         found, refusal = list[Candidate](), None
-        held = self._held_by_hosts(choice, optimizers)
-        for mixed, some in self._where_needed(choice, held or optimizers).items():
+        for mixed, some in self._where_needed(choice, self._held_of(choice)).items():
             try:
                 found.append(self._drafted(mixed, some))
             except TooLargeError as error:
