@@ -163,7 +163,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """What of a network depends on no costs. `inputs` and `followers` say which edges are hops."""
+    """The part of a network that no cost changes; `inputs` and `followers` say what is a hop."""
 
     nodes: tuple[Node, ...]
     num_passes: int

@@ -92,7 +92,7 @@ def test_the_contention_is_named_where_none_or_twice_as_much_lets_another_win():
 
 @pytest.mark.parametrize("factor", [1.0, 1.005])
 def test_another_contention_turns_what_wins_by_its_seconds_and_as_they_count(factor):
-    """What wins then may be as fast now, but not what is as fast then."""
+    """The winner may be as fast now, but what is as fast then wins nothing."""
     config = load_config([*GPT, "cluster.contention=0.1"])
     chosen, told = random.Random(1), Counter()
     for _ in range(2000):
